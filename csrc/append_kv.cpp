@@ -1,0 +1,296 @@
+// twilight::append_kv. One task a (touched page, KV head): copies the page's new rows, writes their 4-bit shadow, then the page's bounds,
+// so that no two threads write the same page.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "dot.h"
+#include "paged_kv.h"
+#include "parallel.h"
+
+namespace twilight {
+namespace {
+
+struct Strided {
+  const char* data;
+  int64_t strides[3];  // bytes, of [B, T, Hkv]
+
+  explicit Strided(const Tensor& t, int64_t element_size)
+      : data(static_cast<const char*>(t.const_data_ptr())),
+        strides{t.stride(0) * element_size, t.stride(1) * element_size, t.stride(2) * element_size} {}
+
+  const char* row(int64_t b, int64_t t, int64_t h) const {
+    return data + b * strides[0] + t * strides[1] + h * strides[2];
+  }
+};
+
+struct AppendCall {
+  Strided k, v;
+  char *k_cache, *v_cache;
+  uint8_t* k_quant;  // null: no shadow
+  uint32_t* k_scale;
+  const int32_t *channel_order, *prefix_channels;
+  char* page_bounds;       // null: no bounds
+  uint32_t* bounds_scale;  // null unless the bounds are 8-bit codes
+  const int32_t* seq_lens;
+  int64_t kv_heads, page_size, head_dim, element_size;
+};
+
+// A page that receives tokens: token of the call that goes to each of its places, -1 where none.
+struct TouchedPage {
+  int64_t b, logical, physical;
+  const int32_t* token;  // [S]; null: place s gets token first + s
+  int64_t first, begin, end;
+
+  int64_t token_at(int64_t s) const {
+    if (token != nullptr) return token[s];
+    return s >= begin && s < end ? first + s : -1;
+  }
+};
+
+// (scale, zero) as k_scale stores them, and the two as the codes are computed with: rounded.
+struct Quantiser {
+  uint32_t pair;
+  float scale, zero;
+
+  Quantiser(float low, float high, float levels) {
+    const BFloat16 rounded_scale = (high - low) / levels, rounded_zero = low;
+    pair = static_cast<uint32_t>(rounded_scale.x) | static_cast<uint32_t>(rounded_zero.x) << 16;
+    scale = static_cast<float>(rounded_scale);
+    zero = static_cast<float>(rounded_zero);
+  }
+
+  VecI codes(VecF x, float levels) const {
+    if (!(scale > 0)) return VecI{};
+    VecF steps = (x - zero) / scale;
+    steps = steps > 0.0f ? steps : VecF{};  // NaN becomes 0 too
+    steps = steps < levels ? steps : splat(levels);
+    const VecF magic = splat(8388608.0f);  // 2^23: adding it rounds to the nearest integer, ties to even
+    return __builtin_convertvector((steps + magic) - magic, VecI);
+  }
+};
+
+// Smallest and largest lane, NaN if any is NaN.
+struct Extent {
+  VecF low = splat(kInf), high = splat(-kInf);
+  VecI nan = {};
+
+  void add(VecF x) {
+    nan |= x != x;
+    low = x < low ? x : low;
+    high = x > high ? x : high;
+  }
+  Quantiser quantiser(float levels) const {
+    if (bits(nan) != 0) return Quantiser(NAN, NAN, levels);
+    return Quantiser(reduce(low, [](float a, float b) { return b < a ? b : a; }), reduce_max(high), levels);
+  }
+};
+
+template <class E>
+void load_row(const char* from, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; d += kLanes) store(out + d, load_float(reinterpret_cast<const E*>(from) + d));
+}
+
+// Two neighbouring lanes of codes make a byte, the even one its low nibble.
+inline void store_nibbles(uint8_t* to, VecI codes) {
+  const VectorOf<uint64_t, kLanes / 2>::type pairs = (VectorOf<uint64_t, kLanes / 2>::type)codes;
+  store(to, __builtin_convertvector(pairs | pairs >> 28, VectorOf<uint8_t, kLanes / 2>::type));
+}
+
+template <class E>
+void write_shadow(const AppendCall& call, const TouchedPage& page, int64_t h, int64_t s, const char* key,
+                  const int32_t* order) {
+  const int64_t dim = call.head_dim;
+  float x[256];
+  uint8_t packed[128];
+  load_row<E>(key, dim, x);
+  Extent extent;
+  for (int64_t d = 0; d < dim; d += kLanes) extent.add(load(x + d));
+  const Quantiser quantiser = extent.quantiser(15);
+  for (int64_t j = 0; j < dim; j += kLanes) {
+    const VecF ordered = (VecF)gather(reinterpret_cast<const uint32_t*>(x), load<VecI>(order + j));
+    store_nibbles(packed + j / 2, quantiser.codes(ordered, 15));
+  }
+
+  const int64_t block = page.physical * call.kv_heads + h;
+  const int64_t prefix = std::min<int64_t>(std::max(call.prefix_channels[h], 0), dim) / 8 * 4, row = dim / 2;
+  uint8_t* bytes = call.k_quant + block * call.page_size * row;
+  std::memcpy(bytes + s * prefix, packed, prefix);
+  std::memcpy(bytes + call.page_size * prefix + s * (row - prefix), packed + prefix, row - prefix);
+  call.k_scale[block * call.page_size + s] = quantiser.pair;
+}
+
+template <class E>
+void write_bounds(const AppendCall& call, const TouchedPage& page, int64_t h) {
+  const int64_t dim = call.head_dim, size = call.page_size, block = page.physical * call.kv_heads + h;
+  const int64_t live = std::min<int64_t>(std::max<int64_t>(call.seq_lens[page.b] - page.logical * size, 0), size);
+  const E* keys = reinterpret_cast<const E*>(call.k_cache) + block * size * dim;
+  float bounds[512];
+  Extent all;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    Extent column;
+    for (int64_t s = 0; s < live; ++s) column.add(load_float(keys + s * dim + d));
+    const VecF none = column.nan ? splat(NAN) : VecF{};
+    const VecI empty = splat(static_cast<int32_t>(live == 0 ? -1 : 0));
+    const VecF low = column.nan | empty ? none : column.low, high = column.nan | empty ? none : column.high;
+    store(bounds + d, low);
+    store(bounds + dim + d, high);
+    all.add(low);
+    all.add(high);
+  }
+  if (call.bounds_scale == nullptr) {
+    E* out = reinterpret_cast<E*>(call.page_bounds) + block * 2 * dim;
+    for (int64_t d = 0; d < 2 * dim; ++d) out[d] = static_cast<E>(bounds[d]);
+    return;
+  }
+  const Quantiser quantiser = all.quantiser(255);
+  uint8_t* out = reinterpret_cast<uint8_t*>(call.page_bounds) + block * 2 * dim;
+  for (int64_t d = 0; d < 2 * dim; d += kLanes)
+    store(out + d, __builtin_convertvector(quantiser.codes(load(bounds + d), 255), VectorOf<uint8_t, kLanes>::type));
+  call.bounds_scale[block] = quantiser.pair;
+}
+
+template <class E>
+void write_page(const AppendCall& call, const TouchedPage& page, int64_t h) {
+  const int64_t row_bytes = call.head_dim * call.element_size;
+  const int64_t base = (page.physical * call.kv_heads + h) * call.page_size * row_bytes;
+  int32_t order[256];
+  if (call.k_quant != nullptr)
+    for (int64_t j = 0; j < call.head_dim; ++j) {
+      const int64_t channel = call.channel_order[h * call.head_dim + j];
+      order[j] = static_cast<int32_t>(std::min(std::max<int64_t>(channel, 0), call.head_dim - 1));
+    }
+  for (int64_t s = 0; s < call.page_size; ++s) {
+    const int64_t t = page.token_at(s);
+    if (t < 0) continue;
+    const char* key = call.k.row(page.b, t, h);
+    std::memcpy(call.k_cache + base + s * row_bytes, key, row_bytes);
+    std::memcpy(call.v_cache + base + s * row_bytes, call.v.row(page.b, t, h), row_bytes);
+    if (call.k_quant != nullptr) write_shadow<E>(call, page, h, s, key, order);
+  }
+  if (call.page_bounds != nullptr) write_bounds<E>(call, page, h);
+}
+
+// Pages that consecutive positions ending at the sequence's last token fall on.
+void touch_consecutive(const Paging& paging, int64_t b, int64_t tokens, std::vector<TouchedPage>& pages) {
+  const int64_t size = paging.page_size, last = std::min<int64_t>(paging.seq_lens[b], paging.max_tokens());
+  const int64_t shift = static_cast<int64_t>(paging.seq_lens[b]) - tokens;  // position of token 0
+  for (int64_t position = std::max<int64_t>(shift, 0); position < last;) {
+    const int64_t logical = position / size, stop = std::min(last, (logical + 1) * size);
+    const int64_t physical = paging.page_table[b * paging.max_pages + logical];
+    if (physical >= 0 && physical < paging.num_pages)
+      pages.push_back({b, logical, physical, nullptr, logical * size - shift, position - logical * size,
+                       stop - logical * size});
+    position = stop;
+  }
+}
+
+// Pages that given positions fall on; a later token wins a place that two ask for.
+void touch_given(const Paging& paging, int64_t b, const int32_t* positions, int64_t tokens, Arena& arena,
+                 std::vector<TouchedPage>& pages) {
+  const int64_t size = paging.page_size;
+  int32_t** places = arena.take<int32_t*>(paging.max_pages);
+  std::fill(places, places + paging.max_pages, nullptr);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t position = positions[t], logical = position / size;
+    if (position < 0 || logical >= paging.max_pages) continue;
+    const int64_t physical = paging.page_table[b * paging.max_pages + logical];
+    if (physical < 0 || physical >= paging.num_pages) continue;
+    if (places[logical] == nullptr) {
+      places[logical] = arena.take<int32_t>(size);
+      std::fill(places[logical], places[logical] + size, -1);
+      pages.push_back({b, logical, physical, places[logical], 0, 0, 0});
+    }
+    places[logical][position % size] = static_cast<int32_t>(t);
+  }
+}
+
+// Whether two sequences write the same physical page; then they go one after the other.
+bool share_a_page(const std::vector<TouchedPage>& pages) {
+  std::vector<int64_t> physical;
+  physical.reserve(pages.size());
+  for (const TouchedPage& page : pages) physical.push_back(page.physical);
+  std::sort(physical.begin(), physical.end());
+  return std::adjacent_find(physical.begin(), physical.end()) != physical.end();
+}
+
+void append_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, OptionalTensor k_quant,
+               OptionalTensor k_scale, OptionalTensor page_bounds, OptionalTensor bounds_scale,
+               const OptionalTensor& channel_order, const OptionalTensor& prefix_channels, const Tensor& page_table,
+               const Tensor& seq_lens, const OptionalTensor& positions) {
+  Checker check("append_kv", k);
+  const ScalarType dtype = k.scalar_type();
+  check.tensor("k", k, {"B", "T", "Hkv", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, false);
+  check.tensor("v", v, {"B", "T", "Hkv", "D"}, {dtype}, false);
+  if (k.size(1) < 1) check.fail("k", "at least 1 token", std::to_string(k.size(1)));
+  check.cache(k_cache, v_cache);
+  check.geometry();
+  check.paging(page_table, seq_lens);
+  if (k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value())
+    check.shadow(k_quant, k_scale, channel_order, prefix_channels);
+  if (page_bounds.has_value()) {
+    check.bounds(*page_bounds, bounds_scale);
+  } else {
+    check.absent("bounds_scale", bounds_scale, "None, because page_bounds is None");
+  }
+  if (positions.has_value()) check.tensor("positions", *positions, {"B", "T"}, {ScalarType::Int});
+
+  const int64_t element_size = element_kernels(dtype).element_size, batch = k.size(0), tokens = k.size(1);
+  const Paging paging(page_table, seq_lens, k_cache.size(0), k_cache.size(2));
+  const auto pointer = [](const OptionalTensor& tensor) {
+    return tensor.has_value() ? static_cast<char*>(tensor->mutable_data_ptr()) : nullptr;
+  };
+  const AppendCall call{Strided(k, element_size),
+                        Strided(v, element_size),
+                        static_cast<char*>(k_cache.mutable_data_ptr()),
+                        static_cast<char*>(v_cache.mutable_data_ptr()),
+                        reinterpret_cast<uint8_t*>(pointer(k_quant)),
+                        reinterpret_cast<uint32_t*>(pointer(k_scale)),
+                        channel_order.has_value() ? channel_order->const_data_ptr<int32_t>() : nullptr,
+                        prefix_channels.has_value() ? prefix_channels->const_data_ptr<int32_t>() : nullptr,
+                        pointer(page_bounds),
+                        reinterpret_cast<uint32_t*>(pointer(bounds_scale)),
+                        paging.seq_lens,
+                        k_cache.size(1),
+                        paging.page_size,
+                        k_cache.size(3),
+                        element_size};
+
+  Arena& arena = Arena::mine();
+  Arena::Scope scope(arena);
+  std::vector<TouchedPage> pages;
+  for (int64_t b = 0; b < batch; ++b) {
+    if (positions.has_value()) {
+      touch_given(paging, b, positions->const_data_ptr<int32_t>() + b * tokens, tokens, arena, pages);
+    } else {
+      touch_consecutive(paging, b, tokens, pages);
+    }
+  }
+  const auto write = [&](int64_t page, int64_t h) {
+    switch (dtype) {
+      case ScalarType::Float:
+        return write_page<float>(call, pages[page], h);
+      case ScalarType::BFloat16:
+        return write_page<BFloat16>(call, pages[page], h);
+      default:
+        return write_page<Half>(call, pages[page], h);
+    }
+  };
+  // A task is big enough to be worth handing to another thread; all heads of a page stay together, for they lie side by side in k and v.
+  constexpr int64_t kRowsPerTask = 512;
+  const int64_t num_pages = static_cast<int64_t>(pages.size());
+  const int64_t pages_per_task =
+      std::max<int64_t>(1, kRowsPerTask / (std::min(tokens, paging.page_size) * call.kv_heads));
+  const int64_t tasks = batch > 1 && share_a_page(pages) ? 1 : (num_pages + pages_per_task - 1) / pages_per_task;
+  const int64_t per_task = tasks <= 1 ? num_pages : pages_per_task;
+  run_tasks(tasks, [&](int64_t task) {
+    for (int64_t page = task * per_task; page < std::min(num_pages, (task + 1) * per_task); ++page)
+      for (int64_t h = 0; h < call.kv_heads; ++h) write(page, h);
+  });
+}
+
+}  // namespace
+}  // namespace twilight
+
+STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("append_kv", TORCH_BOX(&twilight::append_kv)); }

@@ -1,0 +1,304 @@
+// Argument checks: the C++ twin of twilight_ops/ops/_checks.py, with the same words.
+// A message always reads `twilight::<op>: <argument>: expected <what>, got <what>`.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <charconv>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace twilight {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxQueryTokens = 8;
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string device_name(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  switch (static_cast<torch::headeronly::DeviceType>(type)) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::CUDA:
+      return "cuda:" + std::to_string(tensor.get_device_index());
+    case torch::headeronly::DeviceType::Meta:
+      return "meta";
+    default:
+      return "device type " + std::to_string(type);
+  }
+}
+
+// repr(float) of Python: the shortest digits that read back the same, in fixed notation from 1e-4 up to 1e16.
+inline std::string number(double value) {
+  if (std::isnan(value)) return "nan";
+  if (std::isinf(value)) return value < 0 ? "-inf" : "inf";
+  char text[64];
+  const double size = std::fabs(value);
+  const bool fixed = size == 0 || (size >= 1e-4 && size < 1e16);
+  const auto end =
+      std::to_chars(text, text + sizeof(text), value, fixed ? std::chars_format::fixed : std::chars_format::scientific);
+  std::string out(text, end.ptr);
+  if (fixed && out.find('.') == std::string::npos) out += ".0";
+  return out;
+}
+
+template <class Values>
+std::string list(const Values& values) {
+  std::string out = "[";
+  for (size_t i = 0; i < values.size(); ++i) out += (i ? ", " : "") + std::to_string(values[i]);
+  return out + "]";
+}
+
+// A dimension is either a symbol, bound by the first tensor that has it, or a number.
+struct Dim {
+  Dim(const char* symbol) : symbol(symbol), size(0) {}  // NOLINT: written as {"B", "T", 2}
+  Dim(int64_t size) : symbol(nullptr), size(size) {}    // NOLINT
+  Dim(int size) : symbol(nullptr), size(size) {}        // NOLINT
+
+  const char* symbol;
+  int64_t size;
+};
+
+class Checker {
+ public:
+  Checker(const char* op, const Tensor& like) : op_(op), like_(like), dtype_(like.scalar_type()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index_));
+  }
+
+  [[noreturn]] void fail(const char* argument, const std::string& expected, const std::string& got) const {
+    throw std::runtime_error(std::string("twilight::") + op_ + ": " + argument + ": expected " + expected + ", got " +
+                             got);
+  }
+
+  int64_t size(const char* symbol) const {
+    for (const auto& known : sizes_)
+      if (known.first == symbol) return known.second;
+    return -1;
+  }
+
+  void bind(const char* symbol, int64_t value) { sizes_.emplace_back(symbol, value); }
+
+  void tensor(const char* argument, const Tensor& tensor, std::initializer_list<Dim> dims,
+              std::initializer_list<ScalarType> dtypes, bool contiguous = true) {
+    check_device(argument, tensor);
+    check_dtype(argument, tensor, dtypes);
+    const auto sizes = tensor.sizes();
+    if (sizes.size() != dims.size()) fail(argument, "shape " + shape(dims), list(sizes));
+    size_t i = 0;
+    for (const Dim& dim : dims) {
+      const int64_t got = sizes[i++];
+      if (dim.symbol == nullptr) {
+        if (got != dim.size) fail(argument, "shape " + shape(dims), list(sizes));
+        continue;
+      }
+      const int64_t known = size(dim.symbol);
+      if (known < 0) {
+        bind(dim.symbol, got);
+      } else if (got != known) {
+        fail(argument, "shape " + shape(dims) + " with " + dim.symbol + " = " + std::to_string(known), list(sizes));
+      }
+    }
+    if (contiguous && !tensor.is_contiguous())
+      fail(argument, "a contiguous tensor", "strides " + list(tensor.strides()));
+    if (!contiguous && tensor.stride(tensor.dim() - 1) != 1)
+      fail(argument, "stride 1 in the last dimension", "strides " + list(tensor.strides()));
+  }
+
+  void one_of(const char* argument, int64_t value, std::initializer_list<int64_t> allowed) const {
+    std::string names;
+    for (int64_t a : allowed) {
+      if (a == value) return;
+      names += (names.empty() ? "" : ", ") + std::to_string(a);
+    }
+    fail(argument, "one of " + names, std::to_string(value));
+  }
+
+  void one_of(const char* argument, const std::string& value, std::initializer_list<const char*> allowed) const {
+    std::string names;
+    for (const char* a : allowed) {
+      if (value == a) return;
+      names += std::string(names.empty() ? "" : ", ") + a;
+    }
+    fail(argument, "one of " + names, value);
+  }
+
+  void at_least(const char* argument, int64_t value, int64_t minimum) const {
+    if (value < minimum) fail(argument, ">= " + std::to_string(minimum), std::to_string(value));
+  }
+
+  // Optional tensors that must be given or absent.
+  void given(const char* argument, const OptionalTensor& tensor, const char* expected) const {
+    if (!tensor.has_value()) fail(argument, expected, "None");
+  }
+  void absent(const char* argument, const OptionalTensor& tensor, const std::string& expected) const {
+    if (tensor.has_value()) fail(argument, expected, "a tensor");
+  }
+  void together(const char* argument, const OptionalTensor& tensor, const char* other,
+                const OptionalTensor& other_tensor) const {
+    if (tensor.has_value() != other_tensor.has_value())
+      fail(argument, std::string("given exactly when ") + other + " is given", "one without the other");
+  }
+
+  void geometry() const {
+    if (size("D") >= 0) one_of("head_dim", size("D"), {64, 96, 128, 256});
+    if (size("S") >= 0) one_of("page_size", size("S"), {16, 32, 64});
+    const int64_t heads = size("Hq"), kv_heads = size("Hkv");
+    if (heads >= 0 && kv_heads >= 0 && !(kv_heads > 0 && heads > 0 && heads % kv_heads == 0))
+      fail("q", "num_qo_heads a multiple of num_kv_heads = " + std::to_string(kv_heads), std::to_string(heads));
+  }
+
+  void query(const Tensor& q) {
+    tensor("q", q, {"B", "T", "Hq", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, false);
+    const int64_t tokens = size("T");
+    if (tokens < 1 || tokens > kMaxQueryTokens)
+      fail("q", "1 to " + std::to_string(kMaxQueryTokens) + " query tokens", std::to_string(tokens));
+  }
+
+  void paging(const Tensor& page_table, const Tensor& seq_lens) {
+    tensor("page_table", page_table, {"B", "M"}, {ScalarType::Int});
+    tensor("seq_lens", seq_lens, {"B"}, {ScalarType::Int});
+  }
+
+  void cache(const Tensor& k_cache, const Tensor& v_cache) {
+    tensor("k_cache", k_cache, {"P", "Hkv", "S", "D"}, {dtype_});
+    tensor("v_cache", v_cache, {"P", "Hkv", "S", "D"}, {dtype_});
+  }
+
+  void shadow(const OptionalTensor& k_quant, const OptionalTensor& k_scale, const OptionalTensor& channel_order,
+              const OptionalTensor& prefix_channels) {
+    const char* expected = "a tensor (k_quant, k_scale, channel_order and prefix_channels come together)";
+    given("k_quant", k_quant, expected);
+    given("k_scale", k_scale, expected);
+    given("channel_order", channel_order, expected);
+    given("prefix_channels", prefix_channels, expected);
+    tensor("k_scale", *k_scale, {"P", "Hkv", "S", 2}, {ScalarType::BFloat16});
+    tensor("channel_order", *channel_order, {"Hkv", "D"}, {ScalarType::Int});
+    tensor("prefix_channels", *prefix_channels, {"Hkv"}, {ScalarType::Int});
+    tensor("k_quant", *k_quant, {"P", "Hkv", size("S") * size("D") / 2}, {ScalarType::Byte});
+  }
+
+  void bounds(const Tensor& page_bounds, const OptionalTensor& bounds_scale) {
+    tensor("page_bounds", page_bounds, {"P", "Hkv", 2, "D"}, {dtype_, ScalarType::Byte});
+    if (page_bounds.scalar_type() == ScalarType::Byte) {
+      given("bounds_scale", bounds_scale, "a tensor, because page_bounds is uint8");
+      tensor("bounds_scale", *bounds_scale, {"P", "Hkv", 2}, {ScalarType::BFloat16});
+    } else {
+      absent("bounds_scale", bounds_scale, "None, because page_bounds is " + dtype_name(dtype_));
+    }
+  }
+
+  // A page_size of 0 stands for any.
+  void candidates(const OptionalTensor& indices, const OptionalTensor& counts, int64_t tokens_per_index,
+                  int64_t page_size) {
+    together("counts", counts, "indices", indices);
+    if (page_size == 0) {
+      one_of("tokens_per_index", tokens_per_index, {1, 16, 32, 64});
+    } else {
+      one_of("tokens_per_index", tokens_per_index, {1, page_size});
+    }
+    if (indices.has_value()) {
+      tensor("indices", *indices, {"B", "Hkv", "C"}, {ScalarType::Int});
+      tensor("counts", *counts, {"B", "Hkv"}, {ScalarType::Int});
+    }
+  }
+
+  void budget(int64_t token_budget, double budget_fraction, int64_t sink_tokens, int64_t recent_tokens,
+              const OptionalTensor& head_token_budget) {
+    at_least("token_budget", token_budget, 1);
+    if (!(budget_fraction >= 0.0 && budget_fraction <= 1.0))
+      fail("budget_fraction", "0 <= budget_fraction <= 1", number(budget_fraction));
+    at_least("sink_tokens", sink_tokens, 0);
+    at_least("recent_tokens", recent_tokens, 0);
+    if (head_token_budget.has_value())
+      tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
+  }
+
+  void top_p(double top_p, const OptionalTensor& top_p_per_head) const {
+    if (!(top_p > 0.0 && top_p <= 1.0)) fail("top_p", "0 < top_p <= 1", number(top_p));
+    if (!top_p_per_head.has_value()) return;
+    const Tensor& p = *top_p_per_head;
+    const int64_t batch = size("B"), heads = size("Hq");
+    check_device("top_p_per_head", p);
+    check_dtype("top_p_per_head", p, {ScalarType::Float});
+    const auto sizes = p.sizes();
+    if (sizes.size() != 2 || (sizes[0] != 1 && sizes[0] != batch) || (sizes[1] != 1 && sizes[1] != heads))
+      fail("top_p_per_head",
+           "shape [B or 1, Hq or 1] with B = " + std::to_string(batch) + ", Hq = " + std::to_string(heads),
+           list(sizes));
+  }
+
+  void scale(double sm_scale) const {
+    if (!(sm_scale > 0.0 && sm_scale < INFINITY)) fail("sm_scale", "a positive finite number", number(sm_scale));
+  }
+
+ private:
+  static std::string shape(std::initializer_list<Dim> dims) {
+    std::string out = "[";
+    for (const Dim& dim : dims)
+      out += (out.size() > 1 ? ", " : "") + (dim.symbol ? std::string(dim.symbol) : std::to_string(dim.size));
+    return out + "]";
+  }
+
+  void check_device(const char* argument, const Tensor& tensor) const {
+    int32_t type, index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    if (type != device_type_ || index != device_index_)
+      fail(argument, "device " + device_name(like_), device_name(tensor));
+  }
+
+  void check_dtype(const char* argument, const Tensor& tensor, std::initializer_list<ScalarType> dtypes) const {
+    const ScalarType got = tensor.scalar_type();
+    std::string names;
+    for (ScalarType dtype : dtypes)
+      if (dtype == got) return;
+    for (ScalarType dtype : dtypes) names += (names.empty() ? "" : " or ") + dtype_name(dtype);
+    fail(argument, "dtype " + names, dtype_name(got));
+  }
+
+  const char* op_;
+  const Tensor& like_;
+  ScalarType dtype_;
+  int32_t device_type_, device_index_;
+  std::vector<std::pair<std::string, int64_t>> sizes_;
+};
+
+}  // namespace twilight

@@ -1,0 +1,154 @@
+// Building blocks of the fused Hopper kernels: tensor-core products, cluster barriers, scans and order-preserving
+// histograms.
+#pragma once
+
+#ifdef __CUDACC__
+#include "hopper.cuh"
+#else
+#include "cuda_emulator.h"
+#endif
+
+#include <cstdint>
+
+namespace twilight {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kEmptyPeak = -1e30f;  // running maximum of nothing; finite, so that it can be subtracted
+
+__host__ __device__ constexpr int blocks_of(int size, int items) { return (items + size - 1) / size; }
+__host__ __device__ constexpr int round_up(int items, int size) { return blocks_of(size, items) * size; }
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+__device__ __forceinline__ uint32_t load_u32(const void* p) { return __ldg(static_cast<const uint32_t*>(p)); }
+
+// Eight 4-bit codes of one token in `x`, of the token eight rows below in `y`, against one column of queries. A code n
+// masked out of the word is the fp16 subnormal n * 2^-24 (or 16 n * 2^-24), which tensor cores multiply exactly: no
+// conversion at all.
+__device__ __forceinline__ void mma_codes4(float (&acc)[4], uint32_t x, uint32_t y, uint4 q) {
+  mma(acc, x & 0x000f000f, y & 0x000f000f, x & 0x00f000f0, y & 0x00f000f0, q.x, q.y, __half());
+  x >>= 8;
+  y >>= 8;
+  mma(acc, x & 0x000f000f, y & 0x000f000f, x & 0x00f000f0, y & 0x00f000f0, q.z, q.w, __half());
+}
+
+// Four 8-bit codes of one page in `x`, of the page eight rows below in `y`; the same subnormals.
+__device__ __forceinline__ void mma_codes8(float (&acc)[4], uint32_t x, uint32_t y, uint2 q) {
+  mma(acc, x & 0x00ff00ff, y & 0x00ff00ff, (x >> 8) & 0x00ff00ff, (y >> 8) & 0x00ff00ff, q.x, q.y, __half());
+}
+
+__device__ __forceinline__ float2 scale_and_zero(uint32_t packed) {
+  return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+}
+
+__device__ __forceinline__ float2 unpack2(uint32_t packed, __nv_bfloat16) { return scale_and_zero(packed); }
+
+__device__ __forceinline__ float2 unpack2(uint32_t packed, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+}
+
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
+
+// The blocks that share one (sequence, KV head).
+struct Cluster {
+  int size;
+  int rank;
+
+  __device__ static Cluster current() { return {cluster_blocks(), cluster_rank()}; }
+
+  __device__ __forceinline__ void sync() const {
+    if (size == 1) {
+      __syncthreads();
+    } else {
+      cluster_barrier();
+    }
+  }
+  template <typename V>
+  __device__ __forceinline__ V read(const V* p, int peer) const {
+    return cluster_read(p, peer);
+  }
+  template <typename V>
+  __device__ __forceinline__ void write(V* p, int peer, V value) const {
+    cluster_write(p, peer, value);
+  }
+};
+
+// Sum of base-2 exponentials with its peak, merged pairwise. NaN and +inf logits leave z NaN.
+struct SoftmaxSum {
+  float peak = kEmptyPeak;
+  float z = 0.0f;
+
+  __device__ __forceinline__ void merge(float other_peak, float other_z) {
+    const float top = fmaxf(peak, other_peak);
+    z = z * exp2_fast(peak - top) + other_z * exp2_fast(other_peak - top);
+    peak = top;
+  }
+  __device__ __forceinline__ void merge_lanes(int mask) {
+    merge(__shfl_xor_sync(~0u, peak, mask), __shfl_xor_sync(~0u, z, mask));
+  }
+  // log2 of the sum: what a logit is lowered by to become a log-weight.
+  __device__ __forceinline__ float norm() const { return z == 0.0f ? 0.0f : peak + __log2f(z); }
+};
+
+template <typename V>
+__device__ __forceinline__ V warp_sum(V v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) v += __shfl_xor_sync(~0u, v, mask);
+  return v;
+}
+
+template <typename V>
+__device__ __forceinline__ V warp_inclusive_scan(V v) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const V below = __shfl_up_sync(~0u, v, step);
+    if (lane >= step) v += below;
+  }
+  return v;
+}
+
+// Exclusive prefix sum over the block; `totals` has kWarps entries. Every thread must call it.
+template <typename V>
+__device__ __forceinline__ V block_exclusive_scan(V v, V* totals, V& total) {
+  const V inclusive = warp_inclusive_scan(v);
+  if ((threadIdx.x & 31) == 31) totals[threadIdx.x >> 5] = inclusive;
+  __syncthreads();
+  V before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < static_cast<int>(threadIdx.x >> 5)) before += totals[w];
+    total += totals[w];
+  }
+  __syncthreads();
+  return before + inclusive - v;
+}
+
+constexpr uint32_t kInfinityKey = 0x7f800000u;
+constexpr uint32_t kForcedKey = 0x7fffffffu;  // above every score
+
+// Order-preserving bins over the bits of a non-negative float: one an octave below 2^(kLow - 127), 32 an octave above.
+// The last bin holds infinity and forced items; finite keys must end below it.
+template <int kLow, int kLastBin>
+struct FloatBins {
+  __device__ static __forceinline__ int of(uint32_t bits) {
+    const uint32_t low = static_cast<uint32_t>(kLow) << 23;
+    if (bits < low) return static_cast<int>(bits >> 23);
+    return min(kLow + static_cast<int>((bits - low) >> 18), kLastBin);
+  }
+  __device__ static __forceinline__ uint32_t first_key(int bin) {
+    if (bin == kLastBin) return kInfinityKey;
+    if (bin <= kLow) return static_cast<uint32_t>(bin) << 23;
+    return (static_cast<uint32_t>(kLow) << 23) + (static_cast<uint32_t>(bin - kLow) << 18);
+  }
+  __device__ static __forceinline__ int log2_width(int bin) { return bin < kLow || bin == kLastBin ? 23 : 18; }
+};
+
+}  // namespace twilight

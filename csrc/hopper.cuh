@@ -1,0 +1,101 @@
+// The instructions of the fused kernels that C++ has no words for. tests/emulator/cuda_emulator.h is the twin that runs
+// on a CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace twilight {
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Rows that no other load shares a sector with: nothing to keep in L1.
+__device__ __forceinline__ uint4 load_stream(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// acc[16 x 8] += a[16 x 16] b[16 x 8], fp16 operands.
+__device__ __forceinline__ void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1, __half) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1, __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ int cluster_blocks() {
+  uint32_t count;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return static_cast<int>(count);
+}
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The address of the same shared-memory location in another block.
+__device__ __forceinline__ uint32_t cluster_address(const void* p, int peer) {
+  uint32_t out;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(out)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(peer));
+  return out;
+}
+
+template <typename V>
+__device__ __forceinline__ V cluster_read(const V* p, int peer) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8, "one or two words");
+  uint32_t words[2] = {};
+  if (sizeof(V) == 4) {
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(words[0]) : "r"(cluster_address(p, peer)) : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(cluster_address(p, peer))
+                 : "memory");
+  }
+  V out;
+  memcpy(&out, words, sizeof(V));
+  return out;
+}
+
+template <typename V>
+__device__ __forceinline__ void cluster_write(V* p, int peer, V value) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8, "one or two words");
+  uint32_t words[2] = {};
+  memcpy(words, &value, sizeof(V));
+  if (sizeof(V) == 4) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(cluster_address(p, peer)), "r"(words[0]) : "memory");
+  } else {
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(cluster_address(p, peer)), "r"(words[0]),
+                 "r"(words[1])
+                 : "memory");
+  }
+}
+
+}  // namespace twilight

@@ -1,0 +1,2 @@
+// The CUDA extension's entry point is the CPU extensions'.
+#include "module.cpp"

@@ -1,0 +1,130 @@
+// twilight::select_pages. Rows (sequence, KV head) in parallel; a row scores its pages, then ranks them.
+#include "select_pages.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "selection.h"
+
+namespace twilight {
+
+void PageScorer::prepare(const PageBounds& bounds, const Paging& paging, const Query& query, int64_t b, int64_t h,
+                         Arena& arena) {
+  bounds_ = &bounds;
+  paging_ = &paging;
+  b_ = b;
+  h_ = h;
+  rows_ = query.rows;
+  finite_ = true;
+  const int64_t dim = bounds.head_dim, padded = round_up(rows_, kRowPad);
+  q_ = arena.take<float>(padded * 2 * dim);
+  total_ = arena.take<float>(padded);
+  std::fill(q_, q_ + padded * 2 * dim, 0.0f);
+  float* natural = arena.take<float>(dim);
+  for (int64_t r = 0; r < rows_; ++r) {
+    query.load(b, h, r, natural);
+    total_[r] = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      const float x = natural[d];
+      q_[r * 2 * dim + d] = x > 0 ? 0 : x;
+      q_[r * 2 * dim + dim + d] = x < 0 ? 0 : x;
+      total_[r] += x;
+      finite_ = finite_ && std::isfinite(x);
+    }
+  }
+}
+
+void PageScorer::score(int64_t part, SoftmaxRows& softmax) const {
+  const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
+  constexpr int64_t kBlock = 64;
+  const int64_t length = 2 * bounds_->head_dim, bytes = length * bounds_->kernels->element_size;
+  const void* rows[kBlock];
+  uint32_t pairs[kBlock];
+  float decoded[512];  // one page's bounds, for queries with Inf or NaN: 0 * Inf must not arise from a code of 0
+  for (int64_t begin = range.begin; begin < range.end; begin += kBlock) {
+    const int64_t n = std::min(kBlock, range.end - begin);
+    for (int64_t i = 0; i < round_up(n, kLanes); ++i) {
+      const int64_t block = paging_->page(b_, begin + std::min(i, n - 1)) * bounds_->kv_heads + h_;
+      rows[i] = bounds_->bounds + block * bytes;
+      if (bounds_->scale != nullptr) pairs[i] = bounds_->scale[block];
+    }
+    if (bounds_->scale != nullptr && !finite_) {
+      for (int64_t i = 0; i < n; ++i) {
+        const VecF scale = (VecF)(VecU{} + (pairs[i] << 16)), zero = (VecF)(VecU{} + (pairs[i] & 0xffff0000u));
+        for (int64_t d = 0; d < length; ++d)
+          decoded[d] = static_cast<const uint8_t*>(rows[i])[d] * scale[0] + zero[0];
+        for (int64_t r = 0; r < rows_; ++r) {
+          float sum = 0;
+          for (int64_t d = 0; d < length; ++d) sum += q_[r * length + d] * decoded[d];
+          softmax.logits(r)[begin + i] = sum;
+        }
+      }
+      continue;
+    }
+    bounds_->kernels->dot(rows, n, length, q_, rows_, softmax.logits(0) + begin, softmax.stride());
+    if (bounds_->scale == nullptr) continue;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const VecU pair = load<VecU>(pairs + i);
+      const VecF scale = (VecF)(pair << 16), zero = (VecF)(pair & 0xffff0000u);
+      for (int64_t r = 0; r < rows_; ++r) {
+        float* l = softmax.logits(r) + begin + i;
+        store(l, scale * load(l) + zero * total_[r]);
+      }
+    }
+  }
+}
+
+namespace {
+
+struct SelectPagesCall {
+  const Query& query;
+  const PageBounds& bounds;
+  const Paging& paging;
+  const Budget& budget;
+  int64_t capacity;
+  int32_t *indices, *counts;
+};
+
+class SelectPagesRow : public SelectionRow {
+ public:
+  void prepare(const SelectPagesCall& call, int64_t row, Arena& arena) {
+    const int64_t kv_heads = call.query.kv_heads, b = row / kv_heads, h = row % kv_heads;
+    start(TopK(call.budget, h, call.paging.length(b), call.paging.page_size, call.capacity), call.query.rows,
+          /*keep_logits=*/false, arena);
+    write_to(call.indices + row * call.capacity, call.counts + row, call.capacity);
+    if (!takes_all()) use_pages(call.bounds, call.paging, call.query, b, h, arena);
+  }
+};
+
+std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const Tensor& page_bounds, const OptionalTensor& bounds_scale,
+                                        const Tensor& page_table, const Tensor& seq_lens, int64_t page_size,
+                                        int64_t token_budget, double budget_fraction, double sm_scale,
+                                        int64_t sink_tokens, int64_t recent_tokens,
+                                        const OptionalTensor& head_token_budget) {
+  Checker check("select_pages", q);
+  check.query(q);
+  check.bounds(page_bounds, bounds_scale);
+  check.bind("S", page_size);
+  check.geometry();
+  check.paging(page_table, seq_lens);
+  check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
+  check.scale(sm_scale);
+
+  const Query query(q, page_bounds.size(1), sm_scale);
+  const PageBounds bounds(page_bounds, bounds_scale);
+  const Paging paging(page_table, seq_lens, page_bounds.size(0), page_size);
+  const Budget budget(token_budget, budget_fraction, sink_tokens, recent_tokens, query.query_tokens, head_token_budget);
+  const int64_t capacity = page_capacity(paging.max_pages, page_size, query.query_tokens, token_budget, budget_fraction,
+                                         sink_tokens, recent_tokens);
+  Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
+  Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
+  const SelectPagesCall call{
+      query, bounds, paging, budget, capacity, indices.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>()};
+  run_rows<SelectPagesRow>(call, query.batch * query.kv_heads);
+  return {indices, counts};
+}
+
+}  // namespace
+}  // namespace twilight
+
+STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("select_pages", TORCH_BOX(&twilight::select_pages)); }

@@ -1,0 +1,115 @@
+// twilight::select_tokens. Rows (sequence, KV head) in parallel; a row scores all its tokens, then ranks them.
+#include "select_tokens.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "selection.h"
+
+namespace twilight {
+
+namespace {
+
+// Positions of one part of a softmax, as places in memory.
+struct PartRefs {
+  static constexpr int64_t kTokens = SoftmaxRows::kPartItems;
+  static_assert(kTokens % ShadowQuery::kPad == 0);
+
+  PartRefs(const Paging& paging, int64_t b, const int32_t* positions, Range range)
+      : refs{page, slot}, count(range.end - range.begin) {
+    refs.fill(paging, b, positions == nullptr ? nullptr : positions + range.begin, range.begin, count,
+              round_up(count, ShadowQuery::kPad));
+  }
+
+  int32_t page[kTokens], slot[kTokens];
+  TokenRefs refs;
+  int64_t count;
+};
+
+}  // namespace
+
+void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
+                   uint32_t* pairs) {
+  const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
+  const PartRefs tokens(paging, b, nullptr, range);
+  query.logits(ShadowQuery::kPrefix, tokens.refs, tokens.count, pairs + range.begin, softmax.logits(0) + range.begin,
+               softmax.stride());
+}
+
+void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const int32_t* positions, int64_t part,
+                 const PrefixLogits& known, SoftmaxRows& softmax) {
+  const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
+  const PartRefs tokens(paging, b, positions, range);
+  uint32_t pairs[PartRefs::kTokens];
+  float* out = softmax.logits(0) + range.begin;
+  if (known.logits == nullptr)
+    return query.logits(ShadowQuery::kBoth, tokens.refs, tokens.count, pairs, out, softmax.stride());
+
+  for (int64_t i = 0; i < tokens.count; i += kLanes) {
+    VecI position = {};
+    std::memcpy(&position, positions + range.begin + i, std::min<int64_t>(kLanes, tokens.count - i) * sizeof(int32_t));
+    store(pairs + i, gather(known.pairs, position));
+    for (int64_t r = 0; r < softmax.rows(); ++r)
+      store(out + r * softmax.stride() + i,
+            gather(reinterpret_cast<const uint32_t*>(known.logits + r * known.stride), position));
+  }
+  query.logits(ShadowQuery::kTail, tokens.refs, tokens.count, pairs, out, softmax.stride());
+}
+
+namespace {
+
+struct SelectTokensCall {
+  const Query& query;
+  const Shadow& shadow;
+  const Paging& paging;
+  const Budget& budget;
+  int64_t capacity;
+  int32_t *indices, *counts;
+};
+
+class SelectTokensRow : public SelectionRow {
+ public:
+  void prepare(const SelectTokensCall& call, int64_t row, Arena& arena) {
+    const int64_t kv_heads = call.query.kv_heads, b = row / kv_heads, h = row % kv_heads;
+    start(TopK(call.budget, h, call.paging.length(b), 1, call.capacity), call.query.rows, /*keep_logits=*/false, arena);
+    write_to(call.indices + row * call.capacity, call.counts + row, call.capacity);
+    if (takes_all()) return;
+    query_.prepare(call.shadow, call.query, b, h, arena);
+    use_tokens(query_, call.paging, b, arena);
+  }
+
+ private:
+  ShadowQuery query_;
+};
+
+std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant, const Tensor& k_scale,
+                                         const Tensor& channel_order, const Tensor& prefix_channels,
+                                         const Tensor& page_table, const Tensor& seq_lens, int64_t token_budget,
+                                         double budget_fraction, double sm_scale, int64_t sink_tokens,
+                                         int64_t recent_tokens, const OptionalTensor& head_token_budget) {
+  Checker check("select_tokens", q);
+  check.query(q);
+  check.shadow(k_quant, k_scale, channel_order, prefix_channels);
+  check.geometry();
+  check.paging(page_table, seq_lens);
+  check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
+  check.scale(sm_scale);
+
+  const Shadow shadow(k_quant, k_scale, channel_order, prefix_channels);
+  const Query query(q, shadow.kv_heads, sm_scale);
+  const Paging paging(page_table, seq_lens, shadow.num_pages, shadow.page_size);
+  const Budget budget(token_budget, budget_fraction, sink_tokens, recent_tokens, query.query_tokens, head_token_budget);
+  const int64_t capacity = token_capacity(paging.max_pages, shadow.page_size, query.query_tokens, token_budget,
+                                          budget_fraction, sink_tokens, recent_tokens);
+  Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
+  Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
+  const SelectTokensCall call{
+      query, shadow, paging, budget, capacity, indices.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>()};
+  run_rows<SelectTokensRow>(call, query.batch * query.kv_heads);
+  return {indices, counts};
+}
+
+}  // namespace
+}  // namespace twilight
+
+STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("select_tokens", TORCH_BOX(&twilight::select_tokens)); }

@@ -1,0 +1,24 @@
+// Token scores from the leading channels of the K shadow; see select_tokens.cpp.
+#pragma once
+
+#include "shadow.h"
+#include "softmax.h"
+
+namespace twilight {
+
+// Scores of all tokens that a selection leaves behind for the estimate of its candidates.
+struct PrefixLogits {
+  const float* logits = nullptr;  // [rows, stride]; null: none
+  int64_t stride = 0;
+  uint32_t* pairs = nullptr;  // (scale, zero) of each token
+};
+
+// Logits of a row's tokens 0 .. n - 1 from the leading channels, a part at a time.
+void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
+                   uint32_t* pairs);
+
+// Logits of a list of positions (null: 0 .. n - 1) from all channels, a part at a time, starting from `known` where there are any.
+void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const int32_t* positions, int64_t part,
+                 const PrefixLogits& known, SoftmaxRows& softmax);
+
+}  // namespace twilight

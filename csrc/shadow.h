@@ -1,0 +1,71 @@
+// Products of query rows with the 4-bit shadow of K.
+#pragma once
+
+#include "paged_kv.h"
+#include "parallel.h"
+
+namespace twilight {
+
+struct Shadow {
+  const uint32_t* codes;  // [P, Hkv, S * D / 8], eight codes a word
+  const uint32_t* scale;  // [P, Hkv, S], scale in the low half, zero in the high one
+  const int32_t* order;   // [Hkv, D]
+  const int32_t* prefix;  // [Hkv]
+  int64_t num_pages, kv_heads, page_size, head_dim;
+
+  Shadow(const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order, const Tensor& prefix_channels)
+      : codes(reinterpret_cast<const uint32_t*>(k_quant.const_data_ptr())),
+        scale(reinterpret_cast<const uint32_t*>(k_scale.const_data_ptr())),
+        order(channel_order.const_data_ptr<int32_t>()),
+        prefix(prefix_channels.const_data_ptr<int32_t>()),
+        num_pages(k_scale.size(0)),
+        kv_heads(k_scale.size(1)),
+        page_size(k_scale.size(2)),
+        head_dim(channel_order.size(1)) {}
+
+  int64_t prefix_words(int64_t h) const { return std::min<int64_t>(std::max(prefix[h], 0), head_dim) / 8; }
+  int64_t channel(int64_t h, int64_t j) const {
+    return std::min<int64_t>(std::max(order[h * head_dim + j], 0), head_dim - 1);
+  }
+};
+
+// The query rows of one KV head against its shadow. A logit is the sum of what the leading channels give and what the others give,
+// each `scale * (q . codes) + zero * sum(q)`, so that a selector's score is the first half of a candidate's estimate.
+class ShadowQuery {
+ public:
+  void prepare(const Shadow& shadow, const Query& query, int64_t b, int64_t h, Arena& arena);
+
+  enum Half { kPrefix, kTail, kBoth };
+
+  // out[r, i] = sm_scale * q_r . dequantised key of refs[i], or one half of it; kTail adds to what is there. refs, pairs and
+  // the rows of out are padded to kPad. `pairs` holds the tokens' (scale, zero): read with kTail, written otherwise.
+  void logits(Half half, const TokenRefs& refs, int64_t count, uint32_t* pairs, float* out, int64_t out_stride) const;
+
+  static constexpr int64_t kPad = 4 * kLanes;
+
+ private:
+  static constexpr int64_t kStage = 2 * kPad;  // tokens whose words are brought together before anything is computed
+
+  // The leading and the other words of kStage tokens, token-major.
+  struct Stage {
+    uint32_t prefix[kStage * 32 + kLanes], tail[kStage * 32 + kLanes];
+  };
+
+  void fill(Half half, Stage& stage, const TokenRefs& refs, int64_t count, uint32_t* pairs) const;
+  void multiply_all(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
+                    int64_t out_stride) const;
+  template <int kRows, int kBlocks>
+  void multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, int64_t first_row, float* out,
+                int64_t out_stride) const;
+  void one_by_one(Half half, const TokenRefs& refs, int64_t count, uint32_t* pairs, float* out,
+                  int64_t out_stride) const;
+
+  const Shadow* shadow_;
+  int64_t h_, rows_, prefix_words_, tail_words_;
+  float* q_;         // [rows, D] in channel order
+  float* totals_[2];  // [rows], sums of the leading and of the other channels
+  // Queries with Inf or NaN need each product on its own, since 0 * Inf must not arise from a code of 0.
+  bool one_by_one_;
+};
+
+}  // namespace twilight

@@ -1,0 +1,53 @@
+// The ranking shared by select_pages and select_tokens: sum of softmaxes over the group, then the best items.
+#pragma once
+
+#include "capacity.h"
+#include "softmax.h"
+
+namespace twilight {
+
+// What decides the length of a selection.
+struct Budget {
+  int64_t token_budget, sink_tokens, recent_tokens, query_tokens;
+  double budget_fraction;
+  const int32_t* head_token_budget;  // [Hkv] or null
+
+  Budget(int64_t token_budget, double budget_fraction, int64_t sink_tokens, int64_t recent_tokens, int64_t query_tokens,
+         const OptionalTensor& head_token_budget)
+      : token_budget(token_budget),
+        sink_tokens(sink_tokens),
+        recent_tokens(recent_tokens),
+        query_tokens(query_tokens),
+        budget_fraction(budget_fraction),
+        head_token_budget(head_token_budget.has_value() ? head_token_budget->const_data_ptr<int32_t>() : nullptr) {}
+
+  int64_t tokens(int64_t h, int64_t length) const {
+    if (head_token_budget != nullptr) return std::max(head_token_budget[h], 0);
+    return std::max(token_budget, static_cast<int64_t>(std::ceil(static_cast<double>(length) * budget_fraction)));
+  }
+};
+
+// One row's items, each of `unit` tokens: which are taken whatever they score, and how many in all.
+struct TopK {
+  int64_t items, front, back, count;  // 0..front and back..items are forced
+
+  TopK() = default;
+  TopK(const Budget& budget, int64_t h, int64_t length, int64_t unit, int64_t capacity)
+      : items(ceil_div(length, unit)),
+        front(std::min(items, ceil_div(std::min(budget.sink_tokens, length), unit))) {
+    const int64_t newest = length - std::min(length, std::max(budget.recent_tokens, budget.query_tokens));
+    back = std::max(front, newest / unit);
+    const int64_t wanted = ceil_div(std::min(budget.tokens(h, length), length), unit);
+    count = std::min({std::max(wanted, front + items - std::min(items, back)), items, capacity});
+  }
+
+  bool takes_all() const { return count == items; }
+
+  // Scores the items [part * kPartItems ..]: scores[i] = sum over rows of softmax.
+  static void add_rows(const SoftmaxRows& softmax, int64_t part, float* scores);
+
+  // Writes the `count` taken items in ascending order; `out` has room for a register more.
+  void choose(const float* scores, int32_t* out, Arena& arena) const;
+};
+
+}  // namespace twilight

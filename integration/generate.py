@@ -1,0 +1,413 @@
+"""A generation loop on static buffers: compiled step, CUDA graph replay, no host read a step."""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import counters
+from transformers.cache_utils import Cache
+
+from ..config import TwilightConfig
+from ..ops._checks import MAX_QUERY_TOKENS
+from ..report import BudgetReport
+from .cache import TwilightCache
+from .cuda_graph import WARMUP_STEPS, CapturedStep
+
+CAPTURES = ("cuda_graph", "compile", "eager")
+MAX_END_TOKENS = 8
+# Reading whether all sequences have ended makes the host wait for the device, so it is done once in this many steps.
+STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; without it the most likely one is taken.
+
+    Args:
+        temperature: > 0.
+        top_k: tokens kept, 0 for all.
+        top_p: share of probability kept, 0 < top_p <= 1.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0.0:
+            raise ValueError(f"Sampling: temperature: expected > 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"Sampling: top_k: expected >= 0, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"Sampling: top_p: expected 0 < top_p <= 1, got {self.top_p}")
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """One token a row of logits [B, V], on the device, in fixed shapes."""
+        logits = logits.float() / self.temperature
+        if self.top_k:
+            least = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        if self.top_p < 1.0:
+            ranked = logits.sort(dim=-1, descending=True)
+            probability = ranked.values.softmax(-1)
+            # A token stays while the mass before it is below top_p, so the first one always does.
+            surplus = probability.cumsum(-1) - probability >= self.top_p
+            logits = ranked.values.masked_fill(surplus, float("-inf")).gather(-1, ranked.indices.argsort(-1))
+        # The largest of p / Exponential(1) is a draw from p, without the host read of torch.multinomial.
+        noise = -torch.log1p(-torch.rand_like(logits))
+        return (logits.softmax(-1) / noise.clamp(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
+
+
+@dataclass
+class Generation:
+    """New tokens and what making them took.
+
+    Args:
+        tokens: [B, N] int64, the prompt left out; padding after a sequence's end.
+        lengths: [B] int64, tokens of each sequence up to and including its end token.
+        prefill_s: seconds for the prompt.
+        warmup_s: seconds for the first steps, which compile and capture.
+        ms_per_token: milliseconds a step after the warm-up; NaN where there was none.
+        steps: decode steps run.
+        capture: "cuda_graph", "compile" or "eager".
+        graphs, breaks, recompiles: of the compiled step since the decoder was made.
+        budget: the cache's budget report; None for a cache that keeps none.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    prefill_s: float
+    warmup_s: float
+    ms_per_token: float
+    steps: int
+    capture: str
+    graphs: int
+    breaks: int
+    recompiles: int
+    budget: BudgetReport | None
+
+
+class Decoder:
+    """Decodes with one model and one cache, again and again: after `cache.reset()` the same graph serves the next prompt.
+
+    Args:
+        model: a transformers causal language model.
+        cache: a `TwilightCache` (attn_implementation="twilight"), or any compileable cache for comparison.
+        batch_size: sequences.
+        sampling: None takes the most likely token.
+        eos_token_ids: tokens that end a sequence; None takes the model's, () never stops.
+        pad_token_id: what follows the end.
+        capture: "cuda_graph" (the default on a GPU; compiled, then recorded), "compile" (the default elsewhere) or "eager".
+    """
+
+    def __init__(
+        self,
+        model,
+        cache: Cache,
+        batch_size: int = 1,
+        sampling: Sampling | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        capture: str | None = None,
+    ):
+        device = model.device
+        self.model, self.cache, self.sampling = model, cache, sampling
+        self.device = device
+        self.capture = capture or ("cuda_graph" if device.type == "cuda" else "compile")
+        if self.capture not in CAPTURES:
+            raise ValueError(f"generate: capture: expected one of {', '.join(CAPTURES)}, got {capture!r}")
+        if self.capture == "cuda_graph" and device.type != "cuda":
+            raise ValueError(f'generate: capture: expected "compile" or "eager" on {device.type}, got "cuda_graph"')
+        if isinstance(cache, TwilightCache) and model.config._attn_implementation != "twilight":
+            raise ValueError(
+                f'generate: model: expected attn_implementation="twilight" for a TwilightCache, got "{model.config._attn_implementation}"'
+            )
+        if eos_token_ids is None:
+            eos = model.generation_config.eos_token_id
+            eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if pad_token_id is None:
+            pad_token_id = model.generation_config.pad_token_id
+            pad_token_id = pad_token_id if pad_token_id is not None else eos_token_ids[0] if eos_token_ids else 0
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            tensor = torch.zeros(shape, dtype=dtype, device=device)
+            torch._dynamo.mark_static_address(tensor)
+            return tensor
+
+        with torch.inference_mode(False):
+            self.token = buffer(batch_size, 1)  # fed by the next step
+            self.position = buffer(batch_size, 1)  # where it goes
+            self.finished = buffer(batch_size, dtype=torch.bool)
+            self.output = buffer(batch_size, cache.get_max_length())
+            self.count = buffer(1)  # tokens written to `output`
+            self.eos = buffer(MAX_END_TOKENS)
+        self.stop_at(eos_token_ids)
+        self.graphs = self.breaks = 0
+        self.step = self._make_step()  # one decode step on the buffers, as captured
+        self._steps_run = 0
+
+    def stop_at(self, eos_token_ids: Sequence[int]) -> None:
+        """Changes the tokens that end a sequence; () never stops. The graph stays: it reads them from a buffer."""
+        if len(eos_token_ids) > MAX_END_TOKENS:
+            raise ValueError(f"generate: eos_token_ids: expected at most {MAX_END_TOKENS}, got {len(eos_token_ids)}")
+        self.stops = len(eos_token_ids) > 0
+        padded = [*eos_token_ids, *[-1] * (MAX_END_TOKENS - len(eos_token_ids))]
+        self.eos.copy_(torch.tensor(padded))
+
+    def _make_step(self) -> Callable[[], None]:
+        if self.capture == "eager":
+            return self.step_eager
+        inductor = lookup_backend("inductor")
+
+        def backend(graph: torch.fx.GraphModule, example_inputs: list):
+            self.graphs += 1
+            return inductor(graph, example_inputs)
+
+        # The compiler keeps its graphs by code object: with one of its own, a decoder neither counts as a recompile of the last one nor
+        # uses up its recompile limit.
+        function = type(self).step_eager
+        own = types.FunctionType(function.__code__.replace(co_name=f"decode_step_{id(self):x}"), function.__globals__)
+        compiled = torch.compile(types.MethodType(own, self), backend=backend, fullgraph=True, dynamic=False)
+        return CapturedStep(compiled, self.device) if self.capture == "cuda_graph" else compiled
+
+    def step_eager(self) -> None:
+        """One decode step: reads and writes only the static buffers and the cache."""
+        logits = self.model(input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True).logits
+        # A sequence that has ended stays where it is, so that padding never grows its cache.
+        self.position.add_((~self.finished).long()[:, None])
+        self._emit(logits[:, -1])
+
+    def _emit(self, logits: Tensor) -> None:
+        """Chooses the next token from logits [B, V], records it and makes it the next input."""
+        token = logits.argmax(-1) if self.sampling is None else self.sampling.draw(logits)
+        token = torch.where(self.finished, self.pad_token_id, token)
+        self.finished.logical_or_((token[:, None] == self.eos).any(-1))
+        self.output.index_copy_(1, self.count, token[:, None])
+        self.count.add_(1)
+        self.token.copy_(token[:, None])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 128,
+        prefill_chunk: int | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
+        steps_between_checks: int | None = None,
+    ) -> Generation:
+        """Generates after `input_ids`, which follow whatever the cache already holds.
+
+        Afterwards the cache holds everything but each sequence's last token: start the next turn's input with it.
+
+        Args:
+            input_ids: [B, T] int64. attention_mask: [B, T], 0 for padding on either side; None: no padding.
+            max_new_tokens: at least 1.
+            prefill_chunk: tokens of the prompt a forward; None: all at once. The first chunk is what a shadow prefix is calibrated from.
+            on_prefill: called with (tokens done, tokens in all) before the first chunk and after every layer, whose share of a chunk counts
+                as so many tokens.
+            on_tokens: called with each run of new tokens [B, n] as it is known.
+            steps_between_checks: steps between calls of on_tokens and looks at whether all sequences have ended.
+
+        Raises:
+            ValueError: the prompt and the new tokens do not fit; the cache is as before.
+        """
+        cache, device = self.cache, self.device
+        ids, positions, prompt_lens = self._place_prompt(input_ids, attention_mask, max_new_tokens)
+        every = steps_between_checks or STEPS_BETWEEN_CHECKS.get(device.type, 1)
+
+        start = self._now()
+        logits = self._forward_prompt(ids, positions, prefill_chunk, on_prefill)
+        self.finished.zero_()
+        self.count.zero_()
+        self.position.copy_(prompt_lens[:, None])
+        self._emit(logits)
+        prefill_s = self._now() - start
+        if on_tokens is not None:
+            on_tokens(self.output[:, :1].clone())
+
+        seen = cache.get_seq_length() + 0
+        breaks_before = _graph_breaks()
+        warmup = 0 if self._steps_run > WARMUP_STEPS else WARMUP_STEPS + 1 - self._steps_run
+        start = warm = time.perf_counter()
+        steps = reported = 0
+        for step in range(1, max_new_tokens):
+            if self.stops and (step - 1) % every == 0 and bool(self.finished.all()):
+                break
+            self.step()
+            steps = step
+            if step == warmup:
+                warm = self._now()
+            if on_tokens is not None and (step % every == 0 or step == max_new_tokens - 1):
+                on_tokens(self.output[:, reported + 1 : step + 1].clone())
+                reported = step
+        end = self._now()
+        self._steps_run += steps
+        self.breaks += _graph_breaks() - breaks_before
+
+        tokens, lengths = self._collect(steps + 1)
+        if isinstance(cache, TwilightCache):
+            cache.live_seq_lens.copy_(prompt_lens + lengths - 1)
+            cache.seen.copy_(seen + tokens.shape[1] - 1)
+        timed = steps - warmup
+        return Generation(
+            tokens=tokens,
+            lengths=lengths,
+            prefill_s=prefill_s,
+            warmup_s=warm - start,
+            ms_per_token=(end - warm) / timed * 1e3 if timed > 0 else float("nan"),
+            steps=steps,
+            capture=self.capture,
+            graphs=self.graphs,
+            breaks=self.breaks,
+            recompiles=max(0, self.graphs - 1),
+            budget=cache.budget_report() if isinstance(cache, TwilightCache) else None,
+        )
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prefill_chunk: int | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Puts `input_ids` into the cache and generates nothing; returns the logits [B, V] after the last token."""
+        ids, positions, _ = self._place_prompt(input_ids, attention_mask, 1)
+        return self._forward_prompt(ids, positions, prefill_chunk, on_prefill)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _place_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Moves padding to the left; returns tokens and positions [B, T] (-1 for padding) and the lengths after the prompt [B]."""
+        if input_ids.dim() != 2 or input_ids.shape[0] != self.batch_size or input_ids.shape[1] == 0:
+            raise ValueError(f"generate: input_ids: expected shape [{self.batch_size}, T] with T >= 1, got {list(input_ids.shape)}")
+        if max_new_tokens < 1:
+            raise ValueError(f"generate: max_new_tokens: expected >= 1, got {max_new_tokens}")
+        ids = input_ids.to(self.device)
+        mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(self.device).bool()
+        if mask.shape != ids.shape:
+            raise ValueError(f"generate: attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
+        counts = mask.sum(1)
+        if isinstance(self.cache, TwilightCache):
+            cached = self.cache.live_seq_lens if self.cache.filled else torch.zeros_like(counts)
+            if cached.shape[0] != self.batch_size:
+                raise ValueError(f"generate: input_ids: expected the {cached.shape[0]} sequences already cached, got {self.batch_size}")
+        else:
+            cached = torch.zeros_like(counts) + self.cache.get_seq_length()
+            if not mask.all():
+                raise ValueError("generate: attention_mask: expected no padding, which only a TwilightCache places, got some")
+        if int(counts.min()) == 0:
+            raise ValueError("generate: attention_mask: expected at least 1 token a sequence, got a row of padding")
+        lens = cached.long() + counts
+        longest, room = int(lens.max()), self.cache.get_max_length()
+        if longest + max_new_tokens > room:
+            raise ValueError(
+                f"generate: input_ids: expected prompt and new tokens to fit max_cache_len = {room}, "
+                f"got {longest} + {max_new_tokens} = {longest + max_new_tokens}"
+            )
+        order = mask.long().argsort(dim=1, stable=True)  # padding first, tokens in their order
+        columns = torch.arange(ids.shape[1], device=self.device) - (ids.shape[1] - counts)[:, None]
+        return ids.gather(1, order), torch.where(columns >= 0, columns + cached[:, None], -1), lens
+
+    def _forward_prompt(self, ids: Tensor, positions: Tensor, chunk: int | None, on_prefill: Callable[[int, int], None] | None) -> Tensor:
+        """Forwards the prompt; returns the logits [B, V] after its last token."""
+        total = ids.shape[1]
+        if chunk is not None and chunk <= MAX_QUERY_TOKENS:
+            raise ValueError(f"generate: prefill_chunk: expected > {MAX_QUERY_TOKENS}, got {chunk}")
+        if on_prefill is not None:
+            on_prefill(0, total)
+        begin, logits = 0, None
+        while begin < total:
+            end = total if chunk is None else min(total, begin + chunk)
+            # A tail of a few tokens would be taken for a decode step, and pruned.
+            end = total if total - end <= MAX_QUERY_TOKENS else end
+            part = slice(begin, end)
+
+            def report(layers: int, of: int, begin: int = begin, end: int = end) -> None:
+                on_prefill(begin + (end - begin) * layers // of, total)
+
+            with nullcontext() if on_prefill is None else layer_progress(self.model, report):
+                logits = self.model(
+                    input_ids=ids[:, part], position_ids=positions[:, part], past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                ).logits[:, -1]
+            begin = end
+        return logits
+
+    def _collect(self, written: int) -> tuple[Tensor, Tensor]:
+        """The tokens written by this call, cut after the last sequence's end, and each sequence's length."""
+        tokens = self.output[:, :written].clone()
+        if not self.stops:
+            return tokens, torch.full((tokens.shape[0],), written, dtype=torch.int64, device=self.device)
+        ends = (tokens[..., None] == self.eos).any(-1)
+        lengths = torch.where(ends.any(1), ends.long().argmax(1) + 1, written)
+        return tokens[:, : int(lengths.max())], lengths
+
+
+@contextmanager
+def layer_progress(model, report: Callable[[int, int], None]) -> Iterator[None]:
+    """Calls report(layers done, layers in all) after every decoder layer of the forwards inside."""
+    layers = model.get_decoder().layers
+
+    def hook(done: int) -> Callable[..., None]:
+        return lambda *_: report(done, len(layers))
+
+    handles = [layer.register_forward_hook(hook(index + 1)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _graph_breaks() -> int:
+    return sum(counters["graph_break"].values())
+
+
+def generate(
+    model,
+    input_ids: Tensor,
+    config: TwilightConfig | None = None,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 128,
+    max_cache_len: int | None = None,
+    cache: TwilightCache | None = None,
+    sampling: Sampling | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    capture: str | None = None,
+    prefill_chunk: int | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> Generation:
+    """Generates from a prompt with Twilight attention; make a `Decoder` to serve many prompts with one graph.
+
+    Args:
+        model: a transformers causal language model with attn_implementation="twilight".
+        input_ids: [B, T] int64. attention_mask: [B, T], 0 for padding on either side.
+        config: selector, p, page size; not with `cache`.
+        max_cache_len: tokens a sequence; None: as many as this call needs.
+        cache: continue on this cache instead of a new one.
+        capture, eos_token_ids, pad_token_id, sampling: see `Decoder`.
+        max_new_tokens, prefill_chunk, on_prefill, on_tokens: see `Decoder.generate`.
+    """
+    if cache is not None and config is not None:
+        raise ValueError("generate: config: expected None together with cache, got a TwilightConfig")
+    if cache is None:
+        room = input_ids.shape[-1] + max_new_tokens if max_cache_len is None else max_cache_len
+        cache = TwilightCache(model.config, config, max_batch_size=input_ids.shape[0], max_cache_len=room)
+    decoder = Decoder(model, cache, input_ids.shape[0], sampling, eos_token_ids, pad_token_id, capture)
+    return decoder.generate(input_ids, attention_mask, max_new_tokens, prefill_chunk, on_prefill, on_tokens)

@@ -1,0 +1,424 @@
+// Just enough CUDA to run the fused decode kernel on a CPU: the twin of csrc/hopper.cuh and of the runtime headers it
+// includes.
+//
+// Every CUDA thread is a fiber of one OS thread. A fiber runs until it reaches a collective (a shuffle, a matrix
+// product, a barrier), so the lanes of a warp drift as far apart as the memory model lets them. Warps and blocks take
+// turns in a seeded random order. Shared memory starts as NaNs. A collective that not all its threads reach, or that
+// they reach at different calls, ends the process with a message. Compiled with -fsanitize=thread, ThreadSanitizer sees
+// the fibers and the barriers, and reports every race in shared and global memory.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
+#define EMULATOR_OWN __attribute__((no_sanitize("thread")))  // bookkeeping of the emulator, not the kernel's memory
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <typename To, typename From>
+inline To emulated_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To out;
+  memcpy(&out, &x, sizeof(To));
+  return out;
+}
+inline float __int_as_float(int x) { return emulated_bits<float>(x); }
+inline float __uint_as_float(uint32_t x) { return emulated_bits<float>(x); }
+inline uint32_t __float_as_uint(float x) { return emulated_bits<uint32_t>(x); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline float __log2f(float x) { return std::log2(x); }
+using std::isnan;
+using std::max;
+using std::min;
+
+struct __half {
+  uint16_t bits = 0;
+  __half() = default;
+  explicit __half(float x) : bits(emulated_bits<uint16_t>(static_cast<_Float16>(x))) {}
+};
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat16 {
+  uint16_t bits = 0;
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float x) {
+    const uint32_t wide = emulated_bits<uint32_t>(x);
+    bits = std::isnan(x) ? 0x7fff : static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+  }
+};
+inline __half __float2half_rn(float x) { return __half(x); }
+inline float __half2float(__half x) { return static_cast<float>(emulated_bits<_Float16>(x.bits)); }
+inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
+inline float __bfloat162float(__nv_bfloat16 x) { return emulated_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+namespace emulated {
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "cuda emulator: %s\n", what);
+  abort();
+}
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  unsigned generation = 0;
+  const char* call = nullptr;
+};
+
+struct Block {
+  std::unique_ptr<char[]> memory;
+  char* shared;
+  size_t bytes;
+  int index, rank;
+  Barrier barrier;
+  int any[2] = {};
+};
+
+struct Warp {
+  Block* block;
+  Barrier barrier;
+  uint32_t exchange[2][32][8];  // a collective's operands, two collectives deep
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Warp* warp;
+  int index, lane;
+  unsigned collectives = 0, block_votes = 0;
+  bool done = false;
+  const Barrier* waits_for = nullptr;
+  unsigned waits_generation = 0;
+  void* fiber = nullptr;
+};
+
+struct Machine {
+  int cluster_blocks = 1;
+  Barrier cluster_barrier;
+  std::vector<std::unique_ptr<Block>> blocks;
+  Thread* running = nullptr;
+  ucontext_t scheduler;
+  void* scheduler_fiber = nullptr;
+  std::function<void()> kernel;
+};
+
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
+inline Thread& self() { return *machine().running; }
+inline Block& block() { return *self().warp->block; }
+
+// Gives the processor to a fiber, or back to the scheduler, without ordering their memory accesses.
+inline void switch_to(ucontext_t& from, ucontext_t& to, [[maybe_unused]] void* fiber) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&from, &to);
+}
+
+EMULATOR_OWN inline void arrive_and_wait(Barrier& barrier, const char* call) {
+#ifdef __SANITIZE_THREAD__
+  struct Order {
+    Barrier& barrier;
+    explicit Order(Barrier& b) : barrier(b) { __tsan_release(&barrier); }
+    ~Order() { __tsan_acquire(&barrier); }
+  } order(barrier);
+#endif
+  if (barrier.arrived > 0 && strcmp(barrier.call, call) != 0) fail("threads meet at different collectives");
+  barrier.call = call;
+  Thread& thread = self();
+  thread.waits_generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  thread.waits_for = &barrier;
+  switch_to(thread.context, machine().scheduler, machine().scheduler_fiber);
+}
+
+// Every lane gives up to eight words and sees those of all lanes.
+template <typename... Words>
+inline const uint32_t (&exchange(const char* call, Words... words))[32][8] {
+  Thread& thread = self();
+  auto& slots = thread.warp->exchange[thread.collectives++ % 2];
+  const uint32_t own[] = {words...};
+  std::copy(std::begin(own), std::end(own), slots[thread.lane]);
+  arrive_and_wait(thread.warp->barrier, call);
+  return slots;
+}
+
+template <typename V>
+inline V take_from(const char* call, V value, int lane) {
+  uint32_t words[2] = {};
+  memcpy(words, &value, sizeof(V));
+  const auto& slots = exchange(call, words[0], words[1]);
+  memcpy(&value, slots[lane], sizeof(V));
+  return value;
+}
+
+struct Index {
+  int x;
+};
+inline Index thread_index() { return {self().index}; }
+inline Index block_index() { return {block().index}; }
+
+// Orders what comes before the kernel and after it with its threads.
+inline void order_with_kernel() {
+#ifdef __SANITIZE_THREAD__
+  __tsan_acquire(&machine());
+  __tsan_release(&machine());
+#endif
+}
+
+EMULATOR_OWN inline void enter() {
+  order_with_kernel();
+  machine().kernel();
+  order_with_kernel();
+  self().done = true;
+  switch_to(self().context, machine().scheduler, machine().scheduler_fiber);
+}
+
+// Runs one cluster to its end; `first_block` is the grid index of its first block.
+EMULATOR_OWN inline void run_cluster(int first_block, int blocks, int threads, size_t shared_bytes, unsigned seed,
+                                     const std::function<void()>& kernel) {
+  Machine& m = machine();
+  m.cluster_blocks = blocks;
+  m.cluster_barrier = {blocks * threads};
+  m.kernel = kernel;
+  m.blocks.clear();
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::unique_ptr<Thread>> fibers;
+  constexpr size_t kStack = 64 * 1024;
+  for (int b = 0; b < blocks; ++b) {
+    auto block = std::make_unique<Block>();
+    block->memory = std::make_unique<char[]>(shared_bytes + 16);
+    block->shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block->memory.get()) + 15) & ~uintptr_t{15});
+    block->bytes = shared_bytes;
+    memset(block->shared, 0xff, shared_bytes);
+    block->index = first_block + b;
+    block->rank = b;
+    block->barrier.expected = threads;
+    for (int i = 0; i < threads; ++i) {
+      if (i % 32 == 0) {
+        warps.push_back(std::make_unique<Warp>());
+        warps.back()->block = block.get();
+        warps.back()->barrier.expected = 32;
+      }
+      auto thread = std::make_unique<Thread>();
+      thread->stack = std::make_unique<char[]>(kStack);
+      thread->warp = warps.back().get();
+      thread->index = i;
+      thread->lane = i % 32;
+      getcontext(&thread->context);
+      thread->context.uc_stack.ss_sp = thread->stack.get();
+      thread->context.uc_stack.ss_size = kStack;
+      thread->context.uc_link = nullptr;
+      makecontext(&thread->context, enter, 0);
+#ifdef __SANITIZE_THREAD__
+      thread->fiber = __tsan_create_fiber(0);
+#endif
+      fibers.push_back(std::move(thread));
+    }
+    m.blocks.push_back(std::move(block));
+  }
+#ifdef __SANITIZE_THREAD__
+  m.scheduler_fiber = __tsan_get_current_fiber();
+#endif
+  order_with_kernel();
+  std::mt19937 random(seed);
+  std::vector<size_t> order(warps.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  size_t left = fibers.size();
+  while (left > 0) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool any = false;
+    for (const size_t w : order) {
+      for (bool progress = true; progress;) {
+        progress = false;
+        for (size_t lane = 0; lane < 32; ++lane) {
+          Thread& thread = *fibers[w * 32 + lane];
+          if (thread.done || (thread.waits_for != nullptr && thread.waits_for->generation == thread.waits_generation))
+            continue;
+          thread.waits_for = nullptr;
+          m.running = &thread;
+          switch_to(m.scheduler, thread.context, thread.fiber);
+          progress = any = true;
+          left -= thread.done;
+        }
+      }
+    }
+    if (!any) fail("deadlock: a collective is not reached by all of its threads");
+  }
+  order_with_kernel();
+#ifdef __SANITIZE_THREAD__
+  for (const auto& thread : fibers) __tsan_destroy_fiber(thread->fiber);
+#endif
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::thread_index())
+#define blockIdx (emulated::block_index())
+#define dynamic_shared (emulated::block().shared)
+
+inline void __syncthreads() { emulated::arrive_and_wait(emulated::block().barrier, "__syncthreads"); }
+inline int __syncthreads_or(int predicate) {
+  emulated::Block& block = emulated::block();
+  int& any = block.any[emulated::self().block_votes++ % 2];
+  __atomic_fetch_or(&any, predicate != 0, __ATOMIC_RELAXED);
+  emulated::arrive_and_wait(block.barrier, "__syncthreads_or");
+  const int result = __atomic_load_n(&any, __ATOMIC_RELAXED);
+  emulated::arrive_and_wait(block.barrier, "__syncthreads_or, read");
+  __atomic_store_n(&any, 0, __ATOMIC_RELAXED);
+  return result;
+}
+inline void __syncwarp() { emulated::exchange("__syncwarp", 0u); }
+inline uint32_t __ballot_sync(uint32_t, bool predicate) {
+  const auto& slots = emulated::exchange("__ballot_sync", static_cast<uint32_t>(predicate));
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= slots[lane][0] << lane;
+  return bits;
+}
+template <typename V>
+inline V __shfl_sync(uint32_t, V value, int lane) {
+  return emulated::take_from("__shfl_sync", value, lane & 31);
+}
+template <typename V>
+inline V __shfl_xor_sync(uint32_t, V value, int mask) {
+  return emulated::take_from("__shfl_xor_sync", value, emulated::self().lane ^ mask);
+}
+template <typename V>
+inline V __shfl_up_sync(uint32_t, V value, int step) {
+  const int lane = emulated::self().lane;
+  return emulated::take_from("__shfl_up_sync", value, lane >= step ? lane - step : lane);
+}
+
+template <typename V, typename A>
+inline V atomicAdd(V* p, A amount) {
+  return __atomic_fetch_add(p, static_cast<V>(amount), __ATOMIC_RELAXED);
+}
+inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
+  uint32_t before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (before < value && !__atomic_compare_exchange_n(p, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
+template <typename V>
+inline V atomicExch(V* p, V value) {
+  return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
+}
+template <typename V>
+inline V __ldg(const V* p) {
+  return *p;
+}
+
+namespace twilight {
+
+inline float exp2_fast(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+
+inline uint4 load_stream(const void* p) {
+  uint4 v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline float operand(uint32_t packed, int half, __half) {
+  __half x;
+  x.bits = static_cast<uint16_t>(packed >> (16 * half));
+  return __half2float(x);
+}
+inline float operand(uint32_t packed, int half, __nv_bfloat16) {
+  __nv_bfloat16 x;
+  x.bits = static_cast<uint16_t>(packed >> (16 * half));
+  return __bfloat162float(x);
+}
+
+// mma.m16n8k16: lane (g, t) holds columns 2t, 2t + 1, 2t + 8, 2t + 9 of rows g and g + 8 of a, the same rows of column
+// g of b, and columns 2t, 2t + 1 of rows g and g + 8 of the sum.
+template <typename T>
+inline void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, T type) {
+  const auto& slots = emulated::exchange("mma", a0, a1, a2, a3, b0, b1);
+  const int g = emulated::self().lane >> 2, t = emulated::self().lane & 3;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+    double sum = acc[i];
+    for (int k = 0; k < 16; ++k) {
+      const int from = (k % 8) / 2, upper = k / 8;
+      const float a = operand(slots[(row % 8) * 4 + from][row / 8 + 2 * upper], k % 2, type);
+      const float b = operand(slots[column * 4 + from][4 + upper], k % 2, type);
+      sum += static_cast<double>(a) * b;
+    }
+    acc[i] = static_cast<float>(sum);
+  }
+}
+
+inline int cluster_blocks() { return emulated::machine().cluster_blocks; }
+inline int cluster_rank() { return emulated::block().rank; }
+inline void cluster_barrier() { emulated::arrive_and_wait(emulated::machine().cluster_barrier, "cluster_barrier"); }
+
+template <typename V>
+inline V* cluster_place(const V* p, int peer) {
+  const size_t offset = reinterpret_cast<const char*>(p) - emulated::block().shared;
+  if (peer < 0 || peer >= cluster_blocks()) emulated::fail("no such block in the cluster");
+  if (offset + sizeof(V) > emulated::block().bytes) emulated::fail("address outside shared memory");
+  return reinterpret_cast<V*>(emulated::machine().blocks[peer]->shared + offset);
+}
+template <typename V>
+inline V cluster_read(const V* p, int peer) {
+  V out;
+  memcpy(&out, cluster_place(p, peer), sizeof(V));
+  return out;
+}
+template <typename V>
+inline void cluster_write(V* p, int peer, V value) {
+  memcpy(cluster_place(p, peer), &value, sizeof(V));
+}
+
+}  // namespace twilight

@@ -1,0 +1,102 @@
+"""Random calls of the fused decode kernel, and what its results must be; shared by the emulated and the GPU tests."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from inputs import DecodeInputs, Shape, make_inputs, on_device
+from torch import Tensor
+
+from twilight_ops import capacity, reference
+from twilight_ops.kernels import fused
+
+
+def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
+    """Poisoned buffers for what a call reports beside its result."""
+    batch, kv_heads, device = len(inputs.seq_lens), inputs.num_kv_heads, inputs.q.device
+    return {
+        "kept_indices": torch.full((batch, kv_heads, inputs.max_tokens), 12345, dtype=torch.int32, device=device),
+        "kept_counts": torch.full((batch, kv_heads), 777, dtype=torch.int32, device=device),
+        "budget_counters": torch.zeros(kv_heads, capacity.COUNTER_COLUMNS, dtype=torch.int64, device=device),
+    }
+
+
+def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[DecodeInputs, dict, int]:
+    """A ragged call of random geometry, selector and pruner: (inputs, overrides, cluster size)."""
+    rng = random.Random(seed)
+    page_size = rng.choice([16, 16, 32, 64])
+    kv_heads, query_tokens = rng.choice([1, 2]), rng.choice([1, 1, 1, 2, 4])
+    group = rng.choice([g for g in (1, 2, 3, 4, 8) if g * query_tokens <= fused.MAX_ROWS])
+    longest = rng.choice([100, 700, longest])
+    lengths = tuple(
+        rng.choice([0, 1, page_size - 1, page_size, page_size + 1, rng.randint(1, longest), longest]) for _ in range(rng.choice([1, 2]))
+    )
+    shape = Shape(
+        lengths if max(lengths) else (5,),
+        kv_heads * group,
+        kv_heads,
+        rng.choice([64, 128]),
+        page_size,
+        query_tokens,
+        rng.choice([torch.bfloat16, torch.float16]),
+    )
+    inputs = make_inputs(shape, seed=seed, spread=rng.choice([3.7, 1.0, 8.0]), bounds_dtype="uint8")
+    if device != "cpu":
+        inputs = on_device(inputs, device)
+    overrides = {
+        "selector": rng.choice(["shadow_prefix", "shadow_prefix", "quest", "quest", "full", "dense"]),
+        "token_budget": rng.choice([1, 17, 64, 300]),
+        "budget_fraction": rng.choice([0.0, 0.125, 0.25]),
+        "top_p": rng.choice([0.85, 0.95, 0.5, 0.999, 1.0]),
+        "dense_below": rng.choice([0, 0, 64, 1000]),
+        "sink_tokens": rng.choice([0, 0, 4, 40]),
+        "recent_tokens": rng.choice([0, 0, 8, 70]),
+    }
+    if rng.random() < 0.2:
+        overrides["head_token_budget"] = torch.tensor(
+            [rng.choice([0, 5, 100, 2000]) for _ in range(kv_heads)], dtype=torch.int32, device=device
+        )
+    if rng.random() < 0.2:
+        levels = [[rng.uniform(0.5, 1.0) for _ in range(kv_heads * group)] for _ in shape.seq_lens]
+        overrides["top_p_per_head"] = torch.tensor(levels, device=device)
+    return inputs, overrides, rng.choice([1, 2, 4])
+
+
+def members(lists: dict[str, Tensor]) -> Tensor:
+    """Kept positions as booleans; checks that counts and pads agree with them."""
+    indices, counts = lists["kept_indices"], lists["kept_counts"]
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    assert torch.equal(used, indices >= 0), "positions first, then -1"
+    assert (indices[..., 1:] > indices[..., :-1])[used[..., 1:]].all(), "positions ascend"
+    member = torch.zeros(*indices.shape[:-1], indices.shape[-1] + 1, dtype=torch.bool, device=indices.device)
+    return member.scatter_(-1, indices.long().where(used, indices.shape[-1]), True)[..., :-1]
+
+
+def assert_as_reference(inputs: DecodeInputs, overrides: dict, run) -> None:
+    """`run(arguments)` gives the reference's sets, values and counters.
+
+    A set may differ where the reference itself differs between fp32 and fp64, by as many positions or by one that two roundings swap.
+    """
+    got, want = {**overrides, **observed(inputs)}, {**overrides, **observed(inputs)}
+    out, lse = run(inputs.arguments("decode_attention", **got))
+    want_out, want_lse = reference.decode_attention(**inputs.arguments("decode_attention", **want))
+    different = members(got) ^ members(want)
+    same = ~different.any(-1)
+    if not same.all():
+        wide = {**overrides, **observed(inputs)}
+        reference.decode_attention(**inputs.upcast().arguments("decode_attention", **wide))
+        assert different.sum() <= (members(wide) ^ members(want)).sum() + 2
+    same_rows = same.repeat_interleave(inputs.group_size, dim=1)[:, None].expand(lse.shape)
+    torch.testing.assert_close(lse[same_rows], want_lse[same_rows], rtol=1e-4, atol=1e-3, equal_nan=True)
+    rounding = torch.finfo(out.dtype).eps
+    got_rows, want_rows = out[same_rows].float(), want_out[same_rows].float()
+    torch.testing.assert_close(got_rows, want_rows, rtol=4 * rounding, atol=2 * rounding, equal_nan=True)
+    if same.all():
+        difference = (got["budget_counters"] - want["budget_counters"])[:, : capacity.COUNTER_HEADER].abs()
+        assert difference[:, capacity.COUNTER_MASS].max() <= 8 * len(inputs.seq_lens)  # units of 2**-20 a sequence
+        difference[:, capacity.COUNTER_MASS] = 0
+        assert difference.max() == 0
+        assert torch.equal(
+            got["budget_counters"][:, capacity.COUNTER_HEADER :].sum(1), want["budget_counters"][:, capacity.COUNTER_HEADER :].sum(1)
+        )

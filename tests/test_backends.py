@@ -1,0 +1,107 @@
+"""Which kernels serve: registration, the pure-PyTorch fallback, and an install without a compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from twilight_ops import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs in a process of its own: the backend is chosen once, at import.
+REPORT = """
+import json, torch, twilight_ops
+from twilight_ops import backends
+weights = torch.tensor([0.6, 0.3, 0.1, 0.0]).view(1, 1, 1, 4)
+indices, counts, mass = twilight_ops.prune_top_p(weights, torch.tensor([4], dtype=torch.int32), None, None, 1, 1, 0.85)
+try:
+    twilight_ops.prune_top_p(weights, torch.tensor([4], dtype=torch.int32), None, None, 1, 1, 2.0)
+    refused = ""
+except RuntimeError as error:
+    refused = str(error)
+has_kernel = {op: torch._C._dispatch_has_kernel_for_dispatch_key(f"twilight::{op}", "CPU") for op in backends.OPS}
+print(json.dumps({
+    "name": backends.CPU.name, "detail": backends.CPU.detail, "kept": indices.tolist(), "refused": refused,
+    "has_kernel": has_kernel, "file": twilight_ops.__file__,
+}))
+"""
+
+
+def report(cwd: Path, *flags: str, **environment: str) -> dict:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TWILIGHT_") and k != "PYTHONPATH"} | environment
+    done = subprocess.run([sys.executable, *flags, "-c", REPORT], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sources(destination: Path) -> Path:
+    """What is packaged, without built extensions, which a build would pick up again."""
+    destination.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, destination)
+    for name in ("twilight_ops", "integration", "csrc"):
+        shutil.copytree(ROOT / name, destination / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return destination
+
+
+def assert_works(found: dict) -> None:
+    assert found["kept"] == [[[0, 1, -1, -1]]]
+    assert found["refused"].startswith("twilight::prune_top_p: top_p: expected 0 < top_p <= 1, got 2")
+    assert all(found["has_kernel"].values()), found["has_kernel"]
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_every_operator_has_a_cpu_kernel_a_fake_and_the_layout_tag(op):
+    operator = getattr(torch.ops.twilight, op).default
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"twilight::{op}", "CPU")
+    assert torch.Tag.needs_exact_strides in operator.tags and torch.Tag.cudagraph_unsafe not in operator.tags
+    assert torch._library.simple_registry.singleton.find(f"twilight::{op}").fake_impl.kernel is not None
+
+
+def test_the_native_backend_serves_where_it_was_required():
+    if os.environ.get("TWILIGHT_NATIVE") != "required":
+        pytest.skip("TWILIGHT_NATIVE=required was not asked for")
+    assert backends.CPU.name == "native", backends.CPU.detail
+
+
+def test_the_reference_serves_when_asked_for():
+    found = report(ROOT, PYTHONPATH=str(ROOT), TWILIGHT_CPU_BACKEND="reference")
+    assert found["name"] == "reference" and "TWILIGHT_CPU_BACKEND" in found["detail"]
+    assert_works(found)
+
+
+def test_the_best_built_extension_serves_unless_told_otherwise():
+    found = report(ROOT, PYTHONPATH=str(ROOT))
+    assert (found["name"], found["detail"]) == (backends.CPU.name, backends.CPU.detail)
+    assert_works(found)
+
+
+def test_an_install_without_native_code_works_from_another_directory(tmp_path):
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), "."]
+    done = subprocess.run(
+        command, cwd=sources(tmp_path / "source"), env=os.environ | {"TWILIGHT_NATIVE": "0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list(target.rglob("_C_*")), "nothing may be compiled with TWILIGHT_NATIVE=0"
+    # -S: no .pth files, or the editable install of this checkout would lend its native extension.
+    path = os.pathsep.join(map(str, (target, Path(torch.__file__).parents[1])))
+    found = report(tmp_path, "-S", PYTHONPATH=path)
+    assert Path(found["file"]).is_relative_to(target)
+    assert found["name"] == "reference" and "was not built" in found["detail"]
+    assert_works(found)
+    command = [sys.executable, "-S", "-m", "twilight_ops", "info"]
+    info = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert info.returncode == 0 and "reference" in info.stdout, info.stderr
+
+
+def test_poisoned_empties_are_nan(poisoned_empties):
+    assert torch.empty(7).isnan().all() and torch.zeros(3).new_empty(5).isnan().all()
+    assert (torch.empty(7, dtype=torch.int32) == 2**31 - 1).all()

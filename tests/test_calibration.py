@@ -1,0 +1,275 @@
+"""Calibration of the shadow prefix: order, prefix, file, and what a cache does with them."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, calibration  # noqa: E402
+from twilight_ops.decode_step import append  # noqa: E402
+from twilight_ops.integration import TwilightCache  # noqa: E402
+from twilight_ops.paged_kv_cache import allocate_layer  # noqa: E402
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+SCALE = HEAD_DIM**-0.5
+
+
+def heavy_channels(tokens, heavy, batch=1, seed=0, spread=6.0):
+    """q and k whose logits come from the given channels of each KV head; the other channels are faint."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, tokens, HEADS, HEAD_DIM, generator=generator)
+    k = torch.randn(batch, tokens, KV_HEADS, HEAD_DIM, generator=generator)
+    for head, channels in enumerate(heavy):
+        faint = torch.ones(HEAD_DIM, dtype=torch.bool)
+        faint[channels] = False
+        factor = torch.where(faint, 0.05, spread / len(channels) ** 0.25)
+        k[:, :, head] *= factor
+        group = slice(head * HEADS // KV_HEADS, (head + 1) * HEADS // KV_HEADS)
+        q[:, :, group] *= factor
+    return q, k
+
+
+def captured_mass(q, k, order, prefix, budget):
+    """Worst query head's true mass a KV head, queries one by one: a plain oracle."""
+    q, k = q[0].double(), k[0].double()
+    tokens, group = k.shape[0], HEADS // KV_HEADS
+    result = torch.zeros(KV_HEADS)
+    columns = range(tokens - 1, max(0, tokens - 256) - 1, -math.ceil(min(tokens, 256) / calibration.SCORED_QUERIES))
+    for head in range(KV_HEADS):
+        kept = order[head, : prefix[head]].long()
+        mass = torch.zeros(group)
+        for t in columns:
+            keys = k[: t + 1, head]
+            queries = q[t, head * group : (head + 1) * group] * SCALE
+            score = (queries[:, kept] @ keys[:, kept].T).softmax(-1).sum(0)
+            chosen = score.topk(min(budget, t + 1)).indices
+            mass += (queries @ keys.T).softmax(-1)[:, chosen].sum(-1).float()
+        result[head] = (mass / len(columns)).min()
+    return result
+
+
+def test_heavy_channels_lead_the_order():
+    heavy = [[3, 17, 40, 63], [0, 1, 30, 31]]
+    q, k = heavy_channels(300, heavy)
+    order = calibration.channel_order(q, k, None)
+    assert [sorted(row[:4].tolist()) for row in order] == heavy
+    assert (order.sort(-1).values == torch.arange(HEAD_DIM)).all()
+
+
+def test_the_order_ignores_padding():
+    q, k = heavy_channels(300, [[3, 17], [0, 30]])
+    junk_q, junk_k = heavy_channels(300, [[5], [6]], seed=1, spread=500.0)
+    positions = torch.cat([torch.full((1, 100), -1), torch.arange(200)[None]], 1).int()
+    live = (positions >= 0)[..., None, None]
+    mixed = calibration.channel_order(torch.where(live, q, junk_q), torch.where(live, k, junk_k), positions)
+    assert torch.equal(mixed, calibration.channel_order(q[:, 100:], k[:, 100:], None))
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.1])
+def test_the_prefix_is_the_shortest_that_loses_at_most_tau(tau):
+    q, k = heavy_channels(512, [list(range(6)), list(range(0, 60, 3))])
+    order = calibration.channel_order(q, k, None)
+    prefix = calibration.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE)
+    assert (prefix % 8 == 0).all() and (prefix >= 8).all()
+    assert prefix[0] == 8
+    assert 8 < prefix[1] <= 32
+    full = captured_mass(q, k, order, torch.full_like(prefix, HEAD_DIM), 64)
+    # 4-bit codes are part of the calibration and not of the oracle, hence the margin.
+    assert (full - captured_mass(q, k, order, prefix, 64) <= tau + 0.01).all()
+    shorter = captured_mass(q, k, order, prefix - 8, 64)
+    assert (full - shorter)[1] > tau - 0.01
+
+
+def test_a_smaller_tau_never_shortens_the_prefix():
+    q, k = heavy_channels(512, [list(range(0, 40, 2)), list(range(0, 60, 3))], seed=3)
+    order = calibration.channel_order(q, k, None)
+    lengths = [calibration.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE) for tau in (0.3, 0.1, 0.03, 0.005)]
+    assert all((a <= b).all() for a, b in zip(lengths, lengths[1:], strict=False))
+    assert (lengths[0] < lengths[-1]).any()
+
+
+def test_padding_does_not_change_the_prefix_of_a_sequence():
+    q, k = heavy_channels(512, [list(range(0, 40, 2)), list(range(0, 60, 3))], seed=3)
+    order = calibration.channel_order(q, k, None)
+    alone = calibration.shortest_prefix(q, k, None, order, 512, 0.125, 0.05, SCALE)
+    pad = torch.nn.functional.pad
+    positions = torch.cat([torch.full((1, 128), -1), torch.arange(512)[None]], 1).int()
+    padded = calibration.shortest_prefix(
+        pad(q, (0, 0, 0, 0, 128, 0), value=7.0), pad(k, (0, 0, 0, 0, 128, 0), value=7.0), positions, order, 512, 0.125, 0.05, SCALE
+    )
+    assert torch.equal(alone, padded)
+
+
+def test_the_budget_is_never_the_whole_of_a_short_prompt():
+    assert calibration.calibration_budget(256, 512, 0.125) == 32
+    assert calibration.calibration_budget(8192, 512, 0.125) == 1024
+    assert calibration.calibration_budget(8192, 512, 0.0) == 512
+    assert calibration.calibration_budget(256, 512, 0.5) == 128
+
+
+def make_model(**overrides):
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        initializer_range=0.3,
+    )
+    config = LlamaConfig(**{**sizes, **overrides})
+    config._attn_implementation = "twilight"
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def ids(length, seed=0):
+    return torch.randint(1, 97, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(model, selector, prompt, dense_layers=1):
+    cache = TwilightCache(model.config, TwilightConfig(selector, dense_layers=dense_layers), max_cache_len=512)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    return cache
+
+
+def settings(cache):
+    return [
+        (layer.paged.channel_order.clone(), layer.paged.prefix_channels.clone())
+        for layer in cache.layers
+        if layer.paged.channel_order is not None
+    ]
+
+
+def equal_settings(first, second):
+    return all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
+
+
+IDENTITY = torch.arange(HEAD_DIM, dtype=torch.int32).expand(KV_HEADS, -1)
+
+
+def test_the_first_prompt_calibrates_and_later_ones_do_not(model):
+    cache = calibrated(model, ShadowPrefix(tau=0.2), ids(300))
+    first = settings(cache)
+    assert len(first) == 2
+    assert all(not torch.equal(order, IDENTITY) for order, _ in first)
+    with torch.no_grad():
+        model(ids(100, seed=1), past_key_values=cache)
+    assert equal_settings(first, settings(cache))
+    cache.reset()
+    assert all(torch.equal(order, IDENTITY) and (prefix == HEAD_DIM).all() for order, prefix in settings(cache))
+    with torch.no_grad():
+        model(ids(300, seed=2), past_key_values=cache)
+    assert not equal_settings(first, settings(cache))
+
+
+def test_a_very_short_first_prompt_keeps_the_whole_row(model):
+    cache = calibrated(model, ShadowPrefix(tau=0.2), ids(calibration.MIN_TOKENS - 1))
+    assert all(torch.equal(order, IDENTITY) and (prefix == HEAD_DIM).all() for order, prefix in settings(cache))
+
+
+def test_a_fixed_prefix_still_gets_its_order(model):
+    free = settings(calibrated(model, ShadowPrefix(), ids(300)))
+    fixed = settings(calibrated(model, ShadowPrefix(prefix_channels=24), ids(300)))
+    for (order, _), (fixed_order, prefix) in zip(free, fixed, strict=True):
+        assert torch.equal(order, fixed_order)
+        assert (prefix == 24).all()
+
+
+def test_other_selectors_keep_their_shadow_in_order(model):
+    for selector in (Full(), Quest()):
+        assert all(
+            torch.equal(order, IDENTITY) and (prefix == HEAD_DIM).all() for order, prefix in settings(calibrated(model, selector, ids(300)))
+        )
+
+
+def test_calibration_reads_nothing_on_the_host_and_has_fixed_shapes(model):
+    """It traces as one graph, with padding and without."""
+    q, k = heavy_channels(200, [[1, 2], [3, 4]])
+    positions = torch.arange(200)[None].int()
+    for given in (None, positions):
+        order = calibration.channel_order(q, k, given)
+
+        def both(q, k, given=given, order=order):
+            return calibration.channel_order(q, k, given), calibration.shortest_prefix(q, k, given, order, 512, 0.125, 0.05, SCALE)
+
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k)
+        assert all(torch.equal(a, b) for a, b in zip(compiled, both(q, k), strict=True))
+
+
+def test_a_file_restores_the_calibration_of_every_layer(model, tmp_path):
+    path = str(tmp_path / "calibration.safetensors")
+    source = calibrated(model, ShadowPrefix(tau=0.2), ids(300), dense_layers=0)
+    calibration.save([layer.paged for layer in source.layers], path, {"tau": "0.2"})
+    from_file = calibrated(model, ShadowPrefix(calibration=path), ids(20), dense_layers=1)
+    assert equal_settings(settings(source)[1:], settings(from_file))
+    with torch.no_grad():
+        model(ids(300, seed=4), past_key_values=from_file)
+    from_file.reset()
+    assert equal_settings(settings(source)[1:], settings(from_file))
+    fixed = calibrated(model, ShadowPrefix(calibration=path, prefix_channels=16), ids(20))
+    assert all((prefix == 16).all() for _, prefix in settings(fixed))
+
+
+def test_a_bad_file_is_one_clear_error(model, tmp_path):
+    from safetensors.torch import save_file
+
+    def refused(path, message, wanted=model):
+        with pytest.raises(ValueError, match=message):
+            calibrated(wanted, ShadowPrefix(calibration=str(path)), ids(20))
+
+    refused(tmp_path / "missing", "expected a file written by .*, got no such file")
+    (tmp_path / "text").write_text("not a tensor")
+    refused(tmp_path / "text", "expected format twilight-shadow-prefix-1, got an unreadable file")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
+    refused(tmp_path / "foreign", "expected format twilight-shadow-prefix-1, got None")
+    sparse_only = calibrated(model, ShadowPrefix(), ids(300), dense_layers=2)
+    calibration.save([layer.paged for layer in sparse_only.layers], tmp_path / "partial", {})
+    refused(tmp_path / "partial", "expected an entry for layer 1, got none")
+    whole = calibrated(model, ShadowPrefix(), ids(300), dense_layers=0)
+    calibration.save([layer.paged for layer in whole.layers], tmp_path / "whole", {})
+    refused(tmp_path / "whole", r"expected 2 KV heads of 128 channels, got \[2, 64\]", make_model(head_dim=128))
+    whole.layers[1].paged.channel_order[0, 0] = whole.layers[1].paged.channel_order[0, 1]
+    calibration.save([layer.paged for layer in whole.layers], tmp_path / "broken", {})
+    refused(tmp_path / "broken", "expected permutations and prefixes that are multiples of 8, got others")
+
+
+def test_the_operators_select_as_calibrated(model):
+    """append_kv and select_tokens with the calibrated order and prefix find the mass; the same prefix of the reversed order does not."""
+    tokens, budget = 512, 64
+    q, k = heavy_channels(tokens, [list(range(0, 40, 4)), list(range(1, 60, 6))])
+    table, lens = torch.arange(32, dtype=torch.int32)[None], torch.tensor([tokens], dtype=torch.int32)
+    selector = ShadowPrefix(token_budget=1, budget_fraction=budget / tokens, tau=0.03)
+    plan = TwilightConfig(selector, dense_layers=0).layer_plan(0, "cpu")
+    losses = {}
+    for name in ("calibrated", "reversed", "whole"):
+        layer = allocate_layer(plan, 32, HEADS, KV_HEADS, HEAD_DIM, 16, torch.float32, torch.device("cpu"))
+        calibration.from_prompt(layer, q, k, None, SCALE)
+        assert (layer.prefix_channels < HEAD_DIM).all()
+        if name == "reversed":
+            layer.channel_order.copy_(layer.channel_order.flip(-1))
+        elif name == "whole":
+            layer.prefix_channels.fill_(HEAD_DIM)
+        append(k, k, layer, table, lens)
+        losses[name] = 0.0
+        for t in range(480, 512, 4):
+            newest = torch.tensor([t + 1], dtype=torch.int32)
+            chosen = selector.select(q[:, t : t + 1], layer, table, newest, SCALE)
+            for head in range(HEADS):
+                kv_head = head * KV_HEADS // HEADS
+                weights = (k[0, : t + 1, kv_head] @ q[0, t, head] * SCALE).softmax(-1)
+                kept = chosen.indices[0, kv_head, : chosen.counts[0, kv_head]].long()
+                losses[name] += (1 - weights[kept].sum().item()) / (8 * HEADS)
+    assert losses["calibrated"] <= losses["whole"] + selector.tau + 0.01
+    assert losses["reversed"] > losses["whole"] + 0.2

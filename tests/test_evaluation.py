@@ -1,0 +1,337 @@
+"""The evaluator on a tiny random model: numbers that must be exact, tasks that must be solvable, runs that must resume."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
+from twilight_ops.cli import eval as command
+from twilight_ops.cli.models import ByteTokenizer, random_tiny
+from twilight_ops.evaluation import language, mass, methods, prefill, report, runner, tasks
+from twilight_ops.evaluation.aggregation import AGGREGATIONS, ExactTopK
+from twilight_ops.evaluation.bytes_read import bytes_read
+
+LENGTH, TOKENS = 300, 4
+MAX_KL = 1e-8  # of two exact fp32 runs
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_tiny(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (LENGTH + TOKENS + 1,), generator=generator) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def passage(model, documents):
+    return language.prepare(model, documents, LENGTH, TOKENS, TOKENS)
+
+
+def test_dense_steps_over_a_recorded_prompt_equal_one_forward(model, documents, passage):
+    for i, document in enumerate(documents):
+        with torch.no_grad(), prefill.attention(model, "sdpa"):
+            logits = model(input_ids=document[None, :-1]).logits[0, LENGTH:]
+        torch.testing.assert_close(passage.dense_logits[:, i], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_ragged_batch_of_prompts_decodes_like_each_alone(model, documents):
+    prompts = [documents[0][:LENGTH], documents[1][:77]]
+    prefills = [prefill.record(model, ids) for ids in prompts]
+    config = TwilightConfig(selector=Full(), top_p=0.9, dense_below=0)
+    tokens = torch.randint(0, 256, (2, 3), generator=torch.Generator().manual_seed(2))
+    from twilight_ops.evaluation.decoding import teacher_forced
+
+    together = [step.clone() for step in teacher_forced(model, prefill.cache_of(model, config, prefills, 3), tokens)]
+    for i in range(2):
+        alone = [step.clone() for step in teacher_forced(model, prefill.cache_of(model, config, prefills[i : i + 1], 3), tokens[i : i + 1])]
+        for both, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(both[i], one[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_attends_to_everything_has_no_distance_to_dense(model, passage):
+    for method in (
+        methods.DENSE,
+        methods.Method(Full()),
+        methods.Method(Quest(token_budget=1000)),
+        methods.Method(ShadowPrefix(token_budget=1000)),
+    ):
+        result = language.evaluate(model, passage, method) | language.agreement(model, passage, method)
+        assert abs(result["kl"]) < MAX_KL and result["top1"] == result["greedy_equal"] == 1.0
+        assert language.together([result])["perplexity_change"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_pruning_moves_away_from_dense_and_says_how_much_it_kept(model, passage):
+    results = [language.evaluate(model, passage, methods.Method(Full(), p)) for p in (0.99, 0.9, 0.5)]
+    assert MAX_KL < results[0]["kl"] < results[1]["kl"] < results[2]["kl"]
+    for p, result in zip((0.99, 0.9, 0.5), results, strict=True):
+        assert result["captured_mass"] >= p - 1e-3
+        assert result["pruned"] == pytest.approx(1 - result["kept"] / result["live"])
+        assert len(result["kept_by_head"]) == 4 and result["kept_by_head"][0] == [result["live"]] * 2  # two dense layers
+
+
+def test_bytes_are_those_of_the_scan_the_estimate_and_the_kept_rows(model, passage):
+    method = methods.Method(ShadowPrefix(token_budget=1, budget_fraction=0.25, prefix_channels=16), 0.9)
+    cache = prefill.cache_of(model, method.config(), passage.prefills, TOKENS)
+    cache.reset_budget()
+    for _ in language.teacher_forced(model, cache, passage.forced):
+        pass
+    report_ = cache.budget_report()
+    read = bytes_read([layer.paged for layer in cache.layers], report_)
+    expected = 0.0
+    for layer in report_.layers[2:]:
+        for head in layer.heads:
+            # 16 of 64 channels at 4 bits and 4 bytes of scale for all; the other 48 for candidates; 64 x 2 x 16 bits for kept rows.
+            expected += head.live * (8 + 4) + head.candidates.mean * 24 + head.kept.mean * 256
+    assert read.sparse_layers == pytest.approx(expected)
+    live = report_.layers[0].heads[0].live
+    assert read.dense == pytest.approx(4 * 2 * live * 256) and read.total == pytest.approx(expected + 2 * 2 * live * 256)
+
+
+def test_each_query_heads_own_set_holds_its_estimated_mass(model, passage):
+    rows = mass.masses(model, passage.prefills, passage.forced[:, :2], (0.7, 0.95))
+    for row in rows:
+        assert row["rows"] == 2 * 2 * 2 * 4  # steps, sequences, sparse layers, query heads
+        assert row["lowest_estimated_minus_p"] >= -1e-6
+        assert row["estimated_mass"] >= row["top_p"]
+        assert row["true_mass"] == pytest.approx(row["estimated_mass"], abs=0.02)
+        assert 1 <= row["kept_a_query_head"] < LENGTH + TOKENS
+    assert rows[0]["kept_a_query_head"] < rows[1]["kept_a_query_head"]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_every_aggregation_runs_and_differs_from_none_at_full_budget(model, passage, aggregation):
+    everything = methods.Method(ExactTopK(token_budget=1000, aggregation=aggregation))
+    assert language.evaluate(model, passage, everything)["kl"] < MAX_KL
+    few = methods.Method(ExactTopK(token_budget=30, budget_fraction=0.0, aggregation=aggregation))
+    result = language.evaluate(model, passage, few)
+    assert result["kept"] == 30 and result["kl"] > MAX_KL
+
+
+def test_methods_survive_the_way_through_their_label():
+    for text in (
+        *methods.STANDARD,
+        "tidal:token_budget=64,selection_layers=2+5+9,across_heads=False",
+        "shadow_prefix:prefix_channels=16,sink_tokens=4",
+        "exact_top_k:aggregation=logit_max",
+    ):
+        method = methods.parse_method(text)
+        assert methods.parse_method(method.label) == method
+    method = methods.parse_method("quest:token_budget=1,budget_fraction=1/4,page_size=32").with_top_p(0.9)
+    assert method.selector == Quest(token_budget=1, budget_fraction=0.25)
+    assert method.config().page_size == 32 and method.config().top_p == 0.9 and method.config().dense_below == 0
+    assert method.with_tokens(77).selector == Quest(token_budget=77) and method.with_tokens(77).top_p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("qest", "methods: expected one of dense, .*quest.*, got 'qest'"),
+        ("quest:budget=3", "methods: quest: expected field=value with a field of token_budget, .*, got 'budget=3'"),
+        ("quest:token_budget", "methods: quest: expected field=value"),
+        ("quest:token_budget=many", "methods: quest: token_budget: expected <class 'int'>, got 'many'"),
+    ],
+)
+def test_bad_methods_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        methods.parse_method(text)
+
+
+PROSE = ["The lamp was lit at dusk.", "Nobody came.", "A cart went by with apples.", "The bell rang twice."]
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_tasks_fit_their_length_and_repeat_by_seed(name):
+    tokenizer = ByteTokenizer()
+    ids, sample = tasks.fit(tokenizer, tasks.TASKS[name], 6000, 0.5, 7, PROSE)
+    assert 5000 < len(ids) <= 6000
+    again, same = tasks.fit(tokenizer, tasks.TASKS[name], 6000, 0.5, 7, PROSE)
+    assert ids == again and sample == same
+    assert tasks.fit(tokenizer, tasks.TASKS[name], 6000, 0.5, 8, PROSE)[1].answers != sample.answers
+    assert all(answer.split()[0] in sample.prompt for answer in sample.answers)
+    assert tasks.score(" and ".join(sample.answers).upper(), sample.answers) == 1.0
+    assert tasks.score("nothing of the kind", sample.answers) == 0.0
+
+
+@pytest.mark.parametrize("name", ["passkey", "needle_single", "needle_multikey", "needle_multivalue"])
+def test_needles_lie_at_their_depth_and_only_there(name):
+    for depth in (0.0, 0.5, 1.0):
+        sample = tasks.TASKS[name].build(random.Random(3), 200, depth, PROSE)
+        place = sample.prompt.index(sample.answers[0]) / len(sample.prompt)
+        assert place == pytest.approx(depth, abs=0.08)
+        assert len(set(sample.answers)) == len(sample.answers)
+
+
+def test_variable_tracking_leads_from_the_value_to_every_name():
+    sample = tasks.TASKS["variable_tracking"].build(random.Random(5), 50, 0.2, PROSE)
+    assigned = re.findall(r"VAR (\w{5}) = (?:VAR (\w{5})|(\d{5}))", sample.prompt)
+    value = assigned[0][2]
+    holders = {assigned[0][0]}
+    for name, source, _ in assigned[1:]:
+        assert source in holders
+        holders.add(name)
+    assert holders == set(sample.answers) and f"the value {value} in" in sample.prompt
+
+
+def test_common_and_frequent_words_are_the_most_common():
+    sample = tasks.TASKS["common_words"].build(random.Random(1), 60, 0.0, PROSE)
+    counts = Counter(re.findall(r"\d+\. (\w+)", sample.prompt))
+    assert {word for word, _ in counts.most_common(10)} == set(sample.answers)
+    assert counts.most_common(11)[9][1] == 10 and counts.most_common(11)[10][1] == 1
+    sample = tasks.TASKS["frequent_words"].build(random.Random(1), 500, 0.0, PROSE)
+    counts = Counter(sample.prompt.split("\n")[1].split())
+    assert tuple(word for word, _ in counts.most_common(3)) == sample.answers
+    ranked = [count for _, count in counts.most_common(4)]
+    assert ranked == sorted(set(ranked), reverse=True)
+
+
+def test_prose_of_the_package_is_long_enough_to_evaluate_on():
+    texts = command.packaged_prose()
+    assert len(texts) >= 4
+    assert all(len(tasks.sentences(text)) > 200 and len(text) > 35_000 for text in texts)
+
+
+def arguments(out: Path, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    small = [
+        "--random-tiny",
+        "--lengths",
+        "400",
+        "--depths",
+        "0.5",
+        "--limit",
+        "1",
+        "--tokens",
+        "3",
+        "--greedy-tokens",
+        "3",
+        "--mass-steps",
+        "1",
+    ]
+    methods_ = ["--methods", "full", "quest:token_budget=64", "--p", "0.9"]
+    return parser.parse_args(["--out", str(out), *small, *methods_, *more])
+
+
+def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeypatch):
+    short = tmp_path / "prose.txt"
+    short.write_text("The lamp was lit at dusk. Nobody came by. " * 40)
+    extra = ("--documents", str(short), "--tasks", "language", "passkey")
+    whole = tmp_path / "whole"
+    assert command.run(arguments(whole, *extra)) == 0
+    result = json.loads((whole / "results.json").read_text())
+    keys = [cell["key"] for cell in result["cells"]]
+    quest = "quest:token_budget=64"
+    assert keys == [
+        "mass/400",
+        "language/400/dense",
+        "language/400/full p=1",
+        "language/400/full p=0.9",
+        f"language/400/{quest} p=1",
+        f"language/400/{quest} p=0.9",
+        f"language/400/equal/{quest} p=0.9",
+        "passkey/400/dense",
+        "passkey/400/full p=1",
+        "passkey/400/full p=0.9",
+        f"passkey/400/{quest} p=1",
+        f"passkey/400/{quest} p=0.9",
+    ]
+    cells = {cell["key"]: cell for cell in result["cells"]}
+    assert abs(cells["language/400/full p=1"]["kl"]) < MAX_KL < cells["language/400/full p=0.9"]["kl"]
+    pruned, alone = cells[f"language/400/{quest} p=0.9"], cells[f"language/400/equal/{quest} p=0.9"]
+    assert alone["method"] == f"quest:token_budget={round(pruned['kept'])}"
+    table = (whole / "table.md").read_text()
+    assert "400 tokens, teacher-forced prose" in table and "| full |" in table and "passkey, 400 tokens" in table
+    assert result["options"]["seed"] == 0 and result["versions"]["torch"] == torch.__version__
+    if importlib.util.find_spec("matplotlib"):
+        assert {path.stem for path in whole.glob("*.png")} == {"pareto", "accuracy", "mass", "budget_by_head"}
+
+    # Cut short in the middle of a line, then resumed: no cell runs twice and the figures agree.
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    lines = (whole / "cells.jsonl").read_text().splitlines(keepends=True)
+    (cut / "cells.jsonl").write_text("".join(lines[:10]) + lines[10][:25])
+    measured = []
+    original = runner.CellStore.add
+    monkeypatch.setattr(runner.CellStore, "add", lambda store, cell: (measured.append(cell["key"]), original(store, cell))[1])
+    with pytest.raises(ValueError, match="out: expected a new file"):
+        command.run(arguments(cut, *extra))
+    assert command.run(arguments(cut, *extra, "--resume")) == 0
+    assert measured == keys[9:]
+    resumed = {cell["key"]: cell for cell in json.loads((cut / "results.json").read_text())["cells"]}
+    for key, cell in cells.items():
+        assert {**resumed[key], "seconds": 0} == {**cell, "seconds": 0}
+    with pytest.raises(ValueError, match="resume: expected the options of"):
+        command.run(arguments(cut, *extra, "--resume", "--seed", "1"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--p", "1.5"), "p: expected values between 0 and 1, got"),
+        (("--tasks", "pass"), "tasks: expected some of language, passkey, .*, got 'pass'"),
+        (("--limit", "0"), "limit: expected >= 1, got 0"),
+        (("--depths", "2"), "depths: expected 0..1"),
+        (("--tasks", "common_words"), "lengths: common_words: expected at least [0-9]+ tokens, got 400"),
+        (("--lengths", "100000", "--tasks", "language"), "documents: expected at least 100004 tokens each, got"),
+        (("--methods", "dense"), "methods: expected at least one, got none"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_it_starts(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        command.run(arguments(tmp_path / "out", *more))
+
+
+def test_a_missing_model_is_named(tmp_path):
+    args = arguments(tmp_path / "out")
+    args.random_tiny, args.model = False, "/nowhere"
+    with pytest.raises(ValueError, match="model: expected a folder with config.json, a .gguf file or smollm2, got /nowhere"):
+        command.run(args)
+
+
+def test_tables_put_a_method_beside_itself_alone():
+    def cell(method, selector, p, kl, **more):
+        base = {"task": "language", "length": 10, "method": method, "selector": selector, "top_p": p, "kl": kl, "top1": 1.0}
+        budget = {"perplexity_change": 0.0, "kept": 5.0, "live": 10.0, "pruned": 0.5, "bytes_share": 0.4, "sparse_layers_bytes_share": 0.3}
+        return base | budget | more
+
+    cells = [
+        cell("quest:x", "quest", 1.0, 0.1),
+        cell("quest:x", "quest", 0.9, 0.2),
+        cell("quest:y", "quest", 1.0, 0.3, equal_tokens_of="quest:x p=0.9"),
+        cell("tidal", "tidal", 1.0, 0.4),
+    ]
+    rows = report.language_rows(cells, 10)
+    assert [row[0] for row in rows] == ["quest:x", "tidal"]
+    assert rows[0][1].startswith("0.1000") and rows[0][3].startswith("0.2000") and rows[0][7] == "0.3000"
+    assert rows[0][4:7] == ("5 of 10", "50.0%", "30.0% (40.0%)") and rows[1][3] == "-"
+
+
+def test_options_that_change_cells_are_part_of_the_fingerprint():
+    options = runner.Options(lengths=(10,), methods=(methods.DENSE,))
+    assert runner.Options(lengths=(20,), methods=(methods.parse_method("full"),)).fingerprint() == options.fingerprint()
+    assert dataclasses.replace(options, batch_size=2).fingerprint() != options.fingerprint()
+
+
+def test_the_example_selector_runs_and_is_short(capsys):
+    path = Path(__file__).parent.parent / "examples" / "custom_selector.py"
+    assert len(path.read_text().splitlines()) < 80
+    spec = importlib.util.spec_from_file_location("custom_selector", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    out = capsys.readouterr().out
+    assert out.count("page_means") == 4  # two sparse layers of two KV heads

@@ -1,0 +1,146 @@
+"""The fused Hopper kernel, compiled for the CPU and run thread by thread under tests/emulator: every barrier and shuffle checked."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from fused_calls import assert_as_reference, observed, random_call
+from inputs import Shape, make_inputs
+
+from twilight_ops import capacity
+from twilight_ops.kernels import fused
+
+SOURCE = Path(__file__).parent / "emulator" / "fused_decode.cpp"
+COMPILER = shutil.which("g++")
+POINTERS = (
+    "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens head_token_budget "
+    "top_p_per_head"
+).split()
+
+
+class FusedParams(ctypes.Structure):
+    """The struct of csrc/decode_attention.cuh."""
+
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        *[(f"q_stride_{name}", ctypes.c_int64) for name in ("batch", "token", "head")],
+        *[(name, ctypes.c_void_p) for name in POINTERS],
+        ("top_p_stride_batch", ctypes.c_int),
+        ("top_p_stride_head", ctypes.c_int),
+        *[(name, ctypes.c_void_p) for name in ("budget_counters", "kept_indices", "kept_counts", "out", "lse")],
+        ("budget_fraction", ctypes.c_double),
+        ("top_p", ctypes.c_double),
+        ("sm_scale", ctypes.c_float),
+        *[
+            (name, ctypes.c_int)
+            for name in (
+                "selector prunes query_tokens group_size kv_heads log2_page_size max_pages num_pages token_budget capacity dense_below "
+                "sink_tokens recent_tokens scratch_at pages_at candidates_at bitmap_at state_at bitmap_words slot_capacity"
+            ).split()
+        ],
+    ]
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("no g++ to compile the kernel for the CPU")
+    library = tmp_path_factory.mktemp("emulator") / "fused_decode.so"
+    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-I", str(SOURCE.parent), str(SOURCE), "-o", str(library)]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    assert loaded.fused_params_bytes() == ctypes.sizeof(FusedParams)
+    return loaded
+
+
+def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """decode_attention's arguments in, (out, lse) out."""
+    q = a["q"]
+    batch, query_tokens, heads, head_dim = q.shape
+    num_pages, kv_heads, page_size, _ = a["k_cache"].shape
+    max_pages = a["page_table"].shape[1]
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    lse = torch.full(q.shape[:-1], float("nan"))
+    counted = capacity.page_capacity if a["selector"] == "quest" else capacity.token_capacity
+    p = FusedParams()
+    p.q = q.data_ptr()
+    p.q_stride_batch, p.q_stride_token, p.q_stride_head = q.stride()[:3]
+    for name in (*POINTERS, "budget_counters", "kept_indices", "kept_counts"):
+        setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
+    per_head = a.get("top_p_per_head")
+    if per_head is not None:
+        p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
+    p.out, p.lse = out.data_ptr(), lse.data_ptr()
+    for name in ("budget_fraction", "top_p", "sm_scale", "token_budget", "dense_below", "sink_tokens", "recent_tokens"):
+        setattr(p, name, a.get(name, 0))
+    p.selector = fused.SELECTORS.index(a["selector"])
+    p.prunes = a["selector"] != "dense" and (a["top_p"] < 1.0 or per_head is not None)
+    p.query_tokens, p.group_size, p.kv_heads = query_tokens, heads // kv_heads, kv_heads
+    p.log2_page_size, p.max_pages, p.num_pages = page_size.bit_length() - 1, max_pages, num_pages
+    p.capacity = counted(max_pages, page_size, query_tokens, p.token_budget, p.budget_fraction, p.sink_tokens, p.recent_tokens)
+    shared = emulator.emulate_fused_decode(ctypes.byref(p), batch, head_dim, q.dtype == torch.float16, cluster_size, seed)
+    predicted = fused.shared_bytes(
+        a["selector"],
+        bool(p.prunes),
+        head_dim,
+        query_tokens * heads // kv_heads,
+        page_size,
+        max_pages,
+        p.capacity,
+        p.dense_below,
+        cluster_size,
+    )
+    assert shared == predicted, "kernels/fused.py and lay_out disagree"
+    return out, lse
+
+
+def check(emulator, inputs, overrides: dict, cluster_size: int, seed: int) -> None:
+    assert_as_reference(inputs, overrides, lambda a: emulate(emulator, a, cluster_size, seed))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_fused_kernel_keeps_the_reference_sets_and_values(emulator, seed):
+    inputs, overrides, cluster_size = random_call(seed)
+    check(emulator, inputs, overrides, cluster_size, seed)
+
+
+PRUNED = {"token_budget": 300, "top_p": 0.999}
+
+
+@pytest.mark.parametrize("selector", ["full", "shadow_prefix", "quest"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_equal_scores_go_to_the_lower_positions_and_equal_weights_stay_together(emulator, selector, group):
+    inputs = make_inputs(Shape((1500,), group, 1, 64, 16, 1, torch.bfloat16), spread=0.0, bounds_dtype="uint8")
+    check(emulator, inputs, {**PRUNED, "selector": selector}, 2, seed=1)
+
+
+def test_more_weights_than_the_lists_hold_give_the_same_set(emulator):
+    inputs = make_inputs(Shape((6001,), 4, 1, 64, 16, 1, torch.bfloat16), spread=0.3, bounds_dtype="uint8")
+    check(emulator, inputs, {**PRUNED, "selector": "full"}, 4, seed=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("selector", ["dense", "full", "shadow_prefix", "quest"])
+def test_a_broken_query_ends_and_gives_nan(emulator, selector, value):
+    inputs = make_inputs(Shape((700,), 1, 1, 64, 16, 1, torch.bfloat16), bounds_dtype="uint8")
+    inputs.q[0, 0, 0, 5] = value
+    arguments = inputs.arguments("decode_attention", selector=selector, token_budget=64, top_p=0.9, **observed(inputs))
+    out, _ = emulate(emulator, arguments, 2, seed=3)
+    assert out.isnan().all()
+
+
+def test_the_schedule_of_threads_changes_no_bit(emulator):
+    inputs, overrides, _ = random_call(5)
+    results = []
+    for schedule in (1, 2):
+        lists = observed(inputs)
+        out, lse = emulate(emulator, inputs.arguments("decode_attention", **overrides, **lists), 4, schedule)
+        results.append((out.view(torch.int16), lse.view(torch.int32), lists["kept_indices"], lists["budget_counters"]))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

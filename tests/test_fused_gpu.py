@@ -1,0 +1,87 @@
+"""The fused Hopper kernels on a GPU: the reference's sets and values, bit-identical repeats, and what is left to the stages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fused_calls import assert_as_reference, observed, random_call
+from inputs import Shape, make_inputs, on_device
+
+from twilight_ops import reference
+from twilight_ops.kernels import fused
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not fused.available(), reason="needs a Hopper GPU and the _C_cuda extension"),
+]
+
+FUSED_ARGUMENTS = (
+    "q k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens selector token_budget "
+    "budget_fraction top_p sm_scale dense_below sink_tokens recent_tokens head_token_budget top_p_per_head budget_counters kept_indices "
+    "kept_counts"
+).split()
+
+
+def run_with(cluster_size: int):
+    """Calls the private operator with decode_attention's arguments."""
+
+    def run(arguments: dict):
+        return torch.ops.twilight._fused_decode_attention(*(arguments.get(name) for name in FUSED_ARGUMENTS), cluster_size)
+
+    return run
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("seed", range(12))
+def test_small_calls_are_as_the_reference(seed):
+    inputs, overrides, cluster_size = random_call(seed, longest=600, device="cuda")
+    assert_as_reference(inputs, overrides, run_with(cluster_size))
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_a_thousand_ragged_calls_are_as_the_reference(block):
+    for seed in range(1000 + 100 * block, 1100 + 100 * block):
+        inputs, overrides, cluster_size = random_call(seed, longest=5000, device="cuda")
+        assert_as_reference(inputs, overrides, run_with(cluster_size))
+
+
+@pytest.mark.parametrize("cluster_size", fused.CLUSTER_SIZES)
+@pytest.mark.parametrize("selector", fused.SELECTORS)
+def test_every_cluster_size_gives_the_reference_set_twice_alike(selector, cluster_size):
+    shape = Shape((20000, 31, 4097), 8, 2, 128, 16, 1, torch.bfloat16)
+    inputs = on_device(make_inputs(shape, bounds_dtype="uint8"), "cuda")
+    overrides = {"selector": selector, "token_budget": 2048, "top_p": 0.9}
+    assert_as_reference(inputs, overrides, run_with(cluster_size))
+    repeats = []
+    for _ in range(2):
+        lists = observed(inputs)
+        out, lse = run_with(cluster_size)(inputs.arguments("decode_attention", **overrides, **lists))
+        repeats.append((out.view(torch.int16), lse, lists["kept_indices"], lists["budget_counters"]))
+    for one, other in zip(*repeats, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("bounds_dtype", ["uint8", "model"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_append_kv_writes_what_the_reference_writes(dtype, head_dim, bounds_dtype, tokens):
+    inputs = on_device(make_inputs(Shape((300, 129, 71), 4, 2, head_dim, 16, 1, dtype), bounds_dtype=bounds_dtype), "cuda")
+    k = torch.randn(3, tokens, 2, head_dim, device="cuda").to(dtype)
+    got, want = inputs.clone(), inputs.clone()
+    arguments = got.arguments("append_kv", k=k, v=k.neg())
+    arguments.setdefault("positions", None)
+    torch.ops.twilight._fused_append_kv(*arguments.values())
+    reference.append_kv(**want.arguments("append_kv", k=k, v=k.neg()))
+    for name, tensor in want.tensors().items():
+        torch.testing.assert_close(getattr(got, name), tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_calls_beyond_the_kernel_are_left_to_the_stages():
+    inputs = on_device(make_inputs(Shape((100,), 16, 1, 128, 16, 1, torch.bfloat16)), "cuda")
+    overrides = {"selector": "full", "token_budget": 64, "top_p": 0.9}
+    arguments = inputs.arguments("decode_attention", **overrides)
+    rest = {name: arguments.get(name) for name in FUSED_ARGUMENTS}
+    for name in ("dense_below", "sink_tokens", "recent_tokens"):
+        rest[name] = 0
+    assert fused.fused_decode_attention(**rest) is None, "sixteen rows a KV head"

@@ -1,0 +1,121 @@
+"""twilight::select_tokens: the tokens whose shadow-prefix score is largest."""
+
+import math
+
+import pytest
+import torch
+from comparisons import listed_set, token_scores
+from inputs import SHAPES, Shape, break_key, make_inputs
+from selection import Ranking
+
+from twilight_ops.capacity import token_capacity
+
+pytestmark = pytest.mark.usefixtures("poisoned_empties")
+RANKING = Ranking("select_tokens", token_scores, by_page=False)
+SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_select_tokens_matches_the_oracle(backend, shape):
+    backend.skip_unless_served(shape.dtype)
+    x = make_inputs(shape, device=backend.device)
+    fixed = shape.query_tokens % 2 == 1
+    RANKING.check_against_oracle(backend, x, token_budget=48 if fixed else 1, budget_fraction=0.0 if fixed else 0.125)
+
+
+def test_select_tokens_takes_everything_when_the_budget_covers_the_sequence(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    member = RANKING.check_against_oracle(backend, x, exact=True, token_budget=300)
+    assert member.sum(-1).tolist() == [[300] * 3, [40] * 3]
+
+
+def test_select_tokens_always_takes_sinks_and_the_newest_tokens_first(backend):
+    x = make_inputs(Shape((300, 40, 5), 4, 2, 64, 16, 3, torch.float32), device=backend.device)
+    member = RANKING.check_against_oracle(backend, x, token_budget=20, sink_tokens=4, recent_tokens=10)
+    assert member[0, :, :4].all() and member[0, :, 290:300].all() and (member[0].sum(-1) == 20).all()
+    # Three query tokens bring three newest tokens even where nobody asks for recent ones.
+    member = RANKING.check_against_oracle(backend, x, token_budget=1)
+    assert (member.sum(-1) == 3).all() and member[0, :, 297:300].all()
+
+
+def test_select_tokens_gives_forced_tokens_a_place_beyond_the_budget(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    member = RANKING.check_against_oracle(backend, x, exact=True, token_budget=2, sink_tokens=8, recent_tokens=8)
+    assert (member.sum(-1) == 16).all()
+
+
+def test_select_tokens_breaks_ties_towards_the_lower_position(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    x.k_quant.fill_(0x77)
+    x.k_scale.fill_(1.0)
+    member = RANKING.check_against_oracle(backend, x, exact=True, token_budget=33)
+    assert member[0, :, :32].all() and member[0, :, 299].all() and (member[0].sum(-1) == 33).all()
+
+
+def test_select_tokens_follows_one_budget_a_head_clamped_to_the_capacity(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    per_head = torch.tensor([0, 17, 1000], dtype=torch.int32, device=backend.device)
+    member = RANKING.check_against_oracle(backend, x, token_budget=64, head_token_budget=per_head)
+    assert member[0].sum(-1).tolist() == [1, 17, 64]
+
+
+def test_select_tokens_reads_only_the_prefix_channels(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    before = backend.select_tokens(**x.arguments("select_tokens"))
+    x.prefix_channels.fill_(16)
+    narrow = backend.select_tokens(**x.arguments("select_tokens"))
+    x.k_quant[:, :, 16 * 16 // 2 :] = 255  # every byte behind the prefix block
+    after = backend.select_tokens(**x.arguments("select_tokens"))
+    assert torch.equal(narrow[0], after[0]) and torch.equal(narrow[1], after[1])
+    assert not torch.equal(before[0], narrow[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_select_tokens_ranks_a_broken_key_above_all_others(backend, value):
+    x = make_inputs(SMALL, device=backend.device)
+    break_key(x, 0, 77, value)
+    member = RANKING.check_against_oracle(backend, x, exact=True, token_budget=2)
+    assert member[0, :, 77].all() and (member[0].sum(-1) == 2).all()
+
+
+def test_select_tokens_ends_when_q_is_nan(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    x.q[0, 0, 0, 3] = math.nan
+    member = RANKING.check_against_oracle(backend, x, exact=True, token_budget=32)
+    assert (member[0].sum(-1) == 32).all()
+
+
+def test_select_tokens_treats_lengths_beyond_the_page_table_as_full(backend):
+    x = make_inputs(Shape((320,), 2, 1, 64, 16, 1, torch.float32), device=backend.device, extra_pages=0)
+    x.page_table.copy_(torch.arange(20, device=backend.device))
+    x.k_scale.nan_to_num_(1.0)
+    x.seq_lens.fill_(2**31 - 1)
+    indices, counts = backend.select_tokens(**x.arguments("select_tokens", token_budget=10**6))
+    assert counts.tolist() == [[320]] and indices[0, 0].tolist() == list(range(320))
+
+
+@pytest.mark.parametrize("seq_len", [0, -3])
+def test_select_tokens_returns_empty_lists_for_empty_sequences(backend, seq_len):
+    x = make_inputs(SMALL, device=backend.device)
+    x.seq_lens.fill_(seq_len)
+    indices, counts = backend.select_tokens(**x.arguments("select_tokens"))
+    assert (counts == 0).all() and (indices == -1).all()
+
+
+def test_select_tokens_has_the_capacity_that_was_promised(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    for budget, fraction, sinks, recent in ((1, 0.0, 0, 0), (7, 0.3, 0, 0), (7, 1.0, 0, 0), (1, 0.0, 20, 30), (10**6, 0.0, 0, 0)):
+        arguments = x.arguments("select_tokens", token_budget=budget, budget_fraction=fraction, sink_tokens=sinks, recent_tokens=recent)
+        indices, _ = backend.select_tokens(**arguments)
+        assert indices.shape[-1] == token_capacity(x.page_table.shape[1], 16, 1, budget, fraction, sinks, recent)
+
+
+def test_select_tokens_is_bitwise_the_same_for_any_number_of_threads(backend, threads):
+    x = make_inputs(Shape((3000, 100), 8, 2, 128, 16, 1, torch.bfloat16), device=backend.device)
+    results = []
+    for count in (1, 2, 2):
+        threads(count)
+        results.append(backend.select_tokens(**x.arguments("select_tokens", token_budget=300)))
+    for indices, counts in results[1:]:
+        assert torch.equal(indices, results[0][0]) and torch.equal(counts, results[0][1])
+    assert listed_set(*results[0], x.max_tokens)[0].sum(-1).tolist() == [300, 300]

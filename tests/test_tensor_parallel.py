@@ -1,0 +1,27 @@
+"""Two gloo processes give the tokens and, KV head by KV head, the kept sets of one."""
+
+import pytest
+import torch
+
+from twilight_ops.cli.demo_tp import compare, generate_with
+from twilight_ops.cli.models import random_tiny
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    random_tiny(torch.device("cpu"), torch.float32, "sdpa").save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selector", ["quest", "shadow_prefix"])
+def test_two_processes_give_the_tokens_and_kept_sets_of_one(model_path, tmp_path, selector):
+    (alone,) = generate_with(1, model_path, tmp_path / "alone", selector, new_tokens=12)
+    ranks = generate_with(2, model_path, tmp_path / "sharded", selector, new_tokens=12)
+    result = compare(alone, ranks)
+    assert result["tokens equal"]
+    assert result["kept sets equal"]
+    assert result["KV heads"] == 2 and result["KV heads a rank"] == 1
+    pruned = sum(int((call >= 0).sum()) for call in alone["kept"]) / sum(call.shape[0] * call.shape[1] * 300 for call in alone["kept"])
+    assert 0.0 < pruned < 0.9  # something was kept and something was pruned

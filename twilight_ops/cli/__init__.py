@@ -1,0 +1,1 @@
+"""The commands of `python -m twilight_ops`, one file each."""

@@ -1,0 +1,275 @@
+"""`python -m twilight_ops demo`: a small real model, a long document, dense and Twilight side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from .generate import add_twilight_arguments, encode, twilight_config
+from .models import SMOLLM2, add_model_arguments, load_model
+
+HELP = "SmolLM2 answers a question from a long document and continues a longer one, dense and with Twilight"
+
+# How deep the fact lies in the document, as a share of its length.
+FACT_DEPTH = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "(a) A question whose answer lies deep in a document; (b) the continuation of a longer document, where speed shows. "
+        "The document is read once, exactly; every method then decodes from the same K and V."
+    )
+    add_model_arguments(parser, default=SMOLLM2)
+    add_twilight_arguments(parser)
+    parser.add_argument("--question-index", type=int, default=0, help="which of the packaged questions")
+    parser.add_argument("--question-tokens", type=int, default=3800, help="length of the prompt of (a)")
+    parser.add_argument("--continue-tokens", type=int, default=7500, help="length of the prompt of (b)")
+    parser.add_argument("--answer-tokens", type=int, default=24, help="most new tokens in (a)")
+    parser.add_argument("--new-tokens", type=int, default=96, help="new tokens in (b)")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+
+
+@dataclass(frozen=True)
+class Question:
+    document: str
+    fact_sentence: str
+    question: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        return (resources.files("twilight_ops.data") / "prose" / self.document).read_text()
+
+
+def questions() -> list[Question]:
+    path = resources.files("twilight_ops.data") / "prose" / "questions.json"
+    return [Question(**entry) for entry in json.loads(path.read_text())]
+
+
+def question_prompt(tokenizer, question: Question, tokens: int, depth: float = FACT_DEPTH) -> list[int]:
+    """Chat prompt of at most `tokens` tokens: the start of the document with the fact inside, then the question."""
+    sentences = [sentence + "." for sentence in question.text.replace("\n", " ").split(". ")]
+    low, high = 1, len(sentences)
+    best = None
+    while low <= high:
+        count = (low + high) // 2
+        place = int(count * depth)
+        document = " ".join([*sentences[:place], question.fact_sentence, *sentences[place:count]])
+        ids = encode(tokenizer, document, question.question)
+        if len(ids) <= tokens:
+            best, low = ids, count + 1
+        else:
+            high = count - 1
+    if best is None:
+        raise ValueError(f"question-tokens: expected room for the question and a sentence, got {tokens}")
+    return best
+
+
+@dataclass
+class Contender:
+    """One way of decoding: a decoder over a cache of its own, and the attention the model must have for it."""
+
+    name: str
+    attention: str
+    decoder: object
+
+
+def make_contenders(model, config, max_cache_len: int) -> list[Contender]:
+    """transformers' sdpa on its static cache, our own dense attention, and Twilight; all compiled, all on our loop."""
+    from transformers import StaticCache
+
+    from .. import TwilightConfig
+    from ..integration import Decoder, TwilightCache
+
+    def twilight_cache(settings):
+        return TwilightCache(model.config, settings, max_cache_len=max_cache_len, device=model.device, dtype=model.dtype)
+
+    static = StaticCache(config=model.config, max_cache_len=max_cache_len)
+    head_dim = model.get_decoder().layers[0].self_attn.head_dim
+    static.early_initialization(1, model.config.num_key_value_heads, head_dim, model.dtype, model.device)
+    dense = TwilightConfig(dense_layers=model.config.num_hidden_layers)
+    return [
+        Contender("dense, transformers sdpa", "sdpa", Decoder(model, static)),
+        Contender("dense, twilight_ops", "twilight", Decoder(model, twilight_cache(dense))),
+        Contender("Twilight", "twilight", Decoder(model, twilight_cache(config))),
+    ]
+
+
+def copy_prompt(source, target, tokens: int) -> None:
+    """Gives `target`, a StaticCache or a dense TwilightCache, the K and V of the `tokens` tokens in `source`."""
+    from ..integration import TwilightCache
+
+    target.reset()
+    for ours, theirs in zip(source.layers, target.layers, strict=True):
+        if isinstance(target, TwilightCache):
+            theirs.paged.k_cache.copy_(ours.paged.k_cache)
+            theirs.paged.v_cache.copy_(ours.paged.v_cache)
+        else:
+            for pages, rows in ((ours.paged.k_cache, theirs.keys), (ours.paged.v_cache, theirs.values)):
+                # One sequence: its pages lie one after the other.
+                rows[0, :, :tokens] = pages.transpose(0, 1).flatten(1, 2)[:, :tokens]
+            theirs.cumulative_length.fill_(tokens)
+    if isinstance(target, TwilightCache):
+        target.live_seq_lens.copy_(source.live_seq_lens)
+        target.seen.copy_(source.seen)
+        target.filled = True
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from .. import backends
+    from .terminal import table
+
+    asked = questions()
+    if not 0 <= args.question_index < len(asked):
+        raise ValueError(f"question-index: expected 0 to {len(asked) - 1}, got {args.question_index}")
+    for name in ("question_tokens", "continue_tokens", "answer_tokens", "new_tokens"):
+        if getattr(args, name) < 16:
+            raise ValueError(f"{name.replace('_', '-')}: expected >= 16, got {getattr(args, name)}")
+    config = twilight_config(args)
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    backend = backends.CUDA if torch.cuda.is_available() and args.device != "cpu" else backends.CPU
+    console.print(
+        f"torch {torch.__version__}, {backend.device} kernels: {backend.name} ({backend.detail}), {torch.get_num_threads()} threads"
+    )
+    model, tokenizer = load_model(args)
+    question = asked[args.question_index]
+    qa = question_prompt(tokenizer, question, args.question_tokens)
+    story = list(tokenizer(question.text)["input_ids"])[: args.continue_tokens]
+    longest = max(len(qa) + args.answer_tokens, len(story) + args.new_tokens)
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"continue-tokens: expected at most {model.config.max_position_embeddings} tokens in all, got {longest}")
+    contenders = make_contenders(model, config, longest + 1)
+
+    console.rule(f"(a) {len(qa)} tokens: {question.question}")
+    answers = run_part(console, model, tokenizer, contenders, qa, args.answer_tokens, stop=True)
+    console.rule(f"(b) {len(story)} tokens, continued by {args.new_tokens}")
+    stories = run_part(console, model, tokenizer, contenders, story, args.new_tokens, stop=False)
+
+    rows = figures(contenders, answers, stories)
+    console.print(table("", ("", *(c.name for c in contenders)), [(name, *values) for name, values in rows.items()]))
+    best = min(r.ms_per_token for r in stories[:-1])
+    console.print(
+        f"Twilight decodes {best / stories[-1].ms_per_token:.2f} times as fast as the best dense at {len(story)} tokens; "
+        f"expected answer: {question.answer}; {time.perf_counter() - started:.0f} s in all"
+    )
+    if args.json is not None:
+        names = [contender.name for contender in contenders]
+        record = {
+            "prompt_tokens": [len(qa), len(story)],
+            "speedup": best / stories[-1].ms_per_token,
+            "rows": {name: dict(zip(names, row, strict=True)) for name, row in rows.items()},
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+@dataclass
+class Outcome:
+    """What one contender made of one prompt; agreement is with the first contender's tokens."""
+
+    tokens: list[int]
+    text: str
+    ms_per_token: float
+    agreement: float
+    generation: object
+
+
+def run_part(console, model, tokenizer, contenders: list[Contender], prompt: list[int], new_tokens: int, stop: bool) -> list[Outcome]:
+    """Reads the prompt once, then lets every contender decode from it; the last token is each one's own first step."""
+    import torch
+
+    from .terminal import TextStream, progress_bar
+
+    ids = torch.tensor([prompt], device=model.device)
+    twilight = contenders[-1].decoder
+    model.set_attn_implementation("twilight")
+    twilight.cache.reset()
+    with progress_bar(console, "reading the document") as on_prefill:
+        twilight.prefill(ids[:, :-1], on_prefill=on_prefill)
+    end_tokens = _end_tokens(model) if stop else []
+
+    outcomes: list[Outcome] = []
+    for contender in contenders:
+        decoder = contender.decoder
+        model.set_attn_implementation(contender.attention)
+        if decoder is not twilight:
+            copy_prompt(twilight.cache, decoder.cache, len(prompt) - 1)
+        console.print(f"[bold]{contender.name}:[/bold] ", end="")
+        stream = TextStream(console, tokenizer)
+        decoder.stop_at(end_tokens)
+        result = decoder.generate(ids[:, -1:], max_new_tokens=new_tokens, on_tokens=stream)
+        stream.finish()
+        tokens = cut(result.tokens[0].tolist(), end_tokens)
+        decoder.stop_at(())
+        agreement = forced_agreement(decoder, ids, outcomes[0].generation.tokens) if outcomes else 1.0
+        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        outcomes.append(Outcome(tokens, text, result.ms_per_token, agreement, result))
+    return outcomes
+
+
+def forced_agreement(decoder, prompt, tokens) -> float:
+    """Share of `tokens` [1, N] that the decoder would choose after the prompt and the tokens before: top-1 agreement, teacher-forced."""
+    import torch
+
+    start = prompt.shape[1] - 1
+    cache = decoder.cache
+    if hasattr(cache, "live_seq_lens"):
+        cache.crop(start - int(cache.live_seq_lens[0]))
+    else:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(start)
+    decoder.count.zero_()
+    decoder.finished.zero_()
+    decoder.position.fill_(start)
+    fed = torch.cat([prompt[:, -1:], tokens[:, :-1]], dim=1)
+    with torch.no_grad():
+        for t in range(fed.shape[1]):
+            decoder.token.copy_(fed[:, t : t + 1])
+            decoder.step()
+    return (decoder.output[:, : fed.shape[1]] == tokens).float().mean().item()
+
+
+def cut(tokens: list[int], end_tokens: list[int]) -> list[int]:
+    """Up to and without the first end token."""
+    ends = [i for i, token in enumerate(tokens) if token in end_tokens]
+    return tokens[: ends[0]] if ends else tokens
+
+
+def _end_tokens(model) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+
+
+def figures(contenders: list[Contender], answers: list[Outcome], stories: list[Outcome]) -> dict[str, list[str]]:
+    """Rows of the table, one value a contender."""
+    from .terminal import budget_rows
+
+    def equal_from_start(outcomes: list[Outcome], index: int) -> str:
+        pairs = zip(outcomes[0].tokens, outcomes[index].tokens, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(outcomes[0].tokens), len(outcomes[index].tokens)))
+        return f"{same} of {len(outcomes[0].tokens)}"
+
+    columns = []
+    for index, contender in enumerate(contenders):
+        answer, story = answers[index], stories[index]
+        decoder = contender.decoder
+        columns.append(
+            {
+                "(a) answer": answer.text,
+                "(a) same as dense": "yes" if answer.text == answers[0].text else "no",
+                "(b) ms a token": f"{story.ms_per_token:.1f}",
+                "(b) top-1 agreement, teacher-forced": f"{story.agreement:.1%}",
+                "(b) equal tokens before the first difference": equal_from_start(stories, index),
+                **{f"(b) {name}": value for name, value in budget_rows(story.generation.budget).items()},
+                "graphs, breaks, recompiles": f"{decoder.graphs}, {decoder.breaks}, {max(0, decoder.graphs - 1)}",
+            }
+        )
+    return {name: [column[name] for column in columns] for name in columns[0]}

@@ -1,0 +1,124 @@
+"""Teacher-forced prose: KL to dense, top-1 agreement, perplexity, and greedy agreement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..integration import TwilightCache
+from .bytes_read import bytes_read
+from .decoding import greedy, teacher_forced
+from .methods import DENSE, Method
+from .prefill import Prefill, cache_of, record
+
+
+@dataclass
+class Passage:
+    """Documents cut to one context length, prefilled; the tokens that follow; and what dense attention says about them."""
+
+    prefills: list[Prefill]
+    forced: Tensor  # [B, T] fed
+    targets: Tensor  # [B, T], the token after each
+    dense_logits: Tensor  # [T, B, V] fp32
+    dense_tokens: Tensor | None  # [B, greedy_tokens]
+
+
+def prepare(model, documents: Sequence[Tensor], length: int, tokens: int, greedy_tokens: int) -> Passage:
+    """Prefills documents[i][:length] and decodes the next `tokens` with dense attention, one step at a time like every method."""
+    short = [len(document) for document in documents if len(document) < length + tokens + 1]
+    if short or not documents:
+        raise ValueError(f"documents: expected at least {length + tokens + 1} tokens each, got {min(short, default=0)}")
+    prefills = [record(model, document[:length]) for document in documents]
+    rows = torch.stack([document[length : length + tokens + 1] for document in documents]).to(model.device)
+    forced, targets = rows[:, :-1], rows[:, 1:]
+    cache = cache_of(model, DENSE.config(), prefills, tokens)
+    logits = torch.stack([step.clone() for step in teacher_forced(model, cache, forced)])
+    chosen = None
+    if greedy_tokens:
+        cache = cache_of(model, DENSE.config(), prefills, greedy_tokens)
+        chosen = greedy(model, cache, _first_logits(prefills), greedy_tokens)
+    return Passage(prefills, forced, targets, logits, chosen)
+
+
+def evaluate(model, passage: Passage, method: Method) -> dict:
+    """One method on one passage: distances to dense over all forced tokens, the budget, and the bytes read."""
+    cache = cache_of(model, method.config(), passage.prefills, passage.forced.shape[1])
+    cache.reset_budget()
+    kl = agree = nll = dense_nll = 0.0
+    worst = torch.zeros((), device=passage.forced.device)
+    for t, logits in enumerate(teacher_forced(model, cache, passage.forced)):
+        ours, dense = logits.double().log_softmax(-1), passage.dense_logits[t].double().log_softmax(-1)
+        distance = (dense.exp() * (dense - ours)).sum(-1)  # [B]
+        kl, worst = kl + distance.sum(), torch.maximum(worst, distance.max())
+        agree = agree + (ours.argmax(-1) == dense.argmax(-1)).sum()
+        target = passage.targets[:, t, None]
+        nll, dense_nll = nll - ours.gather(1, target).sum(), dense_nll - dense.gather(1, target).sum()
+    count = passage.forced.numel()
+    result = {
+        "tokens": count,
+        "kl": float(kl) / count,
+        "worst_kl": float(worst),
+        "top1": float(agree) / count,
+        "nll": float(nll) / count,
+        "dense_nll": float(dense_nll) / count,
+    }
+    return result | budget(cache)
+
+
+def together(results: Sequence[dict]) -> dict:
+    """Results of one method on several passages of equal size as one; perplexities come from the mean log likelihood."""
+    merged = {name: _mean([result[name] for result in results]) for name in results[0]}
+    merged["tokens"] = sum(result["tokens"] for result in results)
+    merged["worst_kl"] = max(result["worst_kl"] for result in results)
+    merged["perplexity"] = math.exp(merged["nll"])
+    merged["perplexity_change"] = math.exp(merged["nll"] - merged["dense_nll"]) - 1.0
+    return merged
+
+
+def _mean(values: Sequence):
+    """Entry by entry for lists; None where nothing was measured."""
+    if isinstance(values[0], list):
+        return [_mean(parts) for parts in zip(*values, strict=True)]
+    return None if values[0] is None else sum(values) / len(values)
+
+
+def agreement(model, passage: Passage, method: Method) -> dict:
+    """Greedy decoding beside dense: share of equal tokens, and of the tokens before the first difference."""
+    tokens = passage.dense_tokens.shape[1]
+    cache = cache_of(model, method.config(), passage.prefills, tokens)
+    equal = greedy(model, cache, _first_logits(passage.prefills), tokens) == passage.dense_tokens
+    return {"greedy_equal": equal.float().mean().item(), "greedy_prefix": equal.cumprod(1).float().mean().item()}
+
+
+def _first_logits(prefills: Sequence[Prefill]) -> Tensor:
+    return torch.stack([prefill.last_logits for prefill in prefills])
+
+
+def budget(cache: TwilightCache) -> dict:
+    """What the sparse layers of a run proposed, kept and read."""
+    report = cache.budget_report()
+    layers = [layer.paged for layer in cache.layers]
+    read = bytes_read(layers, report)
+    result = {"bytes_share": read.share, "sparse_layers_bytes_share": read.sparse_share}
+    if report.sparse is None:
+        return result
+    prefixes = [
+        layer.prefix_channels.float().mean().item()
+        for layer in layers
+        if layer.plan.selector is not None and layer.prefix_channels is not None
+    ]
+    return result | {
+        "live": report.sparse.live,
+        "candidates": report.sparse.candidates.mean,
+        "kept": report.sparse.kept.mean,
+        "kept_p5": report.sparse.kept.p5,
+        "kept_p95": report.sparse.kept.p95,
+        "captured_mass": report.sparse.captured_mass,
+        "pruned": report.sparse.pruned,
+        "prefix_channels": sum(prefixes) / len(prefixes) if prefixes else None,
+        "kept_by_head": [[head.kept.mean for head in layer.heads] for layer in report.layers],
+    }

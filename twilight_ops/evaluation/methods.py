@@ -1,0 +1,129 @@
+"""What is compared: a selector with its settings, and p; written `name:field=value,...` on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .. import selectors
+from ..config import TwilightConfig
+from ..selectors import Selector
+from .aggregation import ExactTopK
+
+# Fields of TwilightConfig that a method may set beside those of its selector.
+CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "sink_tokens": int, "recent_tokens": int}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the results: a selector (None: dense), p, and configuration fields that differ from the defaults."""
+
+    selector: Selector | None
+    top_p: float = 1.0
+    settings: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.selector is None else self.selector.name
+
+    @property
+    def label(self) -> str:
+        """The specification that gives this method again, without p: fields at their defaults are left out."""
+        if self.selector is None:
+            return "dense"
+        fields = [
+            (f.name, getattr(self.selector, f.name))
+            for f in dataclasses.fields(self.selector)
+            if getattr(self.selector, f.name) != f.default
+        ]
+        text = ",".join(f"{name}={_format(value)}" for name, value in [*fields, *self.settings])
+        return f"{self.name}:{text}" if text else self.name
+
+    @property
+    def key(self) -> str:
+        return self.label if self.selector is None else f"{self.label} p={self.top_p:g}"
+
+    def config(self) -> TwilightConfig:
+        """Every length is sparse (dense_below 0), so that short contexts show the method too."""
+        if self.selector is None:
+            return TwilightConfig(dense_layers=1 << 20, top_p=1.0)
+        return TwilightConfig(selector=self.selector, top_p=self.top_p, **{"dense_below": 0, **dict(self.settings)})
+
+    def with_top_p(self, top_p: float) -> Method:
+        return dataclasses.replace(self, top_p=top_p)
+
+    def with_tokens(self, tokens: int) -> Method:
+        """The selector alone with a fixed budget."""
+        selector = dataclasses.replace(self.selector, token_budget=max(1, tokens), budget_fraction=0.0)
+        return dataclasses.replace(self, selector=selector, top_p=1.0)
+
+
+DENSE = Method(None)
+
+
+def _format(value) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def selector_classes() -> dict[str, type[Selector]]:
+    """Every selector by its name, the ablation's among them."""
+    found = [*(getattr(selectors, name) for name in selectors.__all__), ExactTopK]
+    return {cls.name: cls for cls in found if isinstance(cls, type) and issubclass(cls, Selector) and cls.name}
+
+
+def parse_method(text: str) -> Method:
+    """`quest:budget_fraction=1/4,token_budget=1` -> Method; raises ValueError with what is expected."""
+    name, _, settings = text.strip().partition(":")
+    classes = selector_classes()
+    if name == "dense":
+        return DENSE
+    if name not in classes:
+        raise ValueError(f"methods: expected one of dense, {', '.join(classes)}, got {name!r}")
+    types = typing.get_type_hints(classes[name])
+    fields = {field.name: types[field.name] for field in dataclasses.fields(classes[name])}
+    chosen, config = {}, []
+    for part in filter(None, settings.split(",")):
+        field, equals, value = part.partition("=")
+        if not equals or field not in {**fields, **CONFIG_FIELDS}:
+            raise ValueError(f"methods: {name}: expected field=value with a field of {', '.join([*fields, *CONFIG_FIELDS])}, got {part!r}")
+        try:
+            if field in fields:
+                chosen[field] = _convert(fields[field], value)
+            else:
+                config.append((field, int(value)))
+        except ValueError:
+            raise ValueError(f"methods: {name}: {field}: expected {fields.get(field, int)}, got {value!r}") from None
+    return Method(classes[name](**chosen), 1.0, tuple(config))
+
+
+def _convert(kind, value: str):
+    if value == "None":
+        return None
+    kinds = typing.get_args(kind) or (kind,)
+    if kind is bool:
+        return {"true": True, "false": False}[value.lower()] if value.lower() in ("true", "false") else int("x")
+    if typing.get_origin(kind) is tuple:
+        return tuple(int(part) for part in value.split("+"))
+    if kind is float:
+        return float(Fraction(value))
+    return int(value) if int in kinds else value
+
+
+# Budgets as shares of the context, so that one list serves every length; token_budget=1 leaves the decision to the share.
+def _share(name: str, share: str, **fields) -> str:
+    text = ",".join(f"{key}={value}" for key, value in fields.items())
+    return f"{name}:token_budget=1,budget_fraction={share}" + (f",{text}" if text else "")
+
+
+STANDARD = (
+    "full",
+    "shadow_prefix",
+    _share("quest", "1/4"),
+    _share("double_sparsity", "1/4"),
+    _share("sparq", "1/8", channels=16),
+    _share("tidal", "1/8"),
+    _share("streaming", "1/4"),
+    "magicpig",
+)

@@ -1,0 +1,105 @@
+"""Exact prefill once, decode many times: records a prompt's K, V and newest queries, and fills a cache of any method with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from .. import calibration
+from ..config import TwilightConfig
+from ..decode_step import append
+from ..integration import TwilightCache
+
+
+@dataclass
+class LayerRecord:
+    """One layer's view of one prompt, with position encoding."""
+
+    q: Tensor  # [1, <= RECENT_QUERIES, Hq, D], the newest
+    k: Tensor  # [1, N, Hkv, D]
+    v: Tensor  # [1, N, Hkv, D]
+    sm_scale: float
+
+
+@dataclass
+class Prefill:
+    """One prompt after exact attention."""
+
+    ids: Tensor  # [N]
+    layers: list[LayerRecord]
+    last_logits: Tensor  # [V] fp32, of the last prompt token
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[0]
+
+
+_RECORDING: list[LayerRecord] = []
+
+
+def _record_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Exact causal attention over one whole prompt, noting what it saw; q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    group = query.shape[1] // key.shape[1]
+    newest = query[:, :, -calibration.RECENT_QUERIES :].transpose(1, 2).contiguous()
+    _RECORDING.append(LayerRecord(newest, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous(), scale))
+    k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    out = scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("twilight_record", _record_attention)
+
+
+@contextmanager
+def attention(model, name: str):
+    """Switches the model's attention implementation for a while."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.inference_mode()
+def record(model, ids: Tensor) -> Prefill:
+    """Runs one prompt ids [N] through the model with exact attention."""
+    _RECORDING.clear()
+    with attention(model, "twilight_record"):
+        out = model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+    layers = list(_RECORDING)
+    _RECORDING.clear()
+    return Prefill(ids, layers, out.logits[0, -1].float())
+
+
+@torch.inference_mode()
+def cache_of(model, config: TwilightConfig, prefills: Sequence[Prefill], new_tokens: int) -> TwilightCache:
+    """A cache of the method `config` that holds the recorded prompts, calibrated on them, with room for `new_tokens` more each."""
+    longest = max(prefill.tokens for prefill in prefills)
+    first = prefills[0].layers[0].k
+    cache = TwilightCache(model.config, config, len(prefills), longest + new_tokens, device=first.device, dtype=first.dtype)
+    lengths = torch.tensor([prefill.tokens for prefill in prefills], device=first.device)
+    positions = torch.arange(longest, device=first.device) - (longest - lengths)[:, None]
+    positions = positions.clamp(min=-1)
+    cache.begin_step(len(prefills), longest, positions)
+    for index, layer in enumerate(cache.layers):
+        records = [prefill.layers[index] for prefill in prefills]
+        k = torch.cat([_left_pad(record.k, longest) for record in records])
+        v = torch.cat([_left_pad(record.v, longest) for record in records])
+        # Older queries are zeros: calibration takes none but the newest.
+        q = torch.cat([_left_pad(record.q, longest) for record in records])
+        calibration.from_prompt(layer.paged, q, k, cache.step_positions, records[0].sm_scale)
+        append(k, v, layer.paged, cache.live_page_table, cache.live_seq_lens, cache.step_positions)
+    return cache
+
+
+def _left_pad(rows: Tensor, length: int) -> Tensor:
+    """[1, N, H, D] -> [1, length, H, D], zeros in front."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, 0, length - rows.shape[1], 0))

@@ -1,0 +1,110 @@
+"""Tables of a finished run, in the shape of the Twilight paper's: method, without and with the pruner, budget after pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .runner import LANGUAGE
+
+LANGUAGE_COLUMNS = (
+    "method",
+    "without Twilight: KL / top-1 / ppl",
+    "p",
+    "with Twilight: KL / top-1 / ppl",
+    "avg. budget",
+    "pruned",
+    "bytes",
+    "alone at that budget: KL",
+)
+TASK_COLUMNS = ("method", "without Twilight", "p", "with Twilight")
+
+
+def _of(cells: Sequence[dict], task: str, length: int) -> list[dict]:
+    return [cell for cell in cells if cell["task"] == task and cell["length"] == length and "method" in cell]
+
+
+def _quality(cell: dict | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell['kl']:.4f} / {cell['top1']:.3f} / {cell['perplexity_change']:+.1%}"
+
+
+def language_rows(cells: Sequence[dict], length: int) -> list[tuple[str, ...]]:
+    """One row a pruned method, beside the same selector alone; selectors that never ran pruned stand alone."""
+    mine = _of(cells, LANGUAGE, length)
+    equal = {cell["equal_tokens_of"]: cell for cell in mine if "equal_tokens_of" in cell}
+    plain = [cell for cell in mine if "equal_tokens_of" not in cell]
+    alone = {cell["method"]: cell for cell in plain if cell["top_p"] == 1.0}
+    pruned = [cell for cell in plain if cell["top_p"] < 1.0]
+    rows = []
+    for method in dict.fromkeys(cell["method"] for cell in plain):
+        with_pruner = [cell for cell in pruned if cell["method"] == method]
+        for cell in with_pruner:
+            twin = equal.get(f"{method} p={cell['top_p']:g}")
+            rows.append(
+                (
+                    method,
+                    _quality(alone.get(method)),
+                    f"{cell['top_p']:g}",
+                    _quality(cell),
+                    f"{cell['kept']:.0f} of {cell['live']:.0f}",
+                    f"{cell['pruned']:.1%}",
+                    f"{cell['sparse_layers_bytes_share']:.1%} ({cell['bytes_share']:.1%})",
+                    f"{twin['kl']:.4f}" if twin else "-",
+                )
+            )
+        if not with_pruner:
+            cell = alone[method]
+            budget = f"{cell['kept']:.0f} of {cell['live']:.0f}" if "kept" in cell else "all"
+            shares = f"{cell['sparse_layers_bytes_share']:.1%} ({cell['bytes_share']:.1%})"
+            rows.append((method, _quality(cell), "-", "-", budget, f"{cell.get('pruned', 0.0):.1%}", shares, "-"))
+    return rows
+
+
+def task_rows(cells: Sequence[dict], task: str, length: int) -> list[tuple[str, ...]]:
+    mine = _of(cells, task, length)
+    alone = {cell["method"]: cell for cell in mine if cell["top_p"] == 1.0}
+    rows = []
+    for method in dict.fromkeys(cell["method"] for cell in mine):
+        plain = f"{alone[method]['score']:.1%}" if method in alone else "-"
+        with_pruner = [cell for cell in mine if cell["method"] == method and cell["top_p"] < 1.0]
+        rows += [(method, plain, f"{cell['top_p']:g}", f"{cell['score']:.1%}") for cell in with_pruner] or [(method, plain, "-", "-")]
+    return rows
+
+
+def tables(cells: Sequence[dict]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """(title, columns, rows) of every task and length that ran."""
+    found = dict.fromkeys((cell["task"], cell["length"]) for cell in cells if "method" in cell)
+    result = []
+    for task, length in sorted(found, key=lambda pair: (pair[0] != LANGUAGE, pair)):
+        if task == LANGUAGE:
+            result.append((f"{length} tokens, teacher-forced prose", LANGUAGE_COLUMNS, language_rows(cells, length)))
+        else:
+            result.append((f"{task}, {length} tokens", TASK_COLUMNS, task_rows(cells, task, length)))
+    return result
+
+
+def markdown(run: dict, cells: Sequence[dict]) -> str:
+    """All tables as one Markdown page."""
+    lines = [
+        f"{run['model']}, {run['dtype']}, {run['device']} ({run['backend']}), " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()),
+        "",
+        "KL to dense, share of equal top-1 tokens, change of perplexity. Budget: mean tokens a KV head after pruning.",
+        "Bytes: share of dense K and V that the sparse layers read, in brackets with the dense layers.",
+    ]
+    for title, columns, rows in tables(cells):
+        lines += ["", f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    for cell in cells:
+        if cell["task"] == "mass":
+            lines += ["", f"### {cell['length']} tokens, mass of each query head's own set", ""]
+            lines += [
+                "| p | estimated mass | lowest estimated - p | true mass | lowest true mass | kept a query head |",
+                "|" + " --- |" * 6,
+            ]
+            lines += [
+                f"| {row['top_p']:g} | {row['estimated_mass']:.4f} | {row['lowest_estimated_minus_p']:+.1e} | {row['true_mass']:.4f} | "
+                f"{row['lowest_true_mass']:.3f} | {row['kept_a_query_head']:.0f} |"
+                for row in cell["mass"]
+            ]
+    return "\n".join(lines) + "\n"

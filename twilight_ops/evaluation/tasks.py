@@ -1,0 +1,206 @@
+"""Long-context tasks with checkable answers: a passkey, and tasks after RULER (arXiv 2404.06654), written anew."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+# Nouns and adjectives for keys and word lists; short, common, and distinct from each other.
+ADJECTIVES = (
+    "amber bold brave brisk calm clever cosmic crisp dapper eager early faint fancy fierce gentle giant golden happy hollow humble "
+    "icy idle jolly keen late lively lucky mellow mighty misty modest nimble noble odd pale plain proud quick quiet rapid rare rosy "
+    "royal rustic sharp shy silent silver sleepy sly smooth snowy solid steady still stout sunny sweet swift tall tame tidy tiny vast "
+    "vivid warm wild wise witty"
+).split()
+NOUNS = (
+    "acorn anchor apple arrow badger banjo barrel basket beacon beetle bell berry bishop blanket boat bottle bridge bucket button "
+    "cabin camel candle canyon carpet castle cedar cherry chisel cloud clover comet copper coral cottage crane cricket crown dagger "
+    "daisy desert dragon drum eagle ember falcon feather fiddle forest fountain fox garden ginger glacier goose granite hammer harbor "
+    "hazel helmet heron honey island ivory jacket jungle kettle kitten ladder lagoon lantern lemon lizard lobster magnet maple marble "
+    "meadow mirror monkey mountain needle nutmeg ocean olive orchid otter owl paddle panther parrot pebble pepper pillow planet poppy "
+    "puzzle rabbit raven ribbon river rocket saddle salmon shadow shell shovel sparrow spider statue stone sugar temple thistle "
+    "thunder tiger timber tulip turtle tunnel valley velvet violet walnut wagon whistle willow window winter wizard zebra"
+).split()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the strings that a right answer contains, all of them for full marks."""
+
+    prompt: str
+    answer_start: str  # what the answer is made to begin with, so that a small model stays on the subject
+    answers: tuple[str, ...]
+    chat: bool = True  # asked through the model's chat template, if it has one
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: `build` makes a sample from (random, count of filler units, depth 0..1, prose sentences)."""
+
+    name: str
+    new_tokens: int
+    build: Callable[[random.Random, int, float, Sequence[str]], Sample]
+
+
+def score(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that occur in the text, letter case aside."""
+    text = text.lower()
+    return sum(answer.lower() in text for answer in answers) / len(answers)
+
+
+def _number(rng: random.Random, digits: int) -> str:
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))
+
+
+def _insert(lines: Sequence[str], needles: Sequence[str], depths: Sequence[float]) -> str:
+    """The lines with each needle put in at its depth."""
+    lines = list(lines)
+    places = sorted(((round(depth * len(lines)), needle) for depth, needle in zip(depths, needles, strict=True)), reverse=True)
+    for place, needle in places:
+        lines.insert(place, needle)
+    return " ".join(lines)
+
+
+def _cycle(sentences: Sequence[str], count: int) -> list[str]:
+    return [sentences[i % len(sentences)] for i in range(count)]
+
+
+def _passkey(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+    key = _number(rng, 5)
+    body = _insert(_cycle(prose, units), [f"The pass key is {key}. Remember it. {key} is the pass key."], [depth])
+    # The wording of Landmark Attention (arXiv 2305.16300), but in prose and as a text to continue: repeated filler and a chat
+    # template make a small model lose the key by itself, long before any selector does.
+    prompt = (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+        f"I will quiz you about the important information there.\n{body}\nWhat is the pass key?"
+    )
+    return Sample(prompt, "The pass key is", (key,), chat=False)
+
+
+def _needles(keys: int, values: int) -> Callable[[random.Random, int, float, Sequence[str]], Sample]:
+    """Magic numbers in prose: `keys` keys of which one is asked, each with `values` numbers."""
+
+    def build(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+        names = [f"{adjective} {noun}" for adjective, noun in zip(rng.sample(ADJECTIVES, keys), rng.sample(NOUNS, keys), strict=True)]
+        numbers = {name: [_number(rng, 5) for _ in range(values)] for name in names}
+        wanted = names[0]
+        needles, depths = [], []
+        for name in names:
+            for i, number in enumerate(numbers[name]):
+                needles.append(f"One of the special magic numbers for {name} is: {number}.")
+                # The first number asked for lies at the depth under test, everything else anywhere.
+                depths.append(depth if name == wanted and i == 0 else rng.random())
+        body = _insert(_cycle(prose, units), needles, depths)
+        which = "What is the special magic number" if values == 1 else "What are all the special magic numbers"
+        prompt = (
+            "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+            "I will quiz you about them afterwards.\n"
+            f"{body}\n{which} for {wanted} mentioned in the provided text?"
+        )
+        start = (
+            f"The special magic number for {wanted} mentioned in the provided text is"
+            if values == 1
+            else (f"The special magic numbers for {wanted} mentioned in the provided text are")
+        )
+        return Sample(prompt, start, tuple(numbers[wanted]))
+
+    return build
+
+
+def _variable_tracking(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+    hops = 4
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    names = ["".join(rng.sample(letters, 5)) for _ in range(hops + 1)]
+    value = _number(rng, 5)
+    lines = [f"VAR {names[0]} = {value}"] + [f"VAR {new} = VAR {old}" for old, new in zip(names, names[1:], strict=False)]
+    depths = sorted([depth, *(rng.uniform(depth, 1.0) for _ in range(hops))])
+    body = _insert([GRASS] * units, lines, depths)
+    prompt = (
+        "Memorize and track the chain of variable assignments hidden in the following text.\n"
+        f"{body}\nQuestion: Find all variables that are assigned the value {value} in the text above."
+    )
+    return Sample(
+        prompt, f"According to the chain of assignments, {hops + 1} variables are assigned the value {value}, they are:", tuple(names)
+    )
+
+
+def _common_words(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+    # RULER's ratio of 10 to 1, at a third of its counts, so that the task exists at a thousand tokens too.
+    common_count, common_times, rare_times = 10, 10, 1
+    rare_count = max(1, units)
+    pool = [f"{adjective}{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+    words = rng.sample(pool, common_count + rare_count)
+    listed = words[:common_count] * common_times + words[common_count:] * rare_times
+    rng.shuffle(listed)
+    body = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
+    prompt = (
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+        f"{body}\nQuestion: What are the {common_count} most common words in the above list?"
+    )
+    return Sample(prompt, "The top 10 words that appear most often in the list are:", tuple(words[:common_count]))
+
+
+def _frequent_words(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+    vocabulary, alpha = 50, 2.0
+    words = ["".join(rng.choice("bcdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(3)) for _ in range(vocabulary)]
+    words = list(dict.fromkeys(words))
+    weights = [1.0 / (rank + 1) ** alpha for rank in range(1, len(words) + 1)]
+    total = sum(weights)
+    # Counts after a Zipf law instead of draws from one, so that the order of the top three is certain.
+    listed = [word for word, weight in zip(words, weights, strict=True) for _ in range(max(1, round(units * weight / total)))]
+    rng.shuffle(listed)
+    prompt = (
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words.\n"
+        f"{' '.join(listed)}\nQuestion: What are the three most frequently appeared words in the above coded text?"
+    )
+    return Sample(prompt, "According to the coded text above, the three most frequently appeared words are:", tuple(words[:3]))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("passkey", 12, _passkey),
+        Task("needle_single", 16, _needles(1, 1)),
+        Task("needle_multikey", 16, _needles(4, 1)),
+        Task("needle_multivalue", 40, _needles(1, 4)),
+        Task("variable_tracking", 40, _variable_tracking),
+        Task("common_words", 80, _common_words),
+        Task("frequent_words", 32, _frequent_words),
+    )
+}
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a prose document, blank lines and headings apart."""
+    flat = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return [part.strip() + "." for part in flat.split(". ") if part.strip()]
+
+
+def encode(tokenizer, sample: Sample) -> list[int]:
+    """The prompt as the model's chat template wants it, then the start of the answer."""
+    if sample.chat and getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": sample.prompt}], tokenize=False, add_generation_prompt=True)
+        return tokenizer(text + sample.answer_start, add_special_tokens=False)["input_ids"]
+    return tokenizer(f"{sample.prompt} {sample.answer_start}")["input_ids"]
+
+
+def fit(tokenizer, task: Task, tokens: int, depth: float, seed: int, prose: Sequence[str]) -> tuple[list[int], Sample]:
+    """The sample with the most filler whose prompt is at most `tokens` long."""
+
+    def build(units: int) -> tuple[list[int], Sample]:
+        sample = task.build(random.Random(seed), units, depth, prose)
+        return encode(tokenizer, sample), sample
+
+    least = len(build(0)[0])
+    if least > tokens:
+        raise ValueError(f"lengths: {task.name}: expected at least {least} tokens, got {tokens}")
+    low, high = 0, 2
+    while len(build(high)[0]) <= tokens:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(build(middle)[0]) <= tokens else (low, middle)
+    return build(low)

@@ -1,0 +1,184 @@
+"""Device functions shared by the Triton kernels: where a slot's token lives, what its codes are, what it weighs."""
+
+import triton
+import triton.language as tl
+
+# The interpreter has no inline assembly; it takes the portable line of `unpack_codes`.
+NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+# A visible logit of -inf is stored as this, so that -inf alone can mean "not visible".
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+# Two NaN with all bits set, which no rounding produces.
+DEAD = tl.constexpr(-1)
+
+# Integers become fp16 by splicing them under an exponent that makes them 1024 + code exactly; the offset is then subtracted two at a time.
+# Four bytes of 4-bit codes cost 13 instructions, as conversions they would be about 28.
+_OFFSET = "mov.b32 one, 0x3C003C00; mov.b32 offset, 0xE400E400;"
+_SPLICE = "prmt.b32 {out}, {codes}, 0x64646464, {bytes}; fma.rn.f16x2 {out}, {out}, one, offset;"
+UNPACK_NIBBLES = tl.constexpr(
+    "{ .reg .b32 low, high, one, offset; "
+    + _OFFSET
+    + "and.b32 low, $4, 0x0F0F0F0F; shr.u32 high, $4, 4; and.b32 high, high, 0x0F0F0F0F;"
+    + "".join(_SPLICE.format(out=f"${i}", codes="low" if i < 2 else "high", bytes="0x4342" if i % 2 else "0x4140") for i in range(4))
+    + "}"
+)
+UNPACK_BYTES = tl.constexpr(
+    "{ .reg .b32 one, offset; "
+    + _OFFSET
+    + "".join(_SPLICE.format(out=f"${i}", codes="$2", bytes="0x4342" if i else "0x4140") for i in range(2))
+    + "}"
+)
+
+
+@triton.jit
+def unpack_nibbles(packed, DTYPE: tl.constexpr):
+    """Low and high 4-bit codes of a uint8 tile as DTYPE."""
+    if NATIVE and DTYPE == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            UNPACK_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        low = (packed & 15).to(DTYPE)
+        high = (packed >> 4).to(DTYPE)
+    return low, high
+
+
+@triton.jit
+def unpack_bytes(packed, DTYPE: tl.constexpr):
+    """A uint8 tile as DTYPE."""
+    if NATIVE and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(UNPACK_BYTES, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return packed.to(DTYPE)
+
+
+@triton.jit
+def power_of_two(largest):
+    """2**-e and 2**e with e the exponent of each entry: scaled by it, every row fits fp16, whatever the range of q."""
+    exponent = (largest.to(tl.float32).to(tl.int32, bitcast=True) >> 23 & 255) - 127
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True), ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_word(at, live):
+    """The scale and zero of quantised rows as one word, DEAD where a row is not live: one word to hand to the product's layout."""
+    return tl.where(live, tl.load(at, mask=live, other=0), DEAD)
+
+
+@triton.jit
+def scale_and_zero(word):
+    """The two bf16 of a word."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def softmax_step(weighed, reference, peak, total, is_first):
+    """Folds a tile [items, rows] into elementwise maxima and sums relative to the first tile's maximum.
+
+    One exponential an element and no reduction but in the first tile; `softmax_finish` says when the reference was too low.
+    """
+    if is_first:
+        reference = tl.max(weighed, 0)
+        reference = tl.where((reference == -INF) | (reference == INF), 0.0, reference)
+    peak = tl.maximum(peak, weighed)
+    total += tl.exp2(weighed * LOG2E - (reference * LOG2E)[None, :])
+    return reference, peak, total
+
+
+@triton.jit
+def softmax_finish(reference, peak, total):
+    """Row maxima, sums relative to them, and whether a sum may have left the range of fp32 and has to be taken again."""
+    top = tl.max(peak, 0)
+    rise = tl.where(top < INF, top - reference, 0.0)
+    safe = tl.where((top == -INF) | (top == INF), 0.0, top)
+    again = tl.max((tl.abs(tl.where(top == -INF, 0.0, rise)) > 40.0).to(tl.int32), 0) > 0
+    return top, tl.sum(total, 0) * tl.exp2((reference - safe) * LOG2E), again
+
+
+@triton.jit
+def in_order(COLUMNS: tl.constexpr):
+    """0 .. 32 * COLUMNS - 1 as a tile [32, COLUMNS], ascending down the columns: a warp scans 32 in a row, in the layout of its stores."""
+    entry = tl.arange(0, 32)[:, None] + tl.arange(0, COLUMNS)[None, :] * 32
+    # Hidden from the compiler: vector loads would bring a layout of their own, and whole tiles of 64-bit addresses would change layout.
+    return tl.max_contiguous(entry, [1, 1])
+
+
+@triton.jit
+def count_tile(values):
+    """Sum of an `in_order` tile: along the rows first, which a thread holds."""
+    return tl.sum(tl.sum(values, 1), 0)
+
+
+@triton.jit
+def rank_in_order(flag):
+    """How many entries of an `in_order` tile before each one are set, and how many are set in all."""
+    column = tl.sum(flag, 0)
+    before = tl.cumsum(column, 0) - column
+    return before[None, :] + tl.cumsum(flag, 0) - flag, tl.sum(column, 0)
+
+
+@triton.jit
+def store_compacted(out, value, taken, base, limit):
+    """Writes the taken values of an `in_order` tile from slot `base` on, none at `limit` or beyond; returns how many."""
+    rank, count = rank_in_order(taken.to(tl.int32))
+    place = base + rank
+    tl.store(out + place, value, mask=taken & (place < limit))
+    return count
+
+
+@triton.jit
+def live_length(seq_lens, batch, max_pages, PAGE: tl.constexpr):
+    """Valid tokens of a sequence, never more than its page table can hold."""
+    return tl.minimum(tl.maximum(tl.load(seq_lens + batch), 0), max_pages * PAGE)
+
+
+@triton.jit
+def listed_slots(counts, row, length, capacity, UNIT: tl.constexpr, LISTED: tl.constexpr):
+    """Slots of one (sequence, KV head) that can hold a token."""
+    if LISTED:
+        slots = tl.minimum(tl.maximum(tl.load(counts + row), 0) * UNIT, capacity)
+    else:
+        slots = tl.minimum(length, capacity)
+    return slots
+
+
+@triton.jit
+def slot_tokens(indices, row, slot, inside, capacity, UNIT: tl.constexpr, LISTED: tl.constexpr):
+    """Positions that slots stand for, -1 outside the list."""
+    if LISTED:
+        index = tl.load(indices + row.to(tl.int64) * (capacity // UNIT) + slot // UNIT, mask=inside, other=-1)
+        token = tl.where(index < 0, -1, index * UNIT + slot % UNIT)
+    else:
+        token = tl.where(inside, slot, -1)
+    return token
+
+
+@triton.jit
+def physical_page(page_table, batch, logical, live, num_pages, max_pages):
+    """Physical pages, int64; a bad page table entry reads some valid page."""
+    page = tl.load(page_table + batch.to(tl.int64) * max_pages + logical, mask=live, other=0)
+    return tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
+
+
+@triton.jit
+def softmax_row(peaks, sums, row, used, splits, SPLITS_PAD: tl.constexpr):
+    """Merges the partial maxima and sums of one row: its maximum (0 where nothing is finite), and 1 / sum (1 where it is 0)."""
+    split = tl.arange(0, SPLITS_PAD)
+    at = row.to(tl.int64) * splits + split
+    peak = tl.load(peaks + at, mask=split < used, other=-INF)
+    partial = tl.load(sums + at, mask=split < used, other=0.0)
+    top = tl.max(peak, 0)
+    safe = tl.where(top == -INF, 0.0, top)
+    total = tl.sum(tl.where(peak == -INF, 0.0, partial * tl.exp2((peak - safe) * LOG2E)), 0)
+    return top, safe, tl.where(total > 0.0, 1.0 / total, 1.0)
+
+
+@triton.jit
+def estimated_weight(logit, top, safe, scale):
+    """A weight from a stored logit; -inf logits are not visible. A row whose top is +inf is NaN wherever it is visible."""
+    weight = tl.where(top <= LOWEST, 0.0, tl.exp2((logit - safe) * LOG2E) * scale)
+    return tl.where(logit == -INF, 0.0, tl.where(top == INF, float("nan"), weight))

@@ -1,0 +1,238 @@
+"""Triton kernels of twilight::append_kv: K, V and the 4-bit shadow of new tokens, then the bounds of the pages they touched."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.append_kv import check_append_kv
+from ._launch import Launch, cdiv, next_power_of_2
+from ._tiles import INF
+
+# A decode step writes one token a sequence; a prompt fills tiles.
+WRITE = {1: Launch(1, 1, 1, "one row is 2 * D values"), 16: Launch(16, 4, 1, "16 rows of 2 * D values keep four warps loading")}
+
+
+@triton.jit
+def _written_page(positions, seq_lens, page_table, batch, token, inside, tokens, num_pages, max_pages, PAGE: tl.constexpr):
+    """Position, logical page and physical page of new tokens, and whether the row is written at all."""
+    if positions is None:
+        position = tl.load(seq_lens + batch) - tokens + token
+    else:
+        position = tl.load(positions + batch.to(tl.int64) * tokens + token, mask=inside, other=-1)
+    logical = tl.where(position < 0, 0, position) // PAGE
+    written = inside & (position >= 0) & (logical < max_pages)
+    page = tl.load(page_table + batch.to(tl.int64) * max_pages + logical, mask=written, other=-1)
+    return position, logical, page.to(tl.int64), written & (page >= 0) & (page < num_pages)
+
+
+@triton.jit
+def _codes(x, zero, scale, LEVELS: tl.constexpr):
+    """clamp(round((x - zero) / scale), 0, LEVELS), ties to even; 0 where that is undefined."""
+    step = tl.div_rn(x - zero, tl.where(scale > 0.0, scale, 1.0))
+    step = tl.where((scale > 0.0) & (step == step), step, 0.0)
+    step = tl.minimum(tl.maximum(step, 0.0), LEVELS)
+    # Adding 1.5 * 2**23 leaves no fraction bits: fp32 itself rounds, half to even.
+    return ((step + 12582912.0) - 12582912.0).to(tl.uint8)
+
+
+@triton.jit
+def _range_scale(low, high, nan, LEVELS: tl.constexpr):
+    """Rounded scale and zero of rows with the given extremes."""
+    low = tl.where(nan, float("nan"), low)
+    high = tl.where(nan, float("nan"), high)
+    return tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)).to(tl.bfloat16), low.to(tl.bfloat16)
+
+
+@triton.jit
+def write_tokens_kernel(
+    k,  # [B, T, Hkv, D]
+    v,
+    k_cache,  # [P, Hkv, S, D]
+    v_cache,
+    k_quant,  # [P, Hkv, S * D / 2] or None
+    k_scale,  # [P, Hkv, S, 2]
+    channel_order,  # [Hkv, D]
+    prefix_channels,  # [Hkv]
+    page_table,  # [B, M]
+    seq_lens,  # [B]
+    positions,  # [B, T] or None
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    tokens,
+    num_pages,
+    max_pages,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (B * Hkv, tiles of T): program (row, tile) writes BLOCK tokens of one KV head."""
+    batch = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) % KV_HEADS
+    half: tl.constexpr = HEAD_DIM // 2
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position, _, page, written = _written_page(
+        positions, seq_lens, page_table, batch, token, token < tokens, tokens, num_pages, max_pages, PAGE
+    )
+    place = position % PAGE
+    slot = (page * KV_HEADS + head) * PAGE + place
+
+    d = tl.arange(0, 2 * HALF_PAD)
+    mask = written[:, None] & (d < HEAD_DIM)[None, :]
+    k_row = k + batch.to(tl.int64) * stride_kb + token.to(tl.int64) * stride_kt + head * stride_kh
+    v_row = v + batch.to(tl.int64) * stride_vb + token.to(tl.int64) * stride_vt + head * stride_vh
+    key = tl.load(k_row[:, None] + d[None, :], mask=mask, other=0.0)
+    tl.store(k_cache + slot[:, None] * HEAD_DIM + d[None, :], key, mask=mask)
+    value = tl.load(v_row[:, None] + d[None, :], mask=mask, other=0.0)
+    tl.store(v_cache + slot[:, None] * HEAD_DIM + d[None, :], value, mask=mask)
+
+    if k_quant is not None:
+        wide = key.to(tl.float32)
+        low = tl.min(tl.where(mask, wide, INF), 1)
+        high = tl.max(tl.where(mask, wide, -INF), 1)
+        nan = tl.max((mask & (wide != wide)).to(tl.int32), 1) > 0
+        low = tl.where(written, low, 0.0)
+        high = tl.where(written, high, 0.0)
+        scale, zero = _range_scale(low, high, nan, 15)
+        tl.store(k_scale + slot * 2, scale, mask=written)
+        tl.store(k_scale + slot * 2 + 1, zero, mask=written)
+        byte = tl.arange(0, HALF_PAD)
+        in_row = byte < half
+        even = tl.load(channel_order + head * HEAD_DIM + 2 * byte, mask=in_row, other=0)
+        odd = tl.load(channel_order + head * HEAD_DIM + 2 * byte + 1, mask=in_row, other=0)
+        pairs = written[:, None] & in_row[None, :]
+        scale = scale.to(tl.float32)[:, None]
+        zero = zero.to(tl.float32)[:, None]
+        even_code = _codes(tl.load(k_row[:, None] + even[None, :], mask=pairs, other=0.0).to(tl.float32), zero, scale, 15)
+        odd_code = _codes(tl.load(k_row[:, None] + odd[None, :], mask=pairs, other=0.0).to(tl.float32), zero, scale, 15)
+        prefix = tl.minimum(tl.maximum(tl.load(prefix_channels + head), 0), HEAD_DIM) // 8 * 4
+        lead = place[:, None] * prefix + byte[None, :]
+        tail = prefix * (PAGE - 1) + place[:, None] * (half - prefix) + byte[None, :]
+        offset = (page * KV_HEADS + head)[:, None] * (PAGE * half) + tl.where(byte[None, :] < prefix, lead, tail)
+        tl.store(k_quant + offset, even_code | (odd_code << 4), mask=pairs)
+
+
+@triton.jit
+def page_bounds_kernel(
+    k_cache,  # [P, Hkv, S, D]
+    page_bounds,  # [P, Hkv, 2, D]
+    bounds_scale,  # [P, Hkv, 2] or None
+    page_table,  # [B, M]
+    seq_lens,  # [B]
+    positions,  # [B, T] or None
+    tokens,
+    num_pages,
+    max_pages,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Grid (B * Hkv * T): one program a token and KV head recomputes the token's page, unless the token before it does."""
+    head = tl.program_id(0) % KV_HEADS
+    token = tl.program_id(0) // KV_HEADS % tokens
+    batch = tl.program_id(0) // KV_HEADS // tokens
+    _, logical, page, written = _written_page(positions, seq_lens, page_table, batch, token, token >= 0, tokens, num_pages, max_pages, PAGE)
+    _, other, _, other_written = _written_page(
+        positions, seq_lens, page_table, batch, token - 1, token > 0, tokens, num_pages, max_pages, PAGE
+    )
+    if written & ~((token > 0) & other_written & (other == logical)):
+        live_tokens = tl.load(seq_lens + batch) - logical * PAGE
+        s = tl.arange(0, PAGE)
+        d = tl.arange(0, DIM_PAD)
+        in_dim = d < HEAD_DIM
+        block = page * KV_HEADS + head
+        mask = (s < live_tokens)[:, None] & in_dim[None, :]
+        key = tl.load(k_cache + (block * PAGE + s)[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        nan = tl.max((key != key).to(tl.int32), 0) > 0
+        low = tl.where(nan, float("nan"), tl.min(tl.where(mask, key, INF), 0))
+        high = tl.where(nan, float("nan"), tl.max(tl.where(mask, key, -INF), 0))
+        low = tl.where(live_tokens > 0, low, 0.0)
+        high = tl.where(live_tokens > 0, high, 0.0)
+        at = page_bounds + block * (2 * HEAD_DIM) + d
+        if bounds_scale is None:
+            tl.store(at, low.to(page_bounds.dtype.element_ty), mask=in_dim)
+            tl.store(at + HEAD_DIM, high.to(page_bounds.dtype.element_ty), mask=in_dim)
+        else:
+            least = tl.min(tl.where(in_dim, tl.minimum(low, high), INF), 0, keep_dims=True)
+            most = tl.max(tl.where(in_dim, tl.maximum(low, high), -INF), 0, keep_dims=True)
+            broken = tl.max((nan & in_dim).to(tl.int32), 0, keep_dims=True) > 0
+            scale, zero = _range_scale(least, most, broken, 255)
+            tl.store(bounds_scale + block * 2 + tl.arange(0, 1), scale)
+            tl.store(bounds_scale + block * 2 + 1 + tl.arange(0, 1), zero)
+            scale = scale.to(tl.float32)
+            zero = zero.to(tl.float32)
+            tl.store(at, _codes(low, zero, scale, 255), mask=in_dim)
+            tl.store(at + HEAD_DIM, _codes(high, zero, scale, 255), mask=in_dim)
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_quant: Tensor | None,
+    k_scale: Tensor | None,
+    page_bounds: Tensor | None,
+    bounds_scale: Tensor | None,
+    channel_order: Tensor | None,
+    prefix_channels: Tensor | None,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor | None = None,
+) -> None:
+    bounds = (page_bounds, bounds_scale)
+    order = (channel_order, prefix_channels)
+    check_append_kv(k, v, k_cache, v_cache, k_quant, k_scale, *bounds, *order, page_table, seq_lens, positions)
+    batch, tokens = k.shape[:2]
+    num_pages, kv_heads, page_size, head_dim = k_cache.shape
+    max_pages = page_table.shape[1]
+    if batch * max_pages * num_pages == 0:
+        return
+    launch = WRITE[1 if tokens == 1 else 16]
+    write_tokens_kernel[(batch * kv_heads, cdiv(tokens, launch.block))](
+        k,
+        v,
+        k_cache,
+        v_cache,
+        k_quant,
+        k_scale,
+        channel_order,
+        prefix_channels,
+        page_table,
+        seq_lens,
+        positions,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        tokens,
+        num_pages,
+        max_pages,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        HALF_PAD=next_power_of_2(head_dim // 2),
+        PAGE=page_size,
+        BLOCK=launch.block,
+        **launch.options,
+    )
+    if page_bounds is not None:
+        page_bounds_kernel[(batch * kv_heads * tokens,)](
+            k_cache,
+            page_bounds,
+            bounds_scale,
+            page_table,
+            seq_lens,
+            positions,
+            tokens,
+            num_pages,
+            max_pages,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            DIM_PAD=next_power_of_2(head_dim),
+            PAGE=page_size,
+            num_warps=2,
+        )

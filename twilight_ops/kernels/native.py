@@ -1,0 +1,52 @@
+"""The native Hopper kernels behind the operators that have one; calls they do not serve go to the Triton stages."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from ..ops.append_kv import check_append_kv
+from ..ops.decode_attention import check_decode_attention
+from . import fused
+from .append_kv import append_kv as staged_append_kv
+from .decode_attention import decode_attention as staged_decode_attention
+
+
+def _binder(kernel: Callable) -> Callable[[tuple, dict], dict]:
+    """Names a call's arguments and fills in the defaults, which PyTorch leaves out."""
+    parameters = inspect.signature(kernel).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+    def bind(arguments: tuple, named: dict) -> dict:
+        given = dict(zip(parameters, arguments, strict=False)) | named
+        return {name: given[name] if name in given else defaults[name] for name in parameters}
+
+    return bind
+
+
+_bind_append_kv = _binder(staged_append_kv)
+_bind_decode_attention = _binder(staged_decode_attention)
+_SUPPORT_ARGUMENTS = tuple(inspect.signature(fused.fused_supports).parameters)
+_STAGED_ONLY = ("candidates", "candidate_counts", "tokens_per_candidate")
+
+
+def append_kv(*arguments, **named) -> None:
+    call = _bind_append_kv(arguments, named)
+    if call["k"].dtype == torch.float32 or not fused.available():
+        staged_append_kv(**call)
+        return
+    check_append_kv(**call)
+    torch.ops.twilight._fused_append_kv(*call.values())
+
+
+def decode_attention(*arguments, **named) -> tuple[torch.Tensor, torch.Tensor]:
+    call = _bind_decode_attention(arguments, named)
+    check_decode_attention(**call)
+    cluster_size = fused.fused_supports(**{name: call[name] for name in _SUPPORT_ARGUMENTS})
+    if cluster_size == 0:
+        return staged_decode_attention(**call)
+    fused_arguments = [value for name, value in call.items() if name not in _STAGED_ONLY]
+    return torch.ops.twilight._fused_decode_attention(*fused_arguments, cluster_size)
+
+
+KERNELS = {"append_kv": append_kv, "decode_attention": decode_attention}

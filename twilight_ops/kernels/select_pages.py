@@ -1,0 +1,245 @@
+"""Triton kernels of twilight::select_pages: the bound on each page's logits, then the ranking."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.select_pages import check_select_pages
+from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, query_rows
+from ._rank import rank
+from ._tiles import (
+    INF,
+    LOG2E,
+    live_length,
+    physical_page,
+    power_of_two,
+    scale_and_zero,
+    softmax_finish,
+    softmax_step,
+    unpack_bytes,
+)
+
+# Bytes of bounds a page: the pages a tile hold 32 KiB together, two stages of which fit every chip since sm_80.
+LAUNCHES = {
+    page_bytes: Launch(min(128, 32768 // page_bytes), 4, 2, "H200, B64 L32k, 256 bytes a page: 83 us against 107 with half the pages")
+    for page_bytes in (128, 256, 512, 1024, 2048)
+}
+WAVES = 8
+
+
+@triton.jit
+def page_logits_kernel(
+    q,  # [B, T, Hq, D]
+    page_bounds,  # [P, Hkv, 2, D]
+    bounds_scale,  # [P, Hkv] int32: scale and zero, bf16 each; or None
+    page_table,  # [B, M]
+    seq_lens,  # [B]
+    logits,  # [B, T, Hq, stride_logits]
+    peaks,  # [B * T * Hq, splits]
+    sums,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    sm_scale,
+    num_pages,
+    max_pages,
+    stride_logits,
+    splits,
+    dense_below,
+    KV_HEADS: tl.constexpr,
+    QUERY_TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (B * Hkv, splits): program (row, split) bounds the logits of pages split * CHUNK .. for the whole group at once."""
+    row = tl.program_id(0)
+    batch = row // KV_HEADS
+    head = row % KV_HEADS
+    dtype: tl.constexpr = q.dtype.element_ty if bounds_scale is None or q.dtype.element_ty == tl.float32 else tl.float16
+    length = live_length(seq_lens, batch, max_pages, PAGE)
+    pages = (length + PAGE - 1) // PAGE
+    first = tl.program_id(1) * CHUNK
+    if (first >= pages) | (length <= dense_below):
+        return
+    last = tl.minimum(first + CHUNK, pages)
+
+    d = tl.arange(0, DIM_PAD)
+    in_dim = d < HEAD_DIM
+    r = tl.arange(0, ROWS_PAD)
+    in_rows = r < QUERY_TOKENS * GROUP
+    query_token = r // GROUP
+    query_head = head * GROUP + r % GROUP
+    q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + query_head * stride_qh
+    query = tl.load(q + q_row[None, :] + d[:, None], mask=in_dim[:, None] & in_rows[None, :], other=0.0)
+    # Written so that a NaN stays in both.
+    negative = tl.where(query > 0, 0.0, query).to(tl.float32)
+    positive = tl.where(query < 0, 0.0, query).to(tl.float32)
+    down, up = power_of_two(tl.max(tl.maximum(-negative, positive), 0))
+    if bounds_scale is None:
+        # Products with model-typed bounds are exact as they are, and scaling could overflow nothing.
+        down = tl.full([ROWS_PAD], 1.0, tl.float32)
+        up = down
+    negative *= down[None, :]
+    positive *= down[None, :]
+    q_sum = tl.sum(negative + positive, 0)
+    negative = negative.to(dtype)
+    positive = positive.to(dtype)
+    up *= sm_scale
+    out_row = (batch * QUERY_TOKENS + query_token).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    out = logits + out_row * stride_logits
+
+    reference = tl.zeros([ROWS_PAD], tl.float32)
+    peak = tl.full([BLOCK, ROWS_PAD], -INF, tl.float32)
+    total = tl.zeros([BLOCK, ROWS_PAD], tl.float32)
+    local = tl.arange(0, BLOCK)
+    for start in range(first, last, BLOCK):
+        page = start + local
+        live = page < last
+        block = physical_page(page_table, batch, page, live, num_pages, max_pages) * KV_HEADS + head
+        at = (page_bounds + block * (2 * HEAD_DIM))[:, None] + d[None, :]
+        # A page behind the last reads some valid page.
+        mask = in_dim[None, :]
+        low = tl.load(at, mask=mask, other=0)
+        high = tl.load(at + HEAD_DIM, mask=mask, other=0)
+        if bounds_scale is not None:
+            low = unpack_bytes(low, dtype)
+            high = unpack_bytes(high, dtype)
+        bound = tl.dot(low, negative, input_precision="ieee")
+        bound = tl.dot(high, positive, bound, input_precision="ieee")
+        if bounds_scale is not None:
+            scale, zero = scale_and_zero(tl.broadcast_to(tl.load(bounds_scale + block)[:, None], [BLOCK, ROWS_PAD]))
+            bound = bound * scale + q_sum[None, :] * zero
+        logit = bound * up[None, :]
+        weighed = tl.where(live[:, None] & (logit < INF), logit, -INF)
+        reference, peak, total = softmax_step(weighed, reference, peak, total, start == first)
+        tl.store(out[None, :] + page[:, None], logit, mask=live[:, None] & in_rows[None, :])
+
+    top, sum_, again = softmax_finish(reference, peak, total)
+    if again:
+        tl.debug_barrier()
+        total = tl.zeros([BLOCK, ROWS_PAD], tl.float32)
+        for start in range(first, last, BLOCK):
+            page = start + local
+            logit = tl.load(out[None, :] + page[:, None], mask=(page < last)[:, None] & in_rows[None, :], other=-INF)
+            weighed = tl.where(logit < INF, logit, -INF)
+            total += tl.exp2((weighed - tl.where(top == -INF, 0.0, top)[None, :]) * LOG2E)
+        sum_ = tl.sum(total, 0)
+    at = out_row * splits + tl.program_id(1)
+    tl.store(peaks + at, top, mask=in_rows)
+    tl.store(sums + at, sum_, mask=in_rows)
+
+
+def run_select_pages(
+    q: Tensor,
+    page_bounds: Tensor,
+    bounds_scale: Tensor | None,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    budget: tuple[int, float, int, int, Tensor | None],
+    sm_scale: float,
+    indices: Tensor,
+    counts: Tensor,
+    dense_below: int = -1,
+    pad: bool = True,
+) -> None:
+    """Fills `indices` and `counts`; `budget` is (token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)."""
+    token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget = budget
+    batch, query_tokens, heads, head_dim = q.shape
+    num_pages, kv_heads = page_bounds.shape[:2]
+    max_pages = page_table.shape[1]
+    rows = batch * kv_heads
+    launch = LAUNCHES[2 * next_power_of_2(head_dim) * page_bounds.itemsize]
+    chunk = chunk_size(rows, max_pages, q, launch.block, WAVES)
+    splits = max(cdiv(max_pages, chunk), 1)
+    stride = padded_row(max_pages)
+    logits = q.new_empty((batch, query_tokens, heads, stride), dtype=torch.float32)
+    peaks = logits.new_empty((batch * query_tokens * heads, splits))
+    sums = torch.empty_like(peaks)
+    if rows * max_pages:
+        page_logits_kernel[(rows, splits)](
+            q,
+            page_bounds,
+            None if bounds_scale is None else bounds_scale.view(torch.int32),
+            page_table,
+            seq_lens,
+            logits,
+            peaks,
+            sums,
+            *q.stride()[:3],
+            sm_scale,
+            num_pages,
+            max_pages,
+            stride,
+            splits,
+            dense_below,
+            KV_HEADS=kv_heads,
+            QUERY_TOKENS=query_tokens,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            DIM_PAD=next_power_of_2(head_dim),
+            PAGE=page_size,
+            ROWS_PAD=query_rows(query_tokens, heads // kv_heads, 8),
+            CHUNK=chunk,
+            BLOCK=launch.block,
+            **launch.options,
+        )
+    rank(
+        logits,
+        peaks,
+        sums,
+        chunk,
+        max_pages,
+        seq_lens,
+        head_token_budget,
+        indices,
+        counts,
+        max_pages,
+        page_size,
+        page_size,
+        token_budget,
+        budget_fraction,
+        sink_tokens,
+        recent_tokens,
+        dense_below,
+        pad,
+    )
+
+
+def select_pages(
+    q: Tensor,
+    page_bounds: Tensor,
+    bounds_scale: Tensor | None,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    token_budget: int,
+    budget_fraction: float,
+    sm_scale: float,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
+    head_token_budget: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    bounds = (page_bounds, bounds_scale)
+    budget = (token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)
+    indices, counts = check_select_pages(
+        q,
+        *bounds,
+        page_table,
+        seq_lens,
+        page_size,
+        token_budget,
+        budget_fraction,
+        sm_scale,
+        sink_tokens,
+        recent_tokens,
+        head_token_budget,
+    )
+    run_select_pages(q, *bounds, page_table, seq_lens, page_size, budget, sm_scale, indices, counts)
+    return indices, counts

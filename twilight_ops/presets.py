@@ -1,0 +1,142 @@
+"""Published budget policies, expressed as configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import LayerOverride, TwilightConfig
+from .selectors import Selector, ShadowPrefix
+
+# A budget larger than any cache: index lists are as long as the cache allows, whatever it is.
+_UNBOUNDED_TOKENS = 1 << 24
+
+
+def _with_budget(selector: Selector, tokens: int) -> Selector:
+    return dataclasses.replace(selector, token_budget=tokens, budget_fraction=0.0)
+
+
+def pyramid_kv(
+    num_layers: int, token_budget: int, selector: Selector | None = None, beta: float = 20.0, top_p: float = 0.95, **settings
+) -> TwilightConfig:
+    """Budgets that fall linearly from the lowest layer to the highest, as attention narrows.
+
+    The highest layer gets `token_budget / beta`, the lowest `2 * token_budget` less that, so that the mean is `token_budget`.
+
+    Args:
+        num_layers: of the model; the arithmetic runs over all of them, dense ones included.
+        token_budget: mean candidates a layer, tokens.
+        selector: whose budget is set; ShadowPrefix if None.
+        beta: steepness, >= 1; 1 is flat.
+        top_p, settings: of TwilightConfig.
+
+    Source: PyramidKV, arXiv 2406.02069.
+    """
+    if num_layers < 1 or token_budget < 1 or beta < 1.0:
+        raise ValueError(f"pyramid_kv: expected num_layers, token_budget, beta >= 1, got {num_layers}, {token_budget}, {beta}")
+    selector = selector or ShadowPrefix()
+    last = token_budget / beta
+    first = 2 * token_budget - last
+    step = (first - last) / max(num_layers - 1, 1)
+    config = TwilightConfig(selector=selector, top_p=top_p, **settings)
+    overrides = {
+        layer: LayerOverride(selector=_with_budget(selector, max(1, round(first - step * layer))))
+        for layer in range(config.dense_layers, num_layers)
+    }
+    return dataclasses.replace(config, overrides={**overrides, **config.overrides})
+
+
+def ada_kv(
+    head_need: Sequence[Sequence[float]],
+    token_budget: int,
+    selector: Selector | None = None,
+    safeguard: float = 0.2,
+    top_p: float = 0.95,
+    **settings,
+) -> TwilightConfig:
+    """One layer's budget shared out over its KV heads by need, a part of it evenly.
+
+    `budget[h] = Hkv * token_budget * ((1 - safeguard) * need[h] / sum(need) + safeguard / Hkv)`
+
+    Args:
+        head_need: what each KV head of each layer needs, any unit: for example the mean kept tokens of a `budget_report()`.
+        token_budget: mean candidates a KV head, tokens.
+        selector: whose budget is set; ShadowPrefix if None.
+        safeguard: share handed out evenly, 0..1; the paper's is 0.2.
+        top_p, settings: of TwilightConfig.
+
+    Source: Ada-KV, arXiv 2407.11550.
+    """
+    if not 0.0 <= safeguard <= 1.0:
+        raise ValueError(f"ada_kv: safeguard: expected 0..1, got {safeguard}")
+    if token_budget < 1:
+        raise ValueError(f"ada_kv: token_budget: expected >= 1, got {token_budget}")
+    selector = selector or ShadowPrefix()
+    config = TwilightConfig(selector=selector, top_p=top_p, **settings)
+    overrides = {}
+    for layer, need in enumerate(head_need):
+        if any(n < 0 for n in need) or sum(need) <= 0:
+            raise ValueError(f"ada_kv: head_need[{layer}]: expected non-negative numbers with a positive sum, got {list(need)}")
+        if layer < config.dense_layers:
+            continue
+        total, heads = token_budget * len(need), len(need)
+        budgets = tuple(max(1, round(total * ((1 - safeguard) * n / sum(need) + safeguard / heads))) for n in need)
+        # The list must have room for the neediest head.
+        overrides[layer] = LayerOverride(selector=_with_budget(selector, max(budgets)), head_token_budget=budgets)
+    return dataclasses.replace(config, overrides={**overrides, **config.overrides})
+
+
+def duo_attention(
+    heads: str | Path | Sequence[Sequence[float]],
+    sparsity: float = 0.5,
+    sink_tokens: int = 64,
+    recent_tokens: int = 256,
+    selector: Selector | None = None,
+    top_p: float = 0.95,
+    **settings,
+) -> TwilightConfig:
+    """Streaming heads keep sinks and a window, retrieval heads see everything (and are pruned by top-p).
+
+    Args:
+        heads: score of each KV head of each layer, 0 (streaming) to 1 (retrieval): a table [layers][Hkv], or the path of the
+            tab-separated `full_attention_heads.tsv` that DuoAttention publishes for a model.
+        sparsity: share of heads that stream, those with the lowest scores; unused where every score is 0 or 1.
+        sink_tokens, recent_tokens: what a streaming head keeps.
+        selector: of the retrieval heads, with its budget lifted; ShadowPrefix if None.
+        top_p, settings: of TwilightConfig.
+
+    Source: DuoAttention, arXiv 2410.10819.
+    """
+    scores = _read_heads(heads) if isinstance(heads, str | Path) else [[float(score) for score in row] for row in heads]
+    if not scores or any(len(row) != len(scores[0]) or not row for row in scores):
+        raise ValueError("duo_attention: heads: expected one row of equal length a layer, got rows of different lengths or none")
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"duo_attention: sparsity: expected 0..1, got {sparsity}")
+    # A table of zeros and ones says it all by itself; else the lowest scores stream, earlier layers first among equals.
+    ranked = sorted((score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row))
+    binary = all(score in (0.0, 1.0) for score, _, _ in ranked)
+    count = sum(score == 0.0 for score, _, _ in ranked) if binary else round(sparsity * len(ranked))
+    streaming = {(layer, head) for _, layer, head in ranked[:count]}
+
+    config = TwilightConfig(selector=selector or ShadowPrefix(), top_p=top_p, **settings)
+    retrieval = _with_budget(config.selector, _UNBOUNDED_TOKENS)
+    overrides = {}
+    for layer, row in enumerate(scores):
+        if layer < config.dense_layers:
+            continue
+        # A streaming head's budget of one token leaves it the sinks and the window, which are always candidates and always kept.
+        budgets = tuple(1 if (layer, head) in streaming else _UNBOUNDED_TOKENS for head in range(len(row)))
+        overrides[layer] = LayerOverride(
+            selector=retrieval, head_token_budget=budgets, sink_tokens=sink_tokens, recent_tokens=recent_tokens
+        )
+    return dataclasses.replace(config, overrides={**overrides, **config.overrides})
+
+
+def _read_heads(path: str | Path) -> list[list[float]]:
+    """Rows of tab- or space-separated numbers, one line a layer."""
+    try:
+        rows = [[float(cell) for cell in line.split()] for line in Path(path).read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"duo_attention: heads: expected rows of numbers in {path}, got {error}") from None
+    return rows

@@ -1,0 +1,47 @@
+"""The ranking shared by the selectors' references."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def group_scores(logits: Tensor, live: Tensor) -> Tensor:
+    """Sum over query tokens and group heads of the softmax over live items.
+
+    logits [B, T, Hkv, G, N], live [B, Hkv, N] -> scores [B, Hkv, N]. NaN and +inf logits stay out of the softmax's maximum and sum
+    and make the item's own score +inf.
+    """
+    live = live[:, None, :, None]
+    broken = live & (logits.isnan() | (logits == math.inf))
+    logits = logits.masked_fill(~live | broken, -math.inf)
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak.masked_fill(peak == -math.inf, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / total.masked_fill(total == 0.0, 1.0)
+    return weights.masked_fill(broken, math.inf).sum(dim=(1, 3))
+
+
+def row_budget(seq_lens: Tensor, kv_heads: int, token_budget: int, budget_fraction: float, head_token_budget: Tensor | None) -> Tensor:
+    """Token budget of each row, [B, Hkv] int64."""
+    if head_token_budget is not None:
+        return head_token_budget.long().clamp(min=0).expand(seq_lens.shape[0], -1)
+    fraction = (seq_lens.double() * budget_fraction).ceil().long()
+    return fraction.clamp(min=token_budget)[:, None].expand(-1, kv_heads)
+
+
+def take_best(scores: Tensor, live: Tensor, forced: Tensor, budget: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The `budget` best live items a row, forced ones first, ties to the lower index: ascending indices, -1 pads, and counts.
+
+    scores, live, forced [B, Hkv, N]; budget [B, Hkv] items.
+    """
+    forced = forced & live
+    rank = torch.where(live, scores, -1.0).sort(dim=-1, descending=True, stable=True).indices
+    level = (forced.int() + live.int()).gather(-1, rank)
+    rank = rank.gather(-1, level.sort(dim=-1, descending=True, stable=True).indices)
+    counts = torch.minimum(torch.maximum(budget, forced.sum(-1)), live.sum(-1)).clamp(max=capacity)
+    rank = rank[..., :capacity]
+    slots = torch.arange(rank.shape[-1], device=rank.device)
+    beyond = scores.shape[-1]
+    picked = torch.where(slots < counts[..., None], rank, beyond).sort(dim=-1).values
+    return torch.where(picked == beyond, -1, picked).int(), counts.int()

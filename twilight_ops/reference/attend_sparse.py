@@ -1,0 +1,39 @@
+"""Reference of twilight::attend_sparse."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._paging import all_tokens, candidate_tokens, compute_dtype, gather_tokens, visible
+
+
+def attend_sparse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    tokens_per_index: int,
+    sm_scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, query_tokens, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_cache.shape
+    dtype = compute_dtype(q)
+    seq_lens = seq_lens.long().clamp(0, page_table.shape[1] * page_size)
+
+    every = all_tokens(page_table, kv_heads, page_size)
+    tokens, live = candidate_tokens(indices, counts, tokens_per_index, every, seq_lens)
+    keys = gather_tokens(k_cache, page_table, tokens).to(dtype)  # [B, Hkv, N, D]
+    values = gather_tokens(v_cache, page_table, tokens).to(dtype).masked_fill(~live[..., None], 0.0)
+    grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)
+    logits = torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale
+
+    seen = visible(tokens, live, seq_lens, query_tokens)[:, :, :, None]  # [B, T, Hkv, 1, N]
+    logits = logits.masked_fill(~seen, -math.inf)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp().masked_fill(~seen, 0.0)
+    out = torch.einsum("bthgn,bhnd->bthgd", weights, values)
+    return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(batch, query_tokens, heads).float().contiguous()

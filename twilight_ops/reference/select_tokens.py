@@ -1,0 +1,48 @@
+"""Reference of twilight::select_tokens."""
+
+import torch
+from torch import Tensor
+
+from ..capacity import token_capacity
+from ._paging import all_tokens, compute_dtype, dequantise, gather_tokens, unpack_shadow
+from ._top_k import group_scores, row_budget, take_best
+
+
+def select_tokens(
+    q: Tensor,
+    k_quant: Tensor,
+    k_scale: Tensor,
+    channel_order: Tensor,
+    prefix_channels: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    token_budget: int,
+    budget_fraction: float,
+    sm_scale: float,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
+    head_token_budget: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, query_tokens, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_scale.shape
+    max_pages = page_table.shape[1]
+    dtype = compute_dtype(q)
+    seq_lens = seq_lens.long().clamp(0, max_pages * page_size)
+
+    tokens = all_tokens(page_table, kv_heads, page_size)
+    keys = dequantise(unpack_shadow(k_quant, prefix_channels, page_size), k_scale, dtype)  # ordered channels
+    leading = torch.arange(head_dim, device=q.device) < prefix_channels[:, None]  # [Hkv, D]
+    keys = torch.where(leading[None, :, None], keys, 0.0)
+    keys = gather_tokens(keys, page_table, tokens)  # [B, Hkv, N, D]
+    grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)
+    grouped = grouped.gather(-1, channel_order.long()[:, None].expand_as(grouped))
+    grouped = torch.where(leading[:, None], grouped, 0.0)
+    logits = torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale
+
+    live = tokens < seq_lens[:, None, None]
+    scores = group_scores(logits, live)
+    newest = seq_lens[:, None, None] - max(recent_tokens, query_tokens)
+    forced = (tokens < sink_tokens) | (tokens >= newest)
+    budget = row_budget(seq_lens, kv_heads, token_budget, budget_fraction, head_token_budget)
+    capacity = token_capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
+    return take_best(scores, live, forced, budget, capacity)

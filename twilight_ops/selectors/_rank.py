@@ -1,0 +1,89 @@
+"""Turns token scores into a candidate list, with the semantics of `select_tokens`; plain PyTorch of fixed shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..capacity import token_capacity
+from .base import Candidates, Selector
+
+
+def group_query(q: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, T, Hq, D] -> fp32 [B, T, Hkv, G, D]."""
+    return q.float().unflatten(2, (num_kv_heads, -1))
+
+
+def real_rows(k: Tensor, positions: Tensor | None) -> Tensor:
+    """1 for a prompt's tokens and 0 for its padding, [B or 1, T, 1, 1]."""
+    if positions is None:
+        return torch.ones(1, k.shape[1], 1, 1, device=k.device)
+    return (positions >= 0)[..., None, None].float()
+
+
+def sum_of_softmax(logits: Tensor, live: Tensor) -> Tensor:
+    """Scores [B, Hkv, N]: logits [B, T, Hkv, G, N] softmaxed over live tokens [B, Hkv, N], summed over T and G; broken logits win."""
+    live = live[:, None, :, None]
+    broken = live & ~(logits < torch.inf)  # NaN or +inf
+    finite = logits.masked_fill(~live | broken, torch.finfo(logits.dtype).min)
+    weights = finite.softmax(-1).masked_fill(~live | broken, 0.0)
+    return weights.masked_fill(broken, torch.inf).sum(dim=(1, 3))
+
+
+def live_tokens(seq_lens: Tensor, num_kv_heads: int, max_tokens: int) -> Tensor:
+    """[B, Hkv, N] bool: positions below the sequence's length."""
+    positions = torch.arange(max_tokens, device=seq_lens.device)
+    return (positions < seq_lens[:, None])[:, None].expand(-1, num_kv_heads, -1)
+
+
+def row_budget(selector: Selector, layer, seq_lens: Tensor) -> Tensor:
+    """Candidates in tokens of each row, [B, Hkv] int64."""
+    kv_heads = layer.k_cache.shape[1]
+    if layer.head_token_budget is not None:
+        return layer.head_token_budget.long().clamp(min=0).expand(seq_lens.shape[0], -1)
+    share = (seq_lens.double() * selector.budget_fraction).ceil().long()
+    return share.clamp(min=selector.token_budget)[:, None].expand(-1, kv_heads)
+
+
+def list_capacity(selector: Selector, layer, page_table: Tensor, query_tokens: int) -> int:
+    """Slots of the selector's list: what any live length and forced tokens can need."""
+    plan = layer.plan
+    return token_capacity(
+        page_table.shape[1],
+        layer.page_size,
+        query_tokens,
+        selector.token_budget,
+        selector.budget_fraction,
+        plan.sink_tokens,
+        plan.recent_tokens,
+    )
+
+
+def best_tokens(
+    scores: Tensor, eligible: Tensor, selector: Selector, layer, page_table: Tensor, seq_lens: Tensor, query_tokens: int
+) -> Candidates:
+    """The best eligible tokens within the budget, ascending; sinks and the newest tokens first, ties to the lower position.
+
+    scores (>= 0) and eligible [B, Hkv, N]; a token beyond seq_lens is never taken, forced tokens are whether eligible or not.
+    """
+    plan = layer.plan
+    _, kv_heads, max_tokens = scores.shape
+    positions = torch.arange(max_tokens, device=scores.device)
+    live = live_tokens(seq_lens, kv_heads, max_tokens)
+    newest = seq_lens[:, None, None] - max(plan.recent_tokens, query_tokens)
+    forced = live & ((positions < plan.sink_tokens) | (positions >= newest))
+    eligible = live & (eligible | forced)
+
+    largest = torch.finfo(scores.dtype).max
+    key = torch.where(forced, torch.inf, scores.nan_to_num(nan=largest, posinf=largest))
+    key = torch.where(eligible, key, -1.0)
+    capacity = list_capacity(selector, layer, page_table, query_tokens)
+    # A stable sort, not topk: equal scores must go to the lower position on every device.
+    rank = key.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
+    counts = torch.maximum(row_budget(selector, layer, seq_lens), forced.sum(-1)).clamp(max=capacity)
+    counts = torch.minimum(counts, eligible.sum(-1))
+
+    slots = torch.arange(rank.shape[-1], device=rank.device)
+    taken = slots < counts[..., None]
+    indices = torch.where(taken, rank, max_tokens).sort(dim=-1).values
+    return Candidates(torch.where(taken, indices, -1).int(), counts.int(), 1)

@@ -1,0 +1,109 @@
+"""Double Sparsity: scores every token with a small cache of its heavy channels."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ._paged import allocate_rows, read_rows, write_rows
+from ._rank import best_tokens, group_query, live_tokens, real_rows, sum_of_softmax
+from .base import Candidates, Selector, stored_bytes
+
+
+@dataclass(frozen=True)
+class DoubleSparsity(Selector):
+    """Token-granular selection from a label cache: each key's `heavy_channels` components with the largest mean |q_d| |k_d|.
+
+    Args:
+        token_budget, budget_fraction: see `Selector`; Twilight's settings are 8192 tokens or a quarter of the context.
+        heavy_channels: r a KV head; the paper's is D / 8 to D / 4.
+        label_dtype: "model" (K's dtype) or "int8" (with one scale a token and head).
+        calibration: path of a file written by `python -m twilight_ops calibrate`, as the paper does offline; None takes the
+            channels from the first prompt.
+
+    Source: Double Sparsity, arXiv 2408.07092.
+    """
+
+    token_budget: int = 8192
+    heavy_channels: int = 16
+    label_dtype: str = "model"
+    calibration: str | None = None
+
+    name: ClassVar[str] = "double_sparsity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heavy_channels < 1:
+            raise ValueError(f"DoubleSparsity: heavy_channels: expected >= 1, got {self.heavy_channels}")
+        if self.label_dtype not in ("int8", "model"):
+            raise ValueError(f'DoubleSparsity: label_dtype: expected "int8" or "model", got {self.label_dtype!r}')
+
+    def allocate(self, layer, previous) -> dict[str, Tensor]:
+        _, kv_heads, _, head_dim = layer.k_cache.shape
+        device = layer.k_cache.device
+        heavy = min(self.heavy_channels, head_dim)
+        # Until the first prompt calibrates them; a file decides them for good.
+        order = torch.arange(head_dim, device=device).expand(kv_heads, -1)
+        if self.calibration is not None:
+            order = load_channel_order(self.calibration, layer.index, kv_heads, head_dim).to(device)
+        int8 = self.label_dtype == "int8"
+        state = {
+            "heavy_channels": order[:, :heavy].int().contiguous(),  # [Hkv, r]
+            "labels": allocate_rows(layer, heavy, torch.int8 if int8 else layer.k_cache.dtype),
+        }
+        if int8:
+            state["label_scale"] = allocate_rows(layer, 1, torch.bfloat16)
+        return state
+
+    def calibrate(self, q: Tensor, k: Tensor, layer, positions: Tensor | None, sm_scale: float) -> None:
+        if self.calibration is not None:
+            return
+        heavy = layer.selector_state["heavy_channels"]
+        real = real_rows(k, positions)
+        query = group_query(q, k.shape[2]).abs().sum(3) * real
+        key = k.float().abs() * real
+        strength = query.sum(dim=(0, 1)) * key.sum(dim=(0, 1))  # [Hkv, D]
+        heavy.copy_(strength.topk(heavy.shape[1], dim=-1).indices)
+
+    def append(self, k: Tensor, layer, page_table: Tensor, seq_lens: Tensor, positions: Tensor | None) -> None:
+        state = layer.selector_state
+        channels = state["heavy_channels"].long().expand(*k.shape[:2], -1, -1)
+        labels = k.gather(-1, channels)  # [B, T, Hkv, r]
+        if "label_scale" in state:
+            labels = labels.float()
+            scale = (labels.abs().amax(-1, keepdim=True) / 127).bfloat16()
+            write_rows(scale, state["label_scale"], page_table, seq_lens, positions)
+            # Codes are computed with the rounded scale; a row of zeros has none.
+            labels = (labels / scale.float().clamp(min=torch.finfo(torch.float32).tiny)).round().nan_to_num(nan=127.0).clamp(-127, 127)
+        write_rows(labels, state["labels"], page_table, seq_lens, positions)
+
+    def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
+        state = layer.selector_state
+        query = group_query(q, layer.k_cache.shape[1])  # [B, T, Hkv, G, D]
+        channels = state["heavy_channels"].long()[:, None].expand(*query.shape[:-1], -1)
+        labels = read_rows(state["labels"], page_table).float()  # [B, Hkv, N, r]
+        logits = torch.einsum("bthgr,bhnr->bthgn", query.gather(-1, channels), labels) * sm_scale
+        if "label_scale" in state:
+            logits = logits * read_rows(state["label_scale"], page_table)[..., 0][:, None, :, None]
+        live = live_tokens(seq_lens, labels.shape[1], labels.shape[2])
+        return best_tokens(sum_of_softmax(logits, live), live, self, layer, page_table, seq_lens, q.shape[1])
+
+    def scan_bytes(self, layer) -> list[float]:
+        state = layer.selector_state
+        names = [name for name in ("labels", "label_scale") if name in state]
+        return [float(sum(state[name].shape[3] * stored_bytes(state[name]) for name in names))] * layer.k_cache.shape[1]
+
+
+def load_channel_order(path: str, layer_index: int, kv_heads: int, head_dim: int) -> Tensor:
+    """One layer's channel order [Hkv, D] from a calibration file, heaviest channel first."""
+    from safetensors import safe_open
+
+    key = f"layers.{layer_index}.channel_order"
+    with safe_open(path, framework="pt") as file:
+        if key not in set(file.keys()):
+            raise ValueError(f"DoubleSparsity: calibration: expected {key} in {path}, got a file without it")
+        order = file.get_tensor(key)
+    if tuple(order.shape) != (kv_heads, head_dim):
+        raise ValueError(f"DoubleSparsity: calibration: expected {key} of shape [{kv_heads}, {head_dim}], got {list(order.shape)}")
+    return order

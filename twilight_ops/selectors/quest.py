@@ -1,0 +1,56 @@
+"""Quest: pages whose element-wise key bounds promise the most attention."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..ops import select_pages
+from .base import Candidates, Selector, stored_bytes
+
+
+@dataclass(frozen=True)
+class Quest(Selector):
+    """Page-granular selection from (min, max) bounds.
+
+    Args:
+        token_budget, budget_fraction: see `Selector`; the paper's settings are 8192 tokens or a quarter of the context.
+        bounds_dtype: "int8" (codes with a scale and zero a page) or "model" (K's dtype).
+
+    Source: Quest, arXiv 2406.10774.
+    """
+
+    token_budget: int = 8192
+    bounds_dtype: str = "int8"
+
+    name: ClassVar[str] = "quest"
+    kernel: ClassVar[str] = "quest"
+    uses_page_bounds: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bounds_dtype not in ("int8", "model"):
+            raise ValueError(f'Quest: bounds_dtype: expected "int8" or "model", got {self.bounds_dtype!r}')
+
+    def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
+        plan = layer.plan
+        indices, counts = select_pages(
+            q,
+            layer.page_bounds,
+            layer.bounds_scale,
+            page_table,
+            seq_lens,
+            layer.page_size,
+            self.token_budget,
+            self.budget_fraction,
+            sm_scale,
+            plan.sink_tokens,
+            plan.recent_tokens,
+            layer.head_token_budget,
+        )
+        return Candidates(indices, counts, layer.page_size)
+
+    def scan_bytes(self, layer) -> list[float]:
+        kv_heads, head_dim = layer.page_bounds.shape[1], layer.page_bounds.shape[3]
+        scale = 0 if layer.bounds_scale is None else stored_bytes(layer.bounds_scale)
+        return [2 * (head_dim * stored_bytes(layer.page_bounds) + scale) / layer.page_size] * kv_heads

@@ -1,0 +1,69 @@
+"""TidalDecode: a few layers select, all others reuse their list."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ._paged import allocate_rows, physical_pages, read_keys, read_rows
+from ._rank import best_tokens, group_query, live_tokens, sum_of_softmax
+from .base import Candidates, Selector, stored_bytes
+
+
+@dataclass(frozen=True)
+class Tidal(Selector):
+    """Position-persistent selection: `selection_layers` attend to everything and rank it, the layers above reuse the best tokens.
+
+    The list travels as one flag a token and KV head in a tensor shared by all layers, so a physical page must belong to one
+    sequence.
+
+    Args:
+        token_budget, budget_fraction: see `Selector`; the paper keeps 256 to 1024 tokens.
+        selection_layers: layer indices; the paper's are the first sparse layer and one in the middle (13 of 32).
+        across_heads: rank by the sum over all heads of the layer instead of a group's, one list for all KV heads.
+
+    Source: TidalDecode, arXiv 2410.05076.
+    """
+
+    token_budget: int = 512
+    selection_layers: tuple[int, ...] = (2, 13)
+    across_heads: bool = True
+
+    name: ClassVar[str] = "tidal"
+
+    def allocate(self, layer, previous) -> dict[str, Tensor]:
+        if previous is not None and "tidal_selected" in previous.selector_state:
+            return {"tidal_selected": previous.selector_state["tidal_selected"]}
+        if layer.index not in self.selection_layers:
+            raise ValueError(
+                f"Tidal: selection_layers: expected the first sparse layer, {layer.index}, among them, got {self.selection_layers}"
+            )
+        return {"tidal_selected": allocate_rows(layer, 1, torch.bool)}
+
+    def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
+        flags = layer.selector_state["tidal_selected"]  # [P + 1, Hkv, S, 1]
+        pages, kv_heads, page_size, _ = layer.k_cache.shape
+        if layer.index not in self.selection_layers:
+            selected = read_rows(flags, page_table)[..., 0]  # [B, Hkv, N]
+            return best_tokens(selected.float(), selected, self, layer, page_table, seq_lens, q.shape[1])
+        keys = read_keys(layer, page_table).float()  # [B, Hkv, N, D]
+        logits = torch.einsum("bthgd,bhnd->bthgn", group_query(q, kv_heads), keys) * sm_scale
+        live = live_tokens(seq_lens, kv_heads, keys.shape[2])
+        scores = sum_of_softmax(logits, live)
+        if self.across_heads:
+            scores = scores.sum(1, keepdim=True).expand_as(scores)
+        best = best_tokens(scores, live, self, layer, page_table, seq_lens, q.shape[1])
+        # One slot more, where the pads of the list land.
+        selected = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=q.device)
+        slots = torch.where(best.indices >= 0, best.indices.long(), scores.shape[2])
+        selected = selected.scatter(2, slots, torch.ones_like(slots, dtype=torch.bool))[..., :-1]
+        by_page = selected.unflatten(2, (-1, page_size)).transpose(1, 2)  # [B, M, Hkv, S]
+        flags[physical_pages(page_table, pages)] = by_page[..., None]
+        return Candidates(None, None, 1)
+
+    def scan_bytes(self, layer) -> list[float]:
+        _, kv_heads, _, head_dim = layer.k_cache.shape
+        # A selecting layer that is not pruned ranks with the logits its own attention needs anyway.
+        scans = layer.index in self.selection_layers and layer.plan.prunes
+        return [float(head_dim * stored_bytes(layer.k_cache) if scans else 0)] * kv_heads
