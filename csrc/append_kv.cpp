@@ -1,5 +1,5 @@
-// twilight::append_kv. One task a (touched page, KV head): copies the page's new rows, writes their 4-bit shadow, then the page's bounds,
-// so that no two threads write the same page.
+// twilight::append_kv. One task a (touched page, KV head): copies the page's new rows, writes their 4-bit shadow, then
+// the page's bounds, so that no two threads write the same page.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -94,7 +94,7 @@ void load_row(const char* from, int64_t dim, float* out) {
 
 // Two neighbouring lanes of codes make a byte, the even one its low nibble.
 inline void store_nibbles(uint8_t* to, VecI codes) {
-  const VectorOf<uint64_t, kLanes / 2>::type pairs = (VectorOf<uint64_t, kLanes / 2>::type)codes;
+  const VectorOf<uint64_t, kLanes / 2>::type pairs = (VectorOf<uint64_t, kLanes / 2>::type) codes;
   store(to, __builtin_convertvector(pairs | pairs >> 28, VectorOf<uint8_t, kLanes / 2>::type));
 }
 
@@ -180,8 +180,8 @@ void touch_consecutive(const Paging& paging, int64_t b, int64_t tokens, std::vec
     const int64_t logical = position / size, stop = std::min(last, (logical + 1) * size);
     const int64_t physical = paging.page_table[b * paging.max_pages + logical];
     if (physical >= 0 && physical < paging.num_pages)
-      pages.push_back({b, logical, physical, nullptr, logical * size - shift, position - logical * size,
-                       stop - logical * size});
+      pages.push_back(
+          {b, logical, physical, nullptr, logical * size - shift, position - logical * size, stop - logical * size});
     position = stop;
   }
 }
@@ -277,7 +277,8 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
         return write_page<Half>(call, pages[page], h);
     }
   };
-  // A task is big enough to be worth handing to another thread; all heads of a page stay together, for they lie side by side in k and v.
+  // A task is big enough to be worth handing to another thread; all heads of a page stay together, for they lie side by
+  // side in k and v.
   constexpr int64_t kRowsPerTask = 512;
   const int64_t num_pages = static_cast<int64_t>(pages.size());
   const int64_t pages_per_task =

@@ -1,8 +1,4 @@
-// K, V, the 4-bit shadow and the page bounds of one step in one launch.
-//
-// Grid: (chunks of 64 tokens, KV heads, sequences). A warp writes one token's row at a time; once a block's rows are
-// written its warps take the touched pages. Only a prompt of several chunks needs a second launch, because chunks share
-// pages.
+// The operator around the kernels of append_kv.cuh.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,7 +7,7 @@
 
 #include <optional>
 
-#include "fused_primitives.cuh"
+#include "append_kv.cuh"
 
 namespace twilight {
 namespace {
@@ -19,179 +15,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int kChunkTokens = 64;
-
-struct AppendParams {
-  const void* k;
-  const void* v;
-  int64_t k_strides[3], v_strides[3];  // batch, token, head
-  void* k_cache;
-  void* v_cache;
-  uint8_t* k_quant;
-  __nv_bfloat16* k_scale;
-  void* page_bounds;
-  __nv_bfloat16* bounds_scale;  // null: bounds in K's dtype
-  const int* channel_order;
-  const int* prefix_channels;
-  const int* page_table;
-  const int* seq_lens;
-  const int* positions;
-  int tokens, kv_heads, page_size, max_pages, num_pages;
-};
-
-// Minimum or maximum that keeps a NaN.
-__device__ __forceinline__ float lower(float a, float b) { return b < a || isnan(b) ? b : a; }
-__device__ __forceinline__ float higher(float a, float b) { return b > a || isnan(b) ? b : a; }
-
-__device__ __forceinline__ void warp_range(float& low, float& high) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) {
-    low = lower(low, __shfl_xor_sync(~0u, low, mask));
-    high = higher(high, __shfl_xor_sync(~0u, high, mask));
-  }
-}
-
-// Asymmetric codes 0..levels from a rounded scale and zero.
-struct Quantiser {
-  __nv_bfloat16 scale, zero;
-  float levels;
-
-  __device__ Quantiser(float low, float high, int steps)
-      : scale(__float2bfloat16_rn((high - low) / steps)), zero(__float2bfloat16_rn(low)), levels(steps) {}
-
-  __device__ __forceinline__ uint32_t code(float x) const {
-    const float step = __bfloat162float(scale);
-    if (!(step > 0.0f)) return 0;
-    const float value = (x - __bfloat162float(zero)) / step;
-    return isnan(value) ? 0 : static_cast<uint32_t>(fminf(fmaxf(rintf(value), 0.0f), levels));
-  }
-};
-
-template <typename T, int D>
-struct Appender {
-  static constexpr int kPerLane = D / 32;
-  const AppendParams& p;
-  const int head = blockIdx.y, sequence = blockIdx.z;
-
-  __device__ int position_of(int token) const {
-    return p.positions ? p.positions[static_cast<int64_t>(sequence) * p.tokens + token]
-                       : p.seq_lens[sequence] - p.tokens + token;
-  }
-  // Physical page of a position, -1 where nothing is to be written.
-  __device__ int page_of(int position) const {
-    if (position < 0 || position / p.page_size >= p.max_pages) return -1;
-    const int page = p.page_table[static_cast<int64_t>(sequence) * p.max_pages + position / p.page_size];
-    return page < p.num_pages ? page : -1;
-  }
-  __device__ int64_t block_of(int page) const { return static_cast<int64_t>(page) * p.kv_heads + head; }
-
-  __device__ const T* source(const void* base, const int64_t (&strides)[3], int token) const {
-    return static_cast<const T*>(base) + sequence * strides[0] + token * strides[1] + head * strides[2];
-  }
-
-  __device__ void write_row(int token) const {
-    const int position = position_of(token), page = page_of(position), lane = threadIdx.x & 31;
-    if (page < 0) return;
-    const int slot = position % p.page_size;
-    const int64_t row = block_of(page) * p.page_size + slot;
-    const T* k = source(p.k, p.k_strides, token);
-    const T* v = source(p.v, p.v_strides, token);
-    float low = infinity(), high = -infinity();
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const T x = k[lane + 32 * i];
-      static_cast<T*>(p.k_cache)[row * D + lane + 32 * i] = x;
-      static_cast<T*>(p.v_cache)[row * D + lane + 32 * i] = v[lane + 32 * i];
-      low = lower(low, to_float(x));
-      high = higher(high, to_float(x));
-    }
-    if (p.k_quant == nullptr) return;
-    warp_range(low, high);
-    const Quantiser quantiser(low, high, 15);
-    if (lane == 0) {
-      p.k_scale[2 * row] = quantiser.scale;
-      p.k_scale[2 * row + 1] = quantiser.zero;
-    }
-    if (lane >= D / 8) return;
-    const int first = 8 * lane, prefix = min(max(p.prefix_channels[head], 0), D) & ~7;
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int channel = min(max(p.channel_order[head * D + first + i], 0), D - 1);
-      word |= quantiser.code(to_float(k[channel])) << (4 * i);
-    }
-    const int offset = first < prefix ? slot * (prefix / 2) + first / 2
-                                      : p.page_size * (prefix / 2) + (slot * (D - prefix) + first - prefix) / 2;
-    *reinterpret_cast<uint32_t*>(p.k_quant + block_of(page) * p.page_size * (D / 2) + offset) = word;
-  }
-
-  // Bounds of the page that `token` went to, from the page's live tokens.
-  __device__ void write_bounds(int token) const {
-    const int position = position_of(token), page = page_of(position), lane = threadIdx.x & 31;
-    if (page < 0) return;
-    const int logical = position / p.page_size;
-    if (token % kChunkTokens != 0) {
-      const int before = position_of(token - 1);
-      if (before >= 0 && before / p.page_size == logical) return;
-    }
-    const int live = min(p.seq_lens[sequence] - logical * p.page_size, p.page_size);
-    const T* keys = static_cast<const T*>(p.k_cache) + block_of(page) * p.page_size * D;
-    float low[kPerLane], high[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) low[i] = infinity(), high[i] = -infinity();
-#pragma unroll 4
-    for (int slot = 0; slot < live; ++slot) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const float x = to_float(keys[slot * D + lane + 32 * i]);
-        low[i] = lower(low[i], x);
-        high[i] = higher(high[i], x);
-      }
-    }
-    float lowest = infinity(), highest = -infinity();
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (live <= 0) low[i] = high[i] = 0.0f;
-      lowest = lower(lowest, lower(low[i], high[i]));
-      highest = higher(highest, higher(low[i], high[i]));
-    }
-    const int64_t bounds = block_of(page) * 2 * D;
-    if (p.bounds_scale == nullptr) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        store(static_cast<T*>(p.page_bounds) + bounds + lane + 32 * i, low[i]);
-        store(static_cast<T*>(p.page_bounds) + bounds + D + lane + 32 * i, high[i]);
-      }
-      return;
-    }
-    warp_range(lowest, highest);
-    const Quantiser quantiser(lowest, highest, 255);
-    uint8_t* codes = static_cast<uint8_t*>(p.page_bounds) + bounds;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      codes[lane + 32 * i] = quantiser.code(low[i]);
-      codes[D + lane + 32 * i] = quantiser.code(high[i]);
-    }
-    if (lane == 0) {
-      p.bounds_scale[2 * block_of(page)] = quantiser.scale;
-      p.bounds_scale[2 * block_of(page) + 1] = quantiser.zero;
-    }
-  }
-};
-
-template <typename T, int D, bool kRows, bool kBounds>
-__global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
-  const Appender<T, D> appender{p};
-  const int first = blockIdx.x * kChunkTokens, end = min(first + kChunkTokens, p.tokens);
-  if (kRows) {
-    for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_row(token);
-  }
-  if (kRows && kBounds) __syncthreads();
-  if (kBounds) {
-    for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_bounds(token);
-  }
-}
 
 template <typename T, int D>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {

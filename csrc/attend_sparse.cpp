@@ -1,5 +1,5 @@
-// twilight::attend_sparse. Rows (sequence, KV head) in parallel; a row reads each listed K and V once for all query heads of its group,
-// in parts of 512 tokens whose results are merged in order.
+// twilight::attend_sparse. Rows (sequence, KV head) in parallel; a row reads each listed K and V once for all query
+// heads of its group, in parts of 512 tokens whose results are merged in order.
 #include "attend_sparse.h"
 
 #include <torch/csrc/stable/library.h>
@@ -144,9 +144,8 @@ class AttendOpRow : public AttendRow {
     if (call.candidates.indices != nullptr) {
       positions = arena.take<int32_t>(call.candidates.listed(row) * call.candidates.unit);
       count = 0;
-      call.candidates.for_each(row, length, [&](int64_t, int64_t position) {
-        positions[count++] = static_cast<int32_t>(position);
-      });
+      call.candidates.for_each(row, length,
+                               [&](int64_t, int64_t position) { positions[count++] = static_cast<int32_t>(position); });
     }
     start(call.cache, call.paging, call.query, b, h, count, call.out, call.lse, arena);
     set_positions(positions, count);
@@ -172,7 +171,7 @@ std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache,
   Tensor out = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads, query.head_dim});
   Tensor lse = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads}, ScalarType::Float);
   const AttendCall call{cache, paging, query, candidates, out.mutable_data_ptr(), lse.mutable_data_ptr<float>()};
-  run_rows<AttendOpRow>(call, query.batch * query.kv_heads);
+  run_rows<AttendOpRow>(call, query.batch * query.kv_heads, 2 * paging.longest(query.batch));
   return {out, lse};
 }
 

@@ -247,8 +247,7 @@ class Checker {
       fail("budget_fraction", "0 <= budget_fraction <= 1", number(budget_fraction));
     at_least("sink_tokens", sink_tokens, 0);
     at_least("recent_tokens", recent_tokens, 0);
-    if (head_token_budget.has_value())
-      tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
+    if (head_token_budget.has_value()) tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
   }
 
   void top_p(double top_p, const OptionalTensor& top_p_per_head) const {

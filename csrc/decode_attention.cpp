@@ -1,5 +1,5 @@
-// twilight::decode_attention. Rows (sequence, KV head) in parallel; a row selects, estimates, prunes and attends in one core's cache,
-// or shares each of these phases with the other threads where there are few rows.
+// twilight::decode_attention. Rows (sequence, KV head) in parallel; a row selects, estimates, prunes and attends in one
+// core's cache, or shares each of these phases with the other threads where there are few rows.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -114,12 +114,11 @@ class DecodeRow {
       if (unit_ > 1) expand_pages();
     } else if (!dense_ && call_->selector == Selector::kGiven) {
       count_ = 0;
-      call_->candidates.for_each(row_, length_, [&](int64_t, int64_t position) {
-        list_[count_++] = static_cast<int32_t>(position);
-      });
+      call_->candidates.for_each(row_, length_,
+                                 [&](int64_t, int64_t position) { list_[count_++] = static_cast<int32_t>(position); });
       positions_ = list_;
     }
-    if (prunes_) estimate_.set_positions(positions_, count_);
+    if (prunes_) estimate_.set_positions({positions_, positions_ == nullptr || (selects_ && unit_ > 1)}, count_);
   }
 
   void expand_pages() {
@@ -226,8 +225,7 @@ std::tuple<Tensor, Tensor> decode_attention(
       k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value();
   if (prunes || selector == Selector::kShadowPrefix || has_shadow)
     check.shadow(k_quant, k_scale, channel_order, prefix_channels);
-  if (selector == Selector::kQuest)
-    check.given("page_bounds", page_bounds, "a tensor, because selector is \"quest\"");
+  if (selector == Selector::kQuest) check.given("page_bounds", page_bounds, "a tensor, because selector is \"quest\"");
   if (page_bounds.has_value()) {
     check.bounds(*page_bounds, bounds_scale);
   } else {
@@ -287,7 +285,8 @@ std::tuple<Tensor, Tensor> decode_attention(
                         kept_indices.has_value() ? kept_indices->mutable_data_ptr<int32_t>() : nullptr,
                         kept_counts.has_value() ? kept_counts->mutable_data_ptr<int32_t>() : nullptr,
                         arena.take<RowReport>(rows)};
-  run_rows<DecodeRow>(call, rows);
+  const bool reads_all = selector == Selector::kDense || selector == Selector::kFull;
+  run_rows<DecodeRow>(call, rows, paging.longest(query.batch) * (reads_all ? 2 : 1));
   if (budget_counters.has_value())
     add_to_counters(call.reports, query.batch, query.kv_heads, budget_counters->mutable_data_ptr<int64_t>());
   return {out, lse};

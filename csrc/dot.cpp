@@ -5,7 +5,8 @@ namespace {
 
 constexpr int64_t kAhead = 32;  // rows between a prefetch and its use
 
-// A tile of kRows query rows by kLanes / kRows rows of the cache fills kLanes accumulators, which one transposing sum reduces.
+// A tile of kRows query rows by kLanes / kRows rows of the cache fills kLanes accumulators, which one transposing sum
+// reduces.
 template <class E, int kRows>
 void dot_rows(const void* const* rows, int64_t count, int64_t length, const float* q, float* out, int64_t out_stride) {
   constexpr int kTokens = kLanes / kRows;

@@ -6,12 +6,13 @@
 
 namespace twilight {
 
-// Query rows are taken four at a time; a remainder of three counts as four, so row buffers are padded to this many rows.
+// Query rows are taken four at a time; a remainder of three counts as four, so row buffers are padded to this many
+// rows.
 constexpr int64_t kRowPad = 4;
 
 struct ElementKernels {
-  // out[r, i] = q[r, :] . rows[i][:]. `rows` and each row of `out` have room for `count` rounded up to kLanes, and rows[i] is
-  // readable for the padding too.
+  // out[r, i] = q[r, :] . rows[i][:]. `rows` and each row of `out` have room for `count` rounded up to kLanes, and
+  // rows[i] is readable for the padding too.
   void (*dot)(const void* const* rows, int64_t count, int64_t length, const float* q, int64_t num_rows, float* out,
               int64_t out_stride);
   // out[r, :] += sum over i of weights[r, i] * rows[i][:].

@@ -20,7 +20,7 @@ void EstimateRow::start(const ShadowQuery& shadow_query, const Paging& paging, c
 void EstimateRow::run(int phase, int64_t part) {
   if (phase == 1) return softmax_.settle();
   const Range range = part_of(softmax_.items(), part, SoftmaxRows::kPartItems);
-  full_logits(*shadow_query_, *paging_, b_, positions_, part, known_, softmax_);
+  full_logits(*shadow_query_, *paging_, b_, list_, part, known_, softmax_);
   // Only a token of this very step can be too new for one of its queries.
   for (int64_t r = 0; r < query_->rows; ++r) {
     const int64_t horizon = query_->horizon(length_, r);
@@ -69,7 +69,7 @@ class EstimateOpRow : public EstimateRow {
     shadow_query_.prepare(call.shadow, call.query, b_, h_, arena);
     if (call.candidates.indices == nullptr) {
       start(shadow_query_, call.paging, call.query, b_, length, arena);
-      return set_positions(nullptr, length);
+      return set_positions({nullptr, true}, length);
     }
     const int64_t listed = call.candidates.listed(row) * call.candidates.unit;
     start(shadow_query_, call.paging, call.query, b_, listed, arena);
@@ -80,10 +80,14 @@ class EstimateOpRow : public EstimateRow {
       slots_[live] = static_cast<int32_t>(slot);
       positions[live++] = static_cast<int32_t>(position);
     });
-    set_positions(positions, live);
+    // Only a list in ascending order has its partial page at the end.
+    const bool ascending = std::is_sorted(positions, positions + live);
+    set_positions({positions, call.candidates.unit > 1 && ascending}, live);
   }
 
-  int64_t parts(int phase) const { return phase < EstimateRow::kPhases ? EstimateRow::parts(phase) : call_->query.rows; }
+  int64_t parts(int phase) const {
+    return phase < EstimateRow::kPhases ? EstimateRow::parts(phase) : call_->query.rows;
+  }
 
   void run(int phase, int64_t part) {
     if (phase < EstimateRow::kPhases) return EstimateRow::run(phase, part);
@@ -126,7 +130,7 @@ Tensor estimate_weights(const Tensor& q, const Tensor& k_quant, const Tensor& k_
   Tensor weights =
       torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads, slots}, ScalarType::Float);
   const EstimateCall call{query, shadow, paging, candidates, slots, weights.mutable_data_ptr<float>()};
-  run_rows<EstimateOpRow>(call, query.batch * query.kv_heads);
+  run_rows<EstimateOpRow>(call, query.batch * query.kv_heads, 2 * paging.longest(query.batch));
   return weights;
 }
 

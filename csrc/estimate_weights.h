@@ -12,9 +12,9 @@ class EstimateRow {
   void start(const ShadowQuery& shadow_query, const Paging& paging, const Query& query, int64_t b, int64_t capacity,
              Arena& arena);
 
-  // The live candidates, ascending or not; null: 0 .. count - 1.
-  void set_positions(const int32_t* positions, int64_t count) {
-    positions_ = positions;
+  // The live candidates, ascending or not.
+  void set_positions(const PositionList& list, int64_t count) {
+    list_ = list;
     softmax_.set_items(count);
   }
 
@@ -28,13 +28,13 @@ class EstimateRow {
   bool weights(int64_t r);
 
   SoftmaxRows& softmax() { return softmax_; }
-  int64_t position(int64_t i) const { return positions_ == nullptr ? i : positions_[i]; }
+  int64_t position(int64_t i) const { return list_.positions == nullptr ? i : list_.positions[i]; }
 
  private:
   const Paging* paging_;
   const Query* query_;
   int64_t b_, length_;
-  const int32_t* positions_ = nullptr;
+  PositionList list_;
   SoftmaxRows softmax_;
   const ShadowQuery* shadow_query_;
   PrefixLogits known_;

@@ -1,4 +1,5 @@
-// The Python module is empty: loading the library registers the kernels, which the other files do with STABLE_TORCH_LIBRARY_IMPL.
+// The Python module is empty: loading the library registers the kernels, which the other files do with
+// STABLE_TORCH_LIBRARY_IMPL.
 #include <Python.h>
 
 #define TWILIGHT_CONCAT_(a, b) a##b

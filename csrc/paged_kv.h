@@ -26,10 +26,16 @@ struct Paging {
     return std::min<int64_t>(std::max(seq_lens[b], 0), max_tokens());
   }
 
+  // Live tokens of the longest sequence.
+  int64_t longest(int64_t batch) const {
+    int64_t out = 0;
+    for (int64_t b = 0; b < batch; ++b) out = std::max(out, length(b));
+    return out;
+  }
+
   // Physical page; an entry that names none reads some valid page instead, so nothing is ever read out of bounds.
   int32_t page(int64_t b, int64_t logical) const {
-    return static_cast<int32_t>(
-        std::min<int64_t>(std::max(page_table[b * max_pages + logical], 0), num_pages - 1));
+    return static_cast<int32_t>(std::min<int64_t>(std::max(page_table[b * max_pages + logical], 0), num_pages - 1));
   }
 };
 
@@ -64,6 +70,22 @@ struct TokenRefs {
     for (int64_t i = count; i < padded; ++i) {
       page[i] = page[count - 1];
       slot[i] = slot[count - 1];
+    }
+  }
+};
+
+// The same for runs of kLanes tokens that follow each other in one page: one entry a run. The first of `count` tokens,
+// and every kLanes-th, begins a run.
+struct RunRefs {
+  int32_t* page;
+  int32_t* slot;
+
+  void fill(const Paging& paging, int64_t b, const int32_t* positions, int64_t first, int64_t count, int64_t padded) {
+    const int32_t size = static_cast<int32_t>(paging.page_size);
+    for (int64_t i = 0, run = 0; i < padded; i += kLanes, ++run) {
+      const int64_t token = i >= count ? -1 : (positions == nullptr ? first + i : positions[i]);
+      page[run] = token < 0 ? page[run - 1] : paging.page(b, token / size);
+      slot[run] = token < 0 ? slot[run - 1] : static_cast<int32_t>(token % size);
     }
   }
 };

@@ -1,4 +1,5 @@
-// twilight::prune_top_p. Rows (sequence, KV head) in parallel: each query row finds its threshold, then the group's sets are united.
+// twilight::prune_top_p. Rows (sequence, KV head) in parallel: each query row finds its threshold, then the group's
+// sets are united.
 #include "prune_top_p.h"
 
 #include <torch/csrc/stable/library.h>
@@ -261,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> prune_top_p(const Tensor& weights, const Tens
                        kept.mutable_data_ptr<int32_t>(),
                        kept_counts.mutable_data_ptr<int32_t>(),
                        mass.mutable_data_ptr<float>()};
-  run_rows<PruneRow>(call, batch * num_kv_heads);
+  run_rows<PruneRow>(call, batch * num_kv_heads, slots / 4);
   return {kept, kept_counts, mass};
 }
 

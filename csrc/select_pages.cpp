@@ -51,8 +51,7 @@ void PageScorer::score(int64_t part, SoftmaxRows& softmax) const {
     if (bounds_->scale != nullptr && !finite_) {
       for (int64_t i = 0; i < n; ++i) {
         const VecF scale = (VecF)(VecU{} + (pairs[i] << 16)), zero = (VecF)(VecU{} + (pairs[i] & 0xffff0000u));
-        for (int64_t d = 0; d < length; ++d)
-          decoded[d] = static_cast<const uint8_t*>(rows[i])[d] * scale[0] + zero[0];
+        for (int64_t d = 0; d < length; ++d) decoded[d] = static_cast<const uint8_t*>(rows[i])[d] * scale[0] + zero[0];
         for (int64_t r = 0; r < rows_; ++r) {
           float sum = 0;
           for (int64_t d = 0; d < length; ++d) sum += q_[r * length + d] * decoded[d];
@@ -120,7 +119,7 @@ std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const Tensor& page_boun
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
   const SelectPagesCall call{
       query, bounds, paging, budget, capacity, indices.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>()};
-  run_rows<SelectPagesRow>(call, query.batch * query.kv_heads);
+  run_rows<SelectPagesRow>(call, query.batch * query.kv_heads, paging.longest(query.batch) / page_size);
   return {indices, counts};
 }
 

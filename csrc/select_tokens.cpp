@@ -11,6 +11,7 @@ namespace twilight {
 namespace {
 
 // Positions of one part of a softmax, as places in memory.
+template <class Refs>
 struct PartRefs {
   static constexpr int64_t kTokens = SoftmaxRows::kPartItems;
   static_assert(kTokens % ShadowQuery::kPad == 0);
@@ -22,7 +23,7 @@ struct PartRefs {
   }
 
   int32_t page[kTokens], slot[kTokens];
-  TokenRefs refs;
+  Refs refs;
   int64_t count;
 };
 
@@ -31,29 +32,34 @@ struct PartRefs {
 void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
                    uint32_t* pairs) {
   const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
-  const PartRefs tokens(paging, b, nullptr, range);
+  const PartRefs<RunRefs> tokens(paging, b, nullptr, range);
   query.logits(ShadowQuery::kPrefix, tokens.refs, tokens.count, pairs + range.begin, softmax.logits(0) + range.begin,
                softmax.stride());
 }
 
-void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const int32_t* positions, int64_t part,
+void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const PositionList& list, int64_t part,
                  const PrefixLogits& known, SoftmaxRows& softmax) {
   const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
-  const PartRefs tokens(paging, b, positions, range);
-  uint32_t pairs[PartRefs::kTokens];
+  const int64_t count = range.end - range.begin;
+  uint32_t pairs[SoftmaxRows::kPartItems];
   float* out = softmax.logits(0) + range.begin;
+  if (list.whole_pages) {
+    const PartRefs<RunRefs> tokens(paging, b, list.positions, range);
+    return query.logits(ShadowQuery::kBoth, tokens.refs, count, pairs, out, softmax.stride());
+  }
+  const PartRefs<TokenRefs> tokens(paging, b, list.positions, range);
   if (known.logits == nullptr)
-    return query.logits(ShadowQuery::kBoth, tokens.refs, tokens.count, pairs, out, softmax.stride());
+    return query.logits(ShadowQuery::kBoth, tokens.refs, count, pairs, out, softmax.stride());
 
-  for (int64_t i = 0; i < tokens.count; i += kLanes) {
+  for (int64_t i = 0; i < count; i += kLanes) {
     VecI position = {};
-    std::memcpy(&position, positions + range.begin + i, std::min<int64_t>(kLanes, tokens.count - i) * sizeof(int32_t));
+    std::memcpy(&position, list.positions + range.begin + i, std::min<int64_t>(kLanes, count - i) * sizeof(int32_t));
     store(pairs + i, gather(known.pairs, position));
     for (int64_t r = 0; r < softmax.rows(); ++r)
       store(out + r * softmax.stride() + i,
             gather(reinterpret_cast<const uint32_t*>(known.logits + r * known.stride), position));
   }
-  query.logits(ShadowQuery::kTail, tokens.refs, tokens.count, pairs, out, softmax.stride());
+  query.logits(ShadowQuery::kTail, tokens.refs, count, pairs, out, softmax.stride());
 }
 
 namespace {
@@ -105,7 +111,7 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
   const SelectTokensCall call{
       query, shadow, paging, budget, capacity, indices.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>()};
-  run_rows<SelectTokensRow>(call, query.batch * query.kv_heads);
+  run_rows<SelectTokensRow>(call, query.batch * query.kv_heads, paging.longest(query.batch));
   return {indices, counts};
 }
 

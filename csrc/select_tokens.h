@@ -17,8 +17,15 @@ struct PrefixLogits {
 void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
                    uint32_t* pairs);
 
-// Logits of a list of positions (null: 0 .. n - 1) from all channels, a part at a time, starting from `known` where there are any.
-void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const int32_t* positions, int64_t part,
+// Positions to estimate: null stands for 0 .. n - 1. In whole pages, all but the last full, every kLanes of them are a
+// run.
+struct PositionList {
+  const int32_t* positions = nullptr;
+  bool whole_pages = true;
+};
+
+// Logits of a list of positions from all channels, a part at a time, starting from `known` where there are any.
+void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const PositionList& list, int64_t part,
                  const PrefixLogits& known, SoftmaxRows& softmax);
 
 }  // namespace twilight

@@ -38,39 +38,33 @@ inline void copy_words(uint32_t* to, const uint32_t* from, int64_t n) {
   if (i < n) store(to + i, load_first(from + i, static_cast<int>(n - i)));
 }
 
-// Plain loads only, so that many cache misses are under way at once: gathers would wait for each other's lines, and arithmetic in
-// between would fill the core's window. Software prefetch, in one go or between the multiplications, measured slower.
-void ShadowQuery::fill(Half half, Stage& stage, const TokenRefs& refs, int64_t count, uint32_t* pairs) const {
+// Tokens an entry stands for.
+template <class Refs>
+constexpr int64_t kTokensPerRef = std::is_same_v<Refs, RunRefs> ? kLanes : 1;
+
+// Plain loads only, so that many cache misses are under way at once: gathers would wait for each other's lines, and
+// arithmetic in between would fill the core's window. Software prefetch, in one go or between the multiplications,
+// measured no faster.
+template <class Refs>
+void ShadowQuery::fill(Half half, Stage& stage, const Refs& refs, int64_t count, uint32_t* pairs) const {
+  constexpr int64_t kTokens = kTokensPerRef<Refs>;
   const int64_t size = shadow_->page_size, page_words = size * shadow_->head_dim / 8;
   const int64_t prefix = prefix_words_, tail = tail_words_;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const VecI page = load<VecI>(refs.page + i), slot = load<VecI>(refs.slot + i);
-    const bool run = bits((page == splat(page[0])) & (slot - lane_index() == splat(slot[0]))) == kAllLanes;
-    // A run of tokens that follow each other in a page is copied as one.
-    const int64_t tokens = run ? kLanes : 1;
-    for (int64_t t = i; t < i + kLanes; t += tokens) {
-      const int64_t block = refs.page[t] * shadow_->kv_heads + h_, at = refs.slot[t];
-      const uint32_t* from = shadow_->codes + block * page_words;
-      if (half != kTail) copy_words(stage.prefix + t * prefix, from + at * prefix, tokens * prefix);
-      if (half != kPrefix) copy_words(stage.tail + t * tail, from + size * prefix + at * tail, tokens * tail);
-      if (half == kTail) continue;
-      const uint32_t* own = shadow_->scale + block * size + at;
-      if (run) {
-        store(pairs + t, load<VecU>(own));
-      } else {
-        pairs[t] = *own;
-      }
-    }
+  for (int64_t t = 0; t < count; t += kTokens) {
+    const int64_t block = refs.page[t / kTokens] * shadow_->kv_heads + h_, at = refs.slot[t / kTokens];
+    const uint32_t* from = shadow_->codes + block * page_words;
+    if (half != kTail) copy_words(stage.prefix + t * prefix, from + at * prefix, kTokens * prefix);
+    if (half != kPrefix) copy_words(stage.tail + t * tail, from + size * prefix + at * tail, kTokens * tail);
+    if (half != kTail) std::memcpy(pairs + t, shadow_->scale + block * size + at, kTokens * sizeof(uint32_t));
   }
 }
 
 template <int kRows, int kBlocks>
-void ShadowQuery::multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, int64_t first_row,
-                           float* out, int64_t out_stride) const {
-  const int64_t dim = shadow_->head_dim, words = half == kTail ? tail_words_ : prefix_words_;
+void ShadowQuery::multiply_rows(Half half, const Stage& stage, int64_t count, int64_t row,
+                                const Epilogue& epilogue) const {
   const uint32_t* codes = half == kTail ? stage.tail : stage.prefix;
-  const float* q = q_ + first_row * dim + (half == kTail ? 8 * prefix_words_ : 0);
-  const float* totals = totals_[half == kTail] + first_row;
+  const int64_t words = half == kTail ? tail_words_ : prefix_words_, dim = shadow_->head_dim;
+  const float* q = q_ + row * dim + (half == kTail ? 8 * prefix_words_ : 0);
   const VecI offsets = lane_index() * static_cast<int32_t>(words);
   for (int64_t i = 0; i < count; i += kBlocks * kLanes) {
     VecF sum[kRows][kBlocks];
@@ -96,51 +90,46 @@ void ShadowQuery::multiply(Half half, const Stage& stage, const uint32_t* pairs,
       }
     }
 #pragma GCC unroll 4
-    for (int b = 0; b < kBlocks; ++b) {
-      const VecU pair = load<VecU>(pairs + i + b * kLanes);
-      const VecF scale = (VecF)(pair << 16), zero = (VecF)(pair & 0xffff0000u);
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        float* to = out + (first_row + r) * out_stride + i + b * kLanes;
-        const VecF logit = scale * sum[r][b] + zero * totals[r];
-        store(to, half == kTail ? load(to) + logit : logit);
-      }
-    }
+      for (int b = 0; b < kBlocks; ++b) epilogue.write(r, i + b * kLanes, sum[r][b]);
   }
 }
 
-void ShadowQuery::multiply_all(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
-                               int64_t out_stride) const {
+void ShadowQuery::multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
+                           int64_t out_stride) const {
   constexpr int kBlocks = kLanes == 16 ? 4 : 2;  // of four rows, as many as there are registers for
   for (int64_t r = 0; r < rows_; r += 4) {
+    const Epilogue epilogue{pairs, totals_[half == kTail] + r, out + r * out_stride, out_stride, half == kTail};
     switch (rows_ - r) {
       case 1:
-        multiply<1, 4>(half, stage, pairs, count, r, out, out_stride);
+        multiply_rows<1, 4>(half, stage, count, r, epilogue);
         break;
       case 2:
-        multiply<2, 4>(half, stage, pairs, count, r, out, out_stride);
+        multiply_rows<2, 4>(half, stage, count, r, epilogue);
         break;
       default:
-        multiply<4, kBlocks>(half, stage, pairs, count, r, out, out_stride);
+        multiply_rows<4, kBlocks>(half, stage, count, r, epilogue);
     }
   }
 }
 
-void ShadowQuery::one_by_one(Half half, const TokenRefs& refs, int64_t count, uint32_t* pairs, float* out,
+template <class Refs>
+void ShadowQuery::one_by_one(Half half, const Refs& refs, int64_t count, uint32_t* pairs, float* out,
                              int64_t out_stride) const {
   const int64_t dim = shadow_->head_dim, size = shadow_->page_size;
   const int64_t begin = half == kTail ? prefix_words_ : 0, end = half == kPrefix ? prefix_words_ : dim / 8;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t block = refs.page[i] * shadow_->kv_heads + h_, slot = refs.slot[i];
+    const int64_t ref = i / kTokensPerRef<Refs>, slot = refs.slot[ref] + i % kTokensPerRef<Refs>;
+    const int64_t block = refs.page[ref] * shadow_->kv_heads + h_;
     const uint32_t pair = pairs[i] = shadow_->scale[block * size + slot];
     const VecF scale = (VecF)(VecU{} + (pair << 16)), zero = (VecF)(VecU{} + (pair & 0xffff0000u));
     const uint32_t* words = shadow_->codes + block * size * dim / 8;
     for (int64_t r = 0; r < rows_; ++r) {
       float sum = half == kTail ? out[r * out_stride + i] : 0;
       for (int64_t w = begin; w < end; ++w) {
-        const uint32_t word = w < prefix_words_
-                                  ? words[slot * prefix_words_ + w]
-                                  : words[size * prefix_words_ + slot * tail_words_ + w - prefix_words_];
+        const uint32_t word = w < prefix_words_ ? words[slot * prefix_words_ + w]
+                                                : words[size * prefix_words_ + slot * tail_words_ + w - prefix_words_];
         for (int n = 0; n < 8; ++n)
           sum += q_[r * dim + 8 * w + n] * (static_cast<float>(word >> (4 * n) & 15) * scale[0] + zero[0]);
       }
@@ -149,16 +138,21 @@ void ShadowQuery::one_by_one(Half half, const TokenRefs& refs, int64_t count, ui
   }
 }
 
-void ShadowQuery::logits(Half half, const TokenRefs& refs, int64_t count, uint32_t* pairs, float* out,
+template <class Refs>
+void ShadowQuery::logits(Half half, const Refs& refs, int64_t count, uint32_t* pairs, float* out,
                          int64_t out_stride) const {
   if (one_by_one_) return one_by_one(half, refs, count, pairs, out, out_stride);
   Stage stage;
   for (int64_t i = 0; i < count; i += kStage) {
     const int64_t n = std::min(kStage, count - i);
-    fill(half, stage, {refs.page + i, refs.slot + i}, round_up(n, kPad), pairs + i);
-    if (half != kTail) multiply_all(kPrefix, stage, pairs + i, n, out + i, out_stride);
-    if (half != kPrefix) multiply_all(kTail, stage, pairs + i, n, out + i, out_stride);
+    const int64_t ref = i / kTokensPerRef<Refs>;
+    fill(half, stage, Refs{refs.page + ref, refs.slot + ref}, round_up(n, kPad), pairs + i);
+    if (half != kTail) multiply(kPrefix, stage, pairs + i, n, out + i, out_stride);
+    if (half != kPrefix) multiply(kTail, stage, pairs + i, n, out + i, out_stride);
   }
 }
+
+template void ShadowQuery::logits(Half, const TokenRefs&, int64_t, uint32_t*, float*, int64_t) const;
+template void ShadowQuery::logits(Half, const RunRefs&, int64_t, uint32_t*, float*, int64_t) const;
 
 }  // namespace twilight

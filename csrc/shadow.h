@@ -29,19 +29,39 @@ struct Shadow {
   }
 };
 
-// The query rows of one KV head against its shadow. A logit is the sum of what the leading channels give and what the others give,
-// each `scale * (q . codes) + zero * sum(q)`, so that a selector's score is the first half of a candidate's estimate.
+// The query rows of one KV head against its shadow. A logit is the sum of what the leading channels give and what the
+// others give, each `scale * (q . codes) + zero * sum(q)`, so that a selector's score is the first half of a
+// candidate's estimate.
 class ShadowQuery {
  public:
   void prepare(const Shadow& shadow, const Query& query, int64_t b, int64_t h, Arena& arena);
 
   enum Half { kPrefix, kTail, kBoth };
 
-  // out[r, i] = sm_scale * q_r . dequantised key of refs[i], or one half of it; kTail adds to what is there. refs, pairs and
-  // the rows of out are padded to kPad. `pairs` holds the tokens' (scale, zero): read with kTail, written otherwise.
-  void logits(Half half, const TokenRefs& refs, int64_t count, uint32_t* pairs, float* out, int64_t out_stride) const;
+  // out[r, i] = sm_scale * q_r . dequantised key of token i, or one half of it; kTail adds to what is there. `Refs` is
+  // TokenRefs or RunRefs; it, pairs and the rows of out are padded to kPad. `pairs` holds the tokens' (scale, zero):
+  // read with kTail, written otherwise.
+  template <class Refs>
+  void logits(Half half, const Refs& refs, int64_t count, uint32_t* pairs, float* out, int64_t out_stride) const;
 
   static constexpr int64_t kPad = 4 * kLanes;
+
+  // Turns products with codes into logits and puts them where they belong.
+  struct Epilogue {
+    const uint32_t* pairs;
+    const float* totals;
+    float* out;
+    int64_t stride;
+    bool add;
+
+    void write(int64_t r, int64_t i, VecF product) const {
+      const VecU pair = load<VecU>(pairs + i);
+      const VecF scale = (VecF)(pair << 16), zero = (VecF)(pair & 0xffff0000u);
+      const VecF logit = scale * product + zero * totals[r];
+      float* to = out + r * stride + i;
+      store(to, add ? load(to) + logit : logit);
+    }
+  };
 
  private:
   static constexpr int64_t kStage = 2 * kPad;  // tokens whose words are brought together before anything is computed
@@ -51,18 +71,18 @@ class ShadowQuery {
     uint32_t prefix[kStage * 32 + kLanes], tail[kStage * 32 + kLanes];
   };
 
-  void fill(Half half, Stage& stage, const TokenRefs& refs, int64_t count, uint32_t* pairs) const;
-  void multiply_all(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
-                    int64_t out_stride) const;
-  template <int kRows, int kBlocks>
-  void multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, int64_t first_row, float* out,
+  template <class Refs>
+  void fill(Half half, Stage& stage, const Refs& refs, int64_t count, uint32_t* pairs) const;
+  void multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
                 int64_t out_stride) const;
-  void one_by_one(Half half, const TokenRefs& refs, int64_t count, uint32_t* pairs, float* out,
-                  int64_t out_stride) const;
+  template <int kRows, int kBlocks>
+  void multiply_rows(Half half, const Stage& stage, int64_t count, int64_t row, const Epilogue& epilogue) const;
+  template <class Refs>
+  void one_by_one(Half half, const Refs& refs, int64_t count, uint32_t* pairs, float* out, int64_t out_stride) const;
 
   const Shadow* shadow_;
   int64_t h_, rows_, prefix_words_, tail_words_;
-  float* q_;         // [rows, D] in channel order
+  float* q_;          // [rows, D] in channel order
   float* totals_[2];  // [rows], sums of the leading and of the other channels
   // Queries with Inf or NaN need each product on its own, since 0 * Inf must not arise from a code of 0.
   bool one_by_one_;

@@ -1,5 +1,6 @@
-// Vectors of one register of floats, for AVX-512, AVX2 or whatever the compiler has; GCC and Clang vector extensions carry the
-// arithmetic, intrinsics only what they cannot say. Everything here is internal to one extension, which is built for one set.
+// Vectors of one register of floats, for AVX-512, AVX2 or whatever the compiler has; GCC and Clang vector extensions
+// carry the arithmetic, intrinsics only what they cannot say. Everything here is internal to one extension, which is
+// built for one set.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -176,11 +177,21 @@ inline VecF sum_each(VecF (&v)[kLanes]) {
   return v[0];
 }
 
-// e^x within 2 ulp; -inf gives 0, NaN stays.
+// The larger of x and a bound; a NaN in x stays.
+inline VecF at_least(VecF x, float bound) {
+#if defined(TWILIGHT_AVX512)
+  return (VecF)_mm512_max_ps((__m512)splat(bound), (__m512)x);
+#elif defined(TWILIGHT_AVX2)
+  return (VecF)_mm256_max_ps((__m256)splat(bound), (__m256)x);
+#else
+  return x < bound ? splat(bound) : x;
+#endif
+}
+
+// e^x within 2 ulp for x <= 0; -inf gives 0, NaN and +inf give NaN.
 inline VecF exp(VecF x) {
   const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  x = x < -104.0f ? splat(-104.0f) : x;
-  x = x > 89.0f ? splat(89.0f) : x;
+  x = at_least(x, -104.0f);
   const VecF shifted = x * 1.44269504088896341f + magic;
   const VecF n = shifted - magic;
   VecF r = x - n * 0.693359375f;

@@ -88,7 +88,8 @@ void TopK::choose(const float* scores, int32_t* out, Arena& arena) const {
       out += compress(out, lane_index() + static_cast<int32_t>(i), taken);
     }
     for (; i < back; ++i)
-      if (keys[i] > threshold.key || (keys[i] == threshold.key && threshold.ties-- > 0)) *out++ = static_cast<int32_t>(i);
+      if (keys[i] > threshold.key || (keys[i] == threshold.key && threshold.ties-- > 0))
+        *out++ = static_cast<int32_t>(i);
   }
   for (int64_t i = back; i < items; ++i) *out++ = static_cast<int32_t>(i);
 }

@@ -33,8 +33,7 @@ struct TopK {
 
   TopK() = default;
   TopK(const Budget& budget, int64_t h, int64_t length, int64_t unit, int64_t capacity)
-      : items(ceil_div(length, unit)),
-        front(std::min(items, ceil_div(std::min(budget.sink_tokens, length), unit))) {
+      : items(ceil_div(length, unit)), front(std::min(items, ceil_div(std::min(budget.sink_tokens, length), unit))) {
     const int64_t newest = length - std::min(length, std::max(budget.recent_tokens, budget.query_tokens));
     back = std::max(front, newest / unit);
     const int64_t wanted = ceil_div(std::min(budget.tokens(h, length), length), unit);

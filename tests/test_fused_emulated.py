@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparisons import assert_same_state
 from fused_calls import assert_as_reference, observed, random_call
-from inputs import Shape, make_inputs
+from inputs import Shape, make_inputs, strided
 
-from twilight_ops import capacity
+from twilight_ops import capacity, reference
 from twilight_ops.kernels import fused
 
 SOURCE = Path(__file__).parent / "emulator" / "fused_decode.cpp"
@@ -21,6 +22,10 @@ COMPILER = shutil.which("g++")
 POINTERS = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens head_token_budget "
     "top_p_per_head"
+).split()
+
+APPEND_POINTERS = (
+    "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens positions"
 ).split()
 
 
@@ -47,6 +52,19 @@ class FusedParams(ctypes.Structure):
     ]
 
 
+class AppendParams(ctypes.Structure):
+    """The struct of csrc/append_kv.cuh."""
+
+    _fields_ = [
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("k_strides", ctypes.c_int64 * 3),
+        ("v_strides", ctypes.c_int64 * 3),
+        *[(name, ctypes.c_void_p) for name in APPEND_POINTERS],
+        *[(name, ctypes.c_int) for name in ("tokens", "kv_heads", "page_size", "max_pages", "num_pages")],
+    ]
+
+
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory):
     if COMPILER is None:
@@ -56,6 +74,7 @@ def emulator(tmp_path_factory):
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
     assert loaded.fused_params_bytes() == ctypes.sizeof(FusedParams)
+    assert loaded.append_params_bytes() == ctypes.sizeof(AppendParams)
     return loaded
 
 
@@ -98,6 +117,40 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     )
     assert shared == predicted, "kernels/fused.py and lay_out disagree"
     return out, lse
+
+
+def emulate_append(emulator, a: dict, seed: int) -> None:
+    """append_kv's arguments in; writes the cache tensors."""
+    k, v = a["k"], a["v"]
+    p = AppendParams(k=k.data_ptr(), v=v.data_ptr(), tokens=k.shape[1], kv_heads=k.shape[2])
+    p.k_strides[:], p.v_strides[:] = k.stride()[:3], v.stride()[:3]
+    for name in APPEND_POINTERS:
+        setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
+    p.page_size, p.max_pages, p.num_pages = a["k_cache"].shape[2], a["page_table"].shape[1], a["k_cache"].shape[0]
+    emulator.emulate_fused_append(ctypes.byref(p), k.shape[0], k.shape[3], k.dtype == torch.float16, seed)
+
+
+@pytest.mark.parametrize("with_positions", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 150])
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (96, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16)])
+@pytest.mark.parametrize("bounds_dtype", ["uint8", "model"])
+def test_fused_append_writes_what_the_reference_writes(emulator, bounds_dtype, head_dim, dtype, tokens, with_positions):
+    inputs = make_inputs(Shape((300, 129, 71), 4, 2, head_dim, 16, 1, dtype), bounds_dtype=bounds_dtype)
+    values = torch.randn(3, tokens, 2, 2, head_dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    k, v = strided(values[:, :, 0]), strided(values[:, :, 1])
+    k[1, 0, 1, 3] = math.nan
+    if tokens > 1:
+        k[0, 1, 0, 7] = math.inf
+    positions = None
+    if with_positions:
+        positions = (
+            (torch.arange(tokens) * 2 - 1).expand(3, -1).clamp(max=400).int().contiguous()
+        )  # every other slot; -1 and too far: skipped
+        positions = positions.masked_fill(positions >= 299, -1)
+    got, want = inputs.clone(), inputs.clone()
+    emulate_append(emulator, got.arguments("append_kv", k=k, v=v, positions=positions), seed=tokens)
+    reference.append_kv(**want.arguments("append_kv", k=k, v=v, positions=positions))
+    assert_same_state(got, want)
 
 
 def check(emulator, inputs, overrides: dict, cluster_size: int, seed: int) -> None:

@@ -77,11 +77,11 @@ def test_append_kv_writes_what_the_reference_writes(dtype, head_dim, bounds_dtyp
         torch.testing.assert_close(getattr(got, name), tensor, rtol=0, atol=0, equal_nan=True)
 
 
-def test_calls_beyond_the_kernel_are_left_to_the_stages():
-    inputs = on_device(make_inputs(Shape((100,), 16, 1, 128, 16, 1, torch.bfloat16)), "cuda")
-    overrides = {"selector": "full", "token_budget": 64, "top_p": 0.9}
-    arguments = inputs.arguments("decode_attention", **overrides)
-    rest = {name: arguments.get(name) for name in FUSED_ARGUMENTS}
-    for name in ("dense_below", "sink_tokens", "recent_tokens"):
-        rest[name] = 0
-    assert fused.fused_decode_attention(**rest) is None, "sixteen rows a KV head"
+@pytest.mark.parametrize(
+    "heads, head_dim, query_tokens, served",
+    [(8, 128, 1, True), (16, 128, 1, False), (8, 96, 1, False), (4, 64, 2, True), (4, 64, 4, False)],
+)
+def test_calls_beyond_the_kernel_are_left_to_the_stages(heads, head_dim, query_tokens, served):
+    inputs = on_device(make_inputs(Shape((100,), heads, 1, head_dim, 16, query_tokens, torch.bfloat16)), "cuda")
+    size = fused.fused_supports(inputs.q, inputs.k_cache, None, inputs.page_table, "full", 64, 0.0, 0.9, 0, 0, 0, None)
+    assert (size > 0) == served

@@ -119,4 +119,4 @@ class TwilightConfig:
 
 
 # Live lengths up to which reading everything is at least as fast as deciding what to read; bench/bench_decode_attention.py measures it.
-DENSE_BELOW: Mapping[str, int] = {"cpu": 1024, "cuda": 4096}
+DENSE_BELOW: Mapping[str, int] = {"cpu": 512, "cuda": 4096}

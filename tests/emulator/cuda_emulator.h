@@ -101,6 +101,10 @@ namespace emulated {
   abort();
 }
 
+struct Index {
+  int x, y, z;
+};
+
 struct Barrier {
   int expected = 0, arrived = 0;
   unsigned generation = 0;
@@ -111,7 +115,8 @@ struct Block {
   std::unique_ptr<char[]> memory;
   char* shared;
   size_t bytes;
-  int index, rank;
+  Index index;
+  int rank;
   Barrier barrier;
   int any[2] = {};
 };
@@ -200,11 +205,8 @@ inline V take_from(const char* call, V value, int lane) {
   return value;
 }
 
-struct Index {
-  int x;
-};
-inline Index thread_index() { return {self().index}; }
-inline Index block_index() { return {block().index}; }
+inline Index thread_index() { return {self().index, 0, 0}; }
+inline Index block_index() { return block().index; }
 
 // Orders what comes before the kernel and after it with its threads.
 inline void order_with_kernel() {
@@ -223,7 +225,7 @@ EMULATOR_OWN inline void enter() {
 }
 
 // Runs one cluster to its end; `first_block` is the grid index of its first block.
-EMULATOR_OWN inline void run_cluster(int first_block, int blocks, int threads, size_t shared_bytes, unsigned seed,
+EMULATOR_OWN inline void run_cluster(Index first_block, int blocks, int threads, size_t shared_bytes, unsigned seed,
                                      const std::function<void()>& kernel) {
   Machine& m = machine();
   m.cluster_blocks = blocks;
@@ -239,7 +241,7 @@ EMULATOR_OWN inline void run_cluster(int first_block, int blocks, int threads, s
     block->shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block->memory.get()) + 15) & ~uintptr_t{15});
     block->bytes = shared_bytes;
     memset(block->shared, 0xff, shared_bytes);
-    block->index = first_block + b;
+    block->index = {first_block.x + b, first_block.y, first_block.z};
     block->rank = b;
     block->barrier.expected = threads;
     for (int i = 0; i < threads; ++i) {

@@ -1,4 +1,5 @@
-// Runs the fused decode kernel under the emulator; tests/test_fused_emulated.py calls it through ctypes.
+// Runs the fused kernels under the emulator; tests/test_fused_emulated.py calls it through ctypes.
+#include "../../csrc/append_kv.cuh"
 #include "../../csrc/decode_attention.cuh"
 
 namespace {
@@ -26,7 +27,38 @@ void run_rows(const FusedParams& p) {
   run_selector<T, D, 8>(p);
 }
 
+template <typename T, int D>
+void run_append(const twilight::AppendParams& p, emulated::Index grid, unsigned seed) {
+  const auto launch = [&](const std::function<void()>& kernel) {
+    for (int z = 0; z < grid.z; ++z) {
+      for (int y = 0; y < grid.y; ++y) {
+        for (int x = 0; x < grid.x; ++x) emulated::run_cluster({x, y, z}, 1, twilight::kThreads, 16, seed + x, kernel);
+      }
+    }
+  };
+  const bool bounds = p.page_bounds != nullptr;
+  if (bounds && grid.x == 1) return launch([&] { twilight::append_kernel<T, D, true, true>(p); });
+  launch([&] { twilight::append_kernel<T, D, true, false>(p); });
+  if (bounds) launch([&] { twilight::append_kernel<T, D, false, true>(p); });
+}
+
+template <typename T>
+void run_append_dim(int head_dim, const twilight::AppendParams& p, emulated::Index grid, unsigned seed) {
+  if (head_dim == 64) return run_append<T, 64>(p, grid, seed);
+  if (head_dim == 96) return run_append<T, 96>(p, grid, seed);
+  if (head_dim == 128) return run_append<T, 128>(p, grid, seed);
+  run_append<T, 256>(p, grid, seed);
+}
+
 }  // namespace
+
+extern "C" int append_params_bytes() { return sizeof(twilight::AppendParams); }
+
+extern "C" void emulate_fused_append(const twilight::AppendParams* p, int batch, int head_dim, int is_half,
+                                     unsigned seed) {
+  const emulated::Index grid = {twilight::blocks_of(twilight::kChunkTokens, p->tokens), p->kv_heads, batch};
+  is_half ? run_append_dim<__half>(head_dim, *p, grid, seed) : run_append_dim<__nv_bfloat16>(head_dim, *p, grid, seed);
+}
 
 extern "C" int fused_params_bytes() { return sizeof(FusedParams); }
 
@@ -35,7 +67,7 @@ extern "C" int emulate_fused_decode(FusedParams* p, int batch, int head_dim, int
                                     unsigned seed) {
   const int bytes = twilight::lay_out(*p, head_dim, p->query_tokens * p->group_size, cluster_size);
   for (int unit = 0; unit < batch * p->kv_heads; ++unit) {
-    emulated::run_cluster(unit * cluster_size, cluster_size, twilight::kThreads, bytes, seed + unit, [&] {
+    emulated::run_cluster({unit * cluster_size, 0, 0}, cluster_size, twilight::kThreads, bytes, seed + unit, [&] {
       if (head_dim == 64) {
         is_half ? run_rows<__half, 64>(*p) : run_rows<__nv_bfloat16, 64>(*p);
       } else {

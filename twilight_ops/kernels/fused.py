@@ -148,7 +148,7 @@ def fused_supports(
     recent_tokens: int,
     top_p_per_head: Tensor | None,
 ) -> int:
-    """The cluster size with which `fused_decode_attention` serves a checked call, or 0 where it does not."""
+    """The cluster size with which `_fused_decode_attention` serves a checked call, or 0 where it does not."""
     batch, query_tokens, heads, head_dim = q.shape
     num_pages, kv_heads, page_size, _ = k_cache.shape
     rows = query_tokens * heads // kv_heads
@@ -168,75 +168,3 @@ def fused_supports(
     items = capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
     prunes = selector != "dense" and (top_p < 1.0 or top_p_per_head is not None)
     return cluster_size(batch * kv_heads, selector, prunes, head_dim, rows, page_size, max_pages, items, dense_below)
-
-
-def fused_decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_quant: Tensor | None,
-    k_scale: Tensor | None,
-    page_bounds: Tensor | None,
-    bounds_scale: Tensor | None,
-    channel_order: Tensor | None,
-    prefix_channels: Tensor | None,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    selector: str,
-    token_budget: int,
-    budget_fraction: float,
-    top_p: float,
-    sm_scale: float,
-    dense_below: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    head_token_budget: Tensor | None,
-    top_p_per_head: Tensor | None,
-    budget_counters: Tensor | None,
-    kept_indices: Tensor | None,
-    kept_counts: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """decode_attention's result for checked arguments in one launch, or None where the fused kernel does not serve them."""
-    size = fused_supports(
-        q,
-        k_cache,
-        page_bounds,
-        page_table,
-        selector,
-        token_budget,
-        budget_fraction,
-        top_p,
-        dense_below,
-        sink_tokens,
-        recent_tokens,
-        top_p_per_head,
-    )
-    if size == 0:
-        return None
-    return torch.ops.twilight._fused_decode_attention.default(
-        q,
-        k_cache,
-        v_cache,
-        k_quant,
-        k_scale,
-        page_bounds,
-        bounds_scale,
-        channel_order,
-        prefix_channels,
-        page_table,
-        seq_lens,
-        selector,
-        token_budget,
-        budget_fraction,
-        top_p,
-        sm_scale,
-        dense_below,
-        sink_tokens,
-        recent_tokens,
-        head_token_budget,
-        top_p_per_head,
-        budget_counters,
-        kept_indices,
-        kept_counts,
-        size,
-    )

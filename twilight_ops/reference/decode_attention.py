@@ -107,6 +107,6 @@ def _count(budget_counters: Tensor, seq_lens: Tensor, candidates: Tensor, kept: 
 
 def _histogram_bin(tokens: Tensor) -> Tensor:
     """Itself below 16, then eight bins an octave."""
-    octave = tokens.clamp(min=16).double().log2().floor().long()
+    octave = tokens.clamp(min=16).double().frexp().exponent.long() - 1  # exact, unlike log2 on a GPU
     wide = 16 + (octave - 4) * 8 + ((tokens >> (octave - 3)) & 7)
     return torch.where(tokens < 16, tokens, wide).clamp(max=HISTOGRAM_BINS - 1)
