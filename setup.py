@@ -116,6 +116,8 @@ def native_build() -> dict:
                 if REQUIRED:
                     raise
                 warn(error)
+                for ext in self.extensions:  # an older one must not stay behind
+                    Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 self.extensions = []
                 self.distribution.ext_modules = []
 

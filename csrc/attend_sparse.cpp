@@ -141,7 +141,7 @@ class AttendOpRow : public AttendRow {
     const int64_t b = row / call.query.kv_heads, h = row % call.query.kv_heads, length = call.paging.length(b);
     int64_t count = length;
     int32_t* positions = nullptr;
-    if (call.candidates.indices != nullptr) {
+    if (call.candidates.given) {
       positions = arena.take<int32_t>(call.candidates.listed(row) * call.candidates.unit);
       count = 0;
       call.candidates.for_each(row, length,

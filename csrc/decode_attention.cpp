@@ -152,7 +152,7 @@ class DecodeRow {
       positions_ = kept_;
     }
     attend_.set_positions(positions_, report.kept);
-    if (call_->kept_indices != nullptr) write_kept(report.kept);
+    if (call_->kept_counts != nullptr) write_kept(report.kept);
   }
 
   void write_kept(int64_t count) {

@@ -67,7 +67,7 @@ class EstimateOpRow : public EstimateRow {
     h_ = row % call.query.kv_heads;
     const int64_t length = call.paging.length(b_);
     shadow_query_.prepare(call.shadow, call.query, b_, h_, arena);
-    if (call.candidates.indices == nullptr) {
+    if (!call.candidates.given) {
       start(shadow_query_, call.paging, call.query, b_, length, arena);
       return set_positions({nullptr, true}, length);
     }

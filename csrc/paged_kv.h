@@ -142,13 +142,15 @@ struct Query {
 
 // Candidates a caller hands over: [B, Hkv, C] indices, each standing for `unit` tokens.
 struct GivenCandidates {
-  const int32_t* indices = nullptr;  // null: every token
+  bool given = false;  // false: every token; an empty list has no address either
+  const int32_t* indices = nullptr;
   const int32_t* counts = nullptr;
   int64_t capacity = 0, unit = 1;
 
   GivenCandidates() = default;
   GivenCandidates(const OptionalTensor& indices, const OptionalTensor& counts, int64_t unit) : unit(unit) {
     if (!indices.has_value()) return;
+    given = true;
     this->indices = indices->const_data_ptr<int32_t>();
     this->counts = counts->const_data_ptr<int32_t>();
     capacity = indices->size(2);

@@ -173,7 +173,7 @@ class PruneRow {
     weights_ = arena.take<const float*>(rows_);
     kept_ = arena.take<int32_t>(call.slots + kLanes);
     live_ = std::min(length_, call.slots);
-    if (call.candidates.indices != nullptr) {
+    if (call.candidates.given) {
       positions_ = arena.take<int32_t>(call.slots);
       slots_ = arena.take<int32_t>(call.slots);
       live_ = 0;
