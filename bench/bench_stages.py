@@ -8,41 +8,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import workload
 from rich.console import Console
 from rich.table import Table
-from timing import Sizes, environment
+from timing import Sizes, environment, replay_us
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from workload import Workload, shadow_of
 
 from twilight_ops import kernels, ops
+from twilight_ops.kernels._shadow_logits import shadow_logits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def replay_us(calls: Sequence[Callable], samples: int) -> list[float]:
-    """Microseconds a call: all calls, one a buffer set, are captured into one graph that is replayed `samples` times."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(2):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e3 / len(calls) for a, b in zip(events, events[1:], strict=False)]
 
 
 def read_bandwidth(device: str) -> float:
@@ -64,12 +45,12 @@ def dense_peers(data: Workload) -> dict[str, list[Callable]]:
     return {"dense: cuDNN SDPA": calls(SDPBackend.CUDNN_ATTENTION), "dense: torch FA2": calls(SDPBackend.FLASH_ATTENTION)}
 
 
-def stage_calls(data: Workload, selector: str, budget: int, top_p: float) -> tuple[dict[str, tuple[list[Callable], int]], dict]:
-    """(calls, least bytes read) of every stage of one selector, and what it selected and kept."""
+def stage_calls(data: Workload, selector: str, budget: int, top_p: float) -> tuple[dict[str, tuple[list[Callable], int, int]], dict]:
+    """(calls, least bytes read, least bytes written) of every stage of one selector, and what it selected and kept."""
     sizes, scale = data.sizes, data.sm_scale
     group = sizes.num_qo_heads // sizes.num_kv_heads
-    stages: dict[str, tuple[list[Callable], int]] = {}
-    calls: dict[str, list[Callable]] = {name: [] for name in ("select", "estimate", "prune", "attend", "all ops", "decode_attention")}
+    names = ("select", "estimate", "estimate: logits", "prune", "attend", "all ops", "decode_attention")
+    calls: dict[str, list[Callable]] = {name: [] for name in names}
     candidates = kept = mass = 0.0
     for q, layer in zip(data.queries, data.cache.layers, strict=True):
         shadow = shadow_of(layer)
@@ -82,6 +63,11 @@ def stage_calls(data: Workload, selector: str, budget: int, top_p: float) -> tup
 
         def estimate(listed, q=q, shadow=shadow, unit=unit):
             return ops.estimate_weights(q, *shadow, *data.paging, *listed, unit, scale)
+
+        def estimate_logits(listed, q=q, shadow=shadow, unit=unit):
+            """What decode_attention runs of this stage: logits with their softmax statistics, not normalised."""
+            logits = q.new_empty((*q.shape[:3], listed[0].shape[2] * unit), dtype=torch.float32)
+            return shadow_logits(q, *shadow, *data.paging, *listed, unit, scale, logits, prefix=False, dense_below=-1)
 
         def prune(weights, listed, unit=unit):
             return ops.prune_top_p(weights, data.paging[1], *listed, unit, sizes.num_kv_heads, top_p)
@@ -97,6 +83,7 @@ def stage_calls(data: Workload, selector: str, budget: int, top_p: float) -> tup
         mass += pruned[2].mean().item()
         calls["select"].append(select)
         calls["estimate"].append(lambda f=estimate, x=listed: f(x))
+        calls["estimate: logits"].append(lambda f=estimate_logits, x=listed: f(x))
         calls["prune"].append(lambda f=prune, w=weights, x=listed: f(w, x))
         calls["attend"].append(lambda f=attend, x=pruned[:2]: f(x))
 
@@ -127,6 +114,8 @@ def stage_calls(data: Workload, selector: str, budget: int, top_p: float) -> tup
     candidates, kept, mass = candidates / sets, kept / sets, mass / sets
     lists = sizes.lists
     scan = sizes.bounds_bytes() if selector == "quest" else sizes.prefix_bytes(data.prefix_channels)
+    # One fp32 a candidate and query head, which the next stage reads; other outputs are small.
+    written = dict.fromkeys(("estimate", "estimate: logits"), round(lists * candidates * group * 4))
     least = {
         "select": scan,
         "estimate": round(lists * candidates * sizes.shadow_token_bytes),
@@ -134,7 +123,8 @@ def stage_calls(data: Workload, selector: str, budget: int, top_p: float) -> tup
         "attend": round(lists * kept * sizes.token_bytes),
     }
     least["all ops"] = least["decode_attention"] = sum(least.values())
-    stages = {name: (calls[name], least[name]) for name in calls}
+    least["estimate: logits"] = least["estimate"]
+    stages = {name: (calls[name], least[name], written.get(name, 0)) for name in calls}
     return stages, {"candidates": round(candidates, 1), "kept_tokens": round(kept, 1), "captured_mass": round(mass, 5)}
 
 
@@ -179,7 +169,20 @@ def main() -> None:
             sizes = Sizes(batch, 1, heads, kv_heads, options.head_dim, options.page_size, length, DTYPES[options.dtype])
             data = workload.build(sizes, "cuda", options.sets or (2 if batch >= 16 else 8))
             table = Table(title=str(sizes), title_justify="left")
-            for title in ("selector", "stage", "median us", "spread", "MB", "GB/s", "of reads", "x best dense", "I0", "I1", "mass"):
+            for title in (
+                "selector",
+                "stage",
+                "median us",
+                "spread",
+                "MB",
+                "GB/s",
+                "of reads",
+                "with writes",
+                "x best dense",
+                "I0",
+                "I1",
+                "mass",
+            ):
                 table.add_column(title, no_wrap=True)
             shape_rows = [
                 row(sizes, name, replay_us(calls, options.samples), sizes.kv_bytes, bandwidth, selector="")
@@ -190,9 +193,9 @@ def main() -> None:
             for setting in options.budgets:
                 selector, budget = setting.split(":")
                 stages, seen = stage_calls(data, selector, int(budget), options.top_p)
-                for name, (calls, moved) in stages.items():
+                for name, (calls, read, written) in stages.items():
                     us = replay_us(calls, options.samples)
-                    shape_rows.append(row(sizes, name, us, moved, bandwidth, selector=setting, **seen))
+                    shape_rows.append(row(sizes, name, us, read, bandwidth, written_bytes=written, selector=setting, **seen))
                 del stages
                 torch.cuda.empty_cache()
             for r in shape_rows:
@@ -206,6 +209,7 @@ def main() -> None:
                     f"{r['bytes'] / 1e6:,.1f}",
                     f"{r['gb_per_s']:,.0f}",
                     f"{r['share_of_read_bandwidth']:.0%}",
+                    f"{(r['bytes'] + r.get('written_bytes', 0)) / r['median_us'] / 1e3 / bandwidth:.0%}",
                     f"{r['ratio_to_best_dense']:.2f}",
                     *(str(r.get(k, "")) for k in ("candidates", "kept_tokens", "captured_mass")),
                 )

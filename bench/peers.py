@@ -1,12 +1,24 @@
-"""Dense attention that PyTorch offers for a decode step: what sparse attention has to beat."""
+"""Dense attention that others offer for a decode step: what sparse attention has to beat."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from workload import Workload
+
+# The paper's baseline: every speed-up of its Figure 7 is over this one.
+FA2 = "torch_fa2"
 
 # q [B, T, Hq, D], k and v [B, Hkv, L, D] contiguous, sm_scale -> out [B, T, Hq, D]; T = 1, so nothing is masked.
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -14,11 +26,26 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """One dense implementation and the devices it is a fair peer on."""
+    """One dense implementation and the devices it is a fair peer on.
+
+    Args:
+        calls: one call a buffer set.
+        missing: why it cannot run here, or None.
+    """
 
     name: str
     devices: tuple[str, ...]
-    attend: Attention
+    calls: Callable[[Workload], list[Callable[[], Tensor]]]
+    missing: Callable[[], str | None] = lambda: None
+
+
+def contiguous(attend: Attention) -> Callable[[Workload], list[Callable[[], Tensor]]]:
+    """Calls of an implementation that wants K and V of a sequence in one piece."""
+
+    def calls(data: Workload) -> list[Callable[[], Tensor]]:
+        return [partial(attend, q, k, v, data.sm_scale) for q, (k, v) in zip(data.queries, data.dense_copies(), strict=True)]
+
+    return calls
 
 
 def sdpa_gqa(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
@@ -34,9 +61,73 @@ def sdpa_folded(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
     return scaled_dot_product_attention(rows, k, v, scale=sm_scale).view(batch, tokens, heads, dim)
 
 
+def sdpa_backend(backend: SDPBackend) -> Attention:
+    """`sdpa_gqa` by one backend of PyTorch's, which fails where that backend does not serve."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa_gqa(q, k, v, sm_scale)
+
+    return attend
+
+
+def flex_calls(data: Workload) -> list[Callable[[], Tensor]]:
+    """FlexAttention, compiled for this very shape: for static ones it takes its split decoding kernel."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # a pool of compilers takes longer to start than two kernels take to compile
+    torch.compiler.reset()  # or the ninth shape runs uncompiled
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
+        return compiled(q.transpose(1, 2), k, v, scale=sm_scale, enable_gqa=True).transpose(1, 2)
+
+    return contiguous(attend)(data)
+
+
+# FlashInfer wants one scratch buffer; its documentation recommends this size.
+FLASHINFER_WORKSPACE_BYTES = 128 << 20
+
+
+def flashinfer_calls(data: Workload, use_tensor_cores: bool) -> list[Callable[[], Tensor]]:
+    """FlashInfer's paged decode over the very pages that our kernels read."""
+    import flashinfer
+
+    sizes, (page_table, seq_lens) = data.sizes, data.paging
+    pages = page_table.shape[1]
+    workspace = torch.zeros(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=page_table.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=use_tensor_cores)
+    wrapper.plan(
+        torch.arange(sizes.batch + 1, dtype=torch.int32, device=page_table.device) * pages,
+        page_table.flatten(),
+        (seq_lens - 1) % sizes.page_size + 1,
+        sizes.num_qo_heads,
+        sizes.num_kv_heads,
+        sizes.head_dim,
+        sizes.page_size,
+        q_data_type=sizes.dtype,
+        kv_data_type=sizes.dtype,
+        sm_scale=data.sm_scale,
+    )
+
+    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return wrapper.run(q[:, 0], (k_cache, v_cache))[:, None]
+
+    return [partial(attend, q, layer.k_cache, layer.v_cache) for q, layer in zip(data.queries, data.cache.layers, strict=True)]
+
+
+def flashinfer_missing() -> str | None:
+    return None if importlib.util.find_spec("flashinfer") is not None else "flashinfer is not installed"
+
+
 PEERS = (
-    Peer("sdpa_gqa", ("cpu", "cuda"), sdpa_gqa),
-    Peer("sdpa_folded", ("cpu", "cuda"), sdpa_folded),
+    Peer("sdpa_gqa", ("cpu",), contiguous(sdpa_gqa)),
+    Peer("sdpa_folded", ("cpu",), contiguous(sdpa_folded)),
+    Peer("cudnn_sdpa", ("cuda",), contiguous(sdpa_backend(SDPBackend.CUDNN_ATTENTION))),
+    Peer(FA2, ("cuda",), contiguous(sdpa_backend(SDPBackend.FLASH_ATTENTION))),
+    Peer("flashinfer", ("cuda",), partial(flashinfer_calls, use_tensor_cores=False), flashinfer_missing),
+    Peer("flashinfer_tensor_cores", ("cuda",), partial(flashinfer_calls, use_tensor_cores=True), flashinfer_missing),
+    Peer("flex_attention", ("cuda",), flex_calls),
 )
 
 

@@ -1,4 +1,4 @@
-"""The speed-of-light kernel beside the fused one: same bytes, same addresses, same clusters, no arithmetic."""
+"""The speed-of-light kernel: the bytes of a decode step at their own addresses, in one launch of clusters, without arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("speed_of_light.cu")
 MAX_STREAMS = 8
 VECTOR_BYTES = 16
-# The fused kernel's cluster barriers before each phase and after the last; it has ten in all.
+CLUSTER_SIZES = (1, 2, 4, 8, 16)
+# More blocks than this only queue behind each other: an H200 holds 1056 of 256 threads.
+MAX_BLOCKS = 4096
+# Barriers of a cluster before a phase and after the last: a one-launch kernel cannot rank, prune and merge with fewer than about ten.
 BARRIERS = {"candidates": 4, "kept": 4, "after": 2}
 
 
@@ -24,9 +27,11 @@ class _Stream(ctypes.Structure):
     _fields_ = [
         ("base", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
-        ("count", ctypes.c_int),
+        ("counts", ctypes.c_void_p),
+        ("pitch", ctypes.c_int),
         ("vectors", ctypes.c_int),
         ("barriers_before", ctypes.c_int),
+        ("reciprocal", ctypes.c_uint32),
     ]
 
 
@@ -36,16 +41,31 @@ class _Streams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Chunks:
-    """Equal chunks of one tensor: offsets [units, count] and size in bytes, whole 16-byte vectors."""
+    """Equal chunks of one tensor, whole 16-byte vectors of it.
+
+    Args:
+        base: contiguous.
+        offsets: [units, pitch] int64, in bytes.
+        counts: [units] int32, how many of a unit's offsets count.
+        size: bytes a chunk.
+        barriers_before: of the cluster, before the first chunk.
+    """
 
     base: Tensor
     offsets: Tensor
+    counts: Tensor
     size: int
     barriers_before: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.offsets.numel() * self.size
+        return int(self.counts.sum()) * self.size
+
+    @property
+    def reciprocal(self) -> int:
+        """The multiplier whose upper 32 product bits divide a unit's vector index by the vectors of a chunk."""
+        vectors = self.size // VECTOR_BYTES
+        return 0 if vectors == 1 else -(-(2**32) // vectors)
 
 
 @functools.cache
@@ -53,16 +73,20 @@ def _library() -> ctypes.CDLL:
     target = Path(tempfile.mkdtemp()) / "speed_of_light.so"
     flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-shared", "-gencode=arch=compute_90a,code=sm_90a"]
     subprocess.run(["nvcc", *flags, str(SOURCE), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    library = ctypes.CDLL(str(target))
+    if library.streams_bytes() != ctypes.sizeof(_Streams):
+        raise RuntimeError(f"speed_of_light: Streams: expected {ctypes.sizeof(_Streams)} bytes, got {library.streams_bytes()}")
+    return library
 
 
-def reader(chunks: list[Chunks], cluster_size: int) -> tuple[Callable[[], None], int]:
-    """A launch that reads all chunks, and the bytes it reads."""
+def reader(chunks: list[Chunks], cluster_size: int) -> Callable[[], None]:
+    """A launch that reads all chunks with `cluster_size` blocks a unit."""
     units = chunks[0].offsets.shape[0]
     streams = _Streams(count=len(chunks), barriers_after=BARRIERS["after"])
     offsets = [(c.offsets // VECTOR_BYTES).to(torch.int32).contiguous() for c in chunks]  # below 2**31 vectors: 32 GiB a tensor
     for i, (c, at) in enumerate(zip(chunks, offsets, strict=True)):
-        streams.stream[i] = _Stream(c.base.data_ptr(), at.data_ptr(), at.shape[1], c.size // VECTOR_BYTES, c.barriers_before)
+        pointers = (c.base.data_ptr(), at.data_ptr(), c.counts.data_ptr())
+        streams.stream[i] = _Stream(*pointers, at.shape[1], c.size // VECTOR_BYTES, c.barriers_before, c.reciprocal)
     out = torch.zeros(units, dtype=torch.int32, device=chunks[0].base.device)
     library = _library()
 
@@ -72,58 +96,70 @@ def reader(chunks: list[Chunks], cluster_size: int) -> tuple[Callable[[], None],
         if error != 0:
             raise RuntimeError(f"speed_of_light: launch: expected cudaSuccess, got error {error}")
 
-    launch.keeps = offsets
-    return launch, sum(c.nbytes for c in chunks)
+    launch.keeps = (chunks, offsets)  # the launch holds their addresses only
+    return launch
+
+
+def cluster_sizes(units: int) -> list[int]:
+    """Cluster sizes worth trying."""
+    return [c for c in CLUSTER_SIZES if c == 1 or units * c <= MAX_BLOCKS]
 
 
 def _down(offsets: Tensor) -> Tensor:
     return offsets // VECTOR_BYTES * VECTOR_BYTES
 
 
-def decode_chunks(arguments: dict, candidates: Tensor, kept: Tensor) -> list[Chunks]:
-    """Chunks of one decode_attention call at full length.
+def decode_chunks(
+    arguments: dict, candidates: tuple[Tensor, Tensor] | None = None, kept: tuple[Tensor, Tensor] | None = None
+) -> list[Chunks]:
+    """Chunks of one decode_attention call, every sequence M * S tokens long: the least a kernel can read.
+
+    A candidate's leading codes, scale and zero count once, with the scan.
 
     Args:
-        arguments: of `decode_attention`, selector "quest" with 8-bit bounds or "shadow_prefix" with one prefix for all KV heads, every
-            sequence M * S tokens long.
-        candidates: [B, Hkv, C] int32 pages (quest) or tokens (shadow_prefix), none padded.
-        kept: [B, Hkv, N] int32 positions; pads are clamped to position 0.
+        arguments: of `decode_attention`, selector "dense", "quest" with 8-bit bounds, or "shadow_prefix" with one prefix for all KV heads.
+        candidates: indices [B, Hkv, C] and counts [B, Hkv], int32, pages (quest) or tokens (shadow_prefix); None where dense.
+        kept: positions [B, Hkv, N] and counts [B, Hkv], int32; None where dense.
     """
-    k_cache, page_table = arguments["k_cache"], arguments["page_table"]
+    k_cache, v_cache, page_table = arguments["k_cache"], arguments["v_cache"], arguments["page_table"]
     _, kv_heads, page_size, head_dim = k_cache.shape
     batch, max_pages = page_table.shape
+    units = batch * kv_heads
     heads = torch.arange(kv_heads, device=page_table.device)[None, :, None]
 
     def blocks(pages: Tensor) -> Tensor:
         """Index of (physical page, KV head), [B, Hkv, n]."""
-        physical = page_table.long()[:, None].expand(-1, kv_heads, -1).gather(2, pages.long())
+        physical = page_table.long()[:, None].expand(-1, kv_heads, -1).gather(2, pages.long().clamp(min=0))
         return physical * kv_heads + heads
 
-    def chunks(base: Tensor, offsets: Tensor, size: int, barriers: int = 0) -> Chunks:
-        return Chunks(base, offsets.reshape(batch * kv_heads, -1), size, barriers)
+    def chunks(base: Tensor, offsets: Tensor, counts: Tensor, size: int, barriers: int = 0) -> Chunks:
+        return Chunks(base, offsets.reshape(units, -1), counts.reshape(units).contiguous(), size, barriers)
 
     every = blocks(torch.arange(max_pages, device=page_table.device).expand(batch, kv_heads, -1))
+    pages = torch.full((units,), max_pages, dtype=torch.int32, device=page_table.device)
+    row = head_dim * k_cache.element_size()
+    if arguments["selector"] == "dense":
+        page = page_size * row
+        return [chunks(cache, every * page, pages, page) for cache in (k_cache, v_cache)]
     page_codes = page_size * head_dim // 2
+    listed, counts = candidates
     if arguments["selector"] == "quest":
-        listed = blocks(candidates)
+        block = blocks(listed)
         parts = [
-            chunks(arguments["page_bounds"], every * 2 * head_dim, 2 * head_dim),
-            chunks(arguments["bounds_scale"], _down(every * 4), VECTOR_BYTES),
-            chunks(arguments["k_quant"], listed * page_codes, page_codes, BARRIERS["candidates"]),
-            chunks(arguments["k_scale"], listed * page_size * 4, page_size * 4),
+            chunks(arguments["page_bounds"], every * 2 * head_dim, pages, 2 * head_dim),
+            chunks(arguments["bounds_scale"], _down(every * 4), pages, VECTOR_BYTES),
+            chunks(arguments["k_quant"], block * page_codes, counts, page_codes, BARRIERS["candidates"]),
+            chunks(arguments["k_scale"], block * page_size * 4, counts, page_size * 4),
         ]
     else:
         prefix = int(arguments["prefix_channels"][0])
-        page, slot = blocks(candidates // page_size), candidates.long() % page_size
         tail = (head_dim - prefix) // 2
-        tail_at = page * page_codes + page_size * prefix // 2 + slot * tail
+        at = blocks(listed // page_size) * page_codes + page_size * prefix // 2 + listed.long() % page_size * tail
         parts = [
-            chunks(arguments["k_quant"], every * page_codes, page_size * prefix // 2),
-            chunks(arguments["k_scale"], every * page_size * 4, page_size * 4),
-            chunks(arguments["k_quant"], _down(tail_at), -(-tail // VECTOR_BYTES) * VECTOR_BYTES, BARRIERS["candidates"]),
-            chunks(arguments["k_scale"], _down((page * page_size + slot) * 4), VECTOR_BYTES),
+            chunks(arguments["k_quant"], every * page_codes, pages, page_size * prefix // 2),
+            chunks(arguments["k_scale"], every * page_size * 4, pages, page_size * 4),
+            chunks(arguments["k_quant"], _down(at), counts, -(-tail // VECTOR_BYTES) * VECTOR_BYTES, BARRIERS["candidates"]),
         ]
-    kept = kept.clamp(min=0)
-    rows = (blocks(kept // page_size) * page_size + kept.long() % page_size) * head_dim * k_cache.element_size()
-    size = head_dim * k_cache.element_size()
-    return parts + [chunks(k_cache, rows, size, BARRIERS["kept"]), chunks(arguments["v_cache"], rows, size)]
+    positions, kept_counts = kept
+    rows = (blocks(positions // page_size) * page_size + positions.long() % page_size) * row
+    return parts + [chunks(k_cache, rows, kept_counts, row, BARRIERS["kept"]), chunks(v_cache, rows, kept_counts, row)]

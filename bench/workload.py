@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from timing import Sizes, sets_for_cold_cache
+from timing import RESERVED_BYTES, Sizes, buffer_sets
 from torch import Tensor
 
 from twilight_ops import PagedKVCache, PagedKVLayer, Quest, TwilightConfig, decode_step, ops
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
 
-# Standard deviation of the logits, natural-log units: at p = 0.85 it leaves about 128 of 32768 tokens a query head.
+# Standard deviation of the logits, natural-log units. At p = 0.85 the lognormal's quantiles leave 128 of 32768 tokens a query head; a
+# sample of that size, which lacks the far tail, keeps 209 on average (4.0 leaves about 120).
 SPREAD = 3.7
 # Share of a key's variance common to its page of 16 tokens: neighbours in text resemble each other, which is what page bounds live on.
 PAGE_COHERENCE = 0.5
@@ -21,11 +23,16 @@ ENERGY_DECAY = 0.25
 # Tokens filled in one append_kv call.
 FILL_CHUNK = 4096
 
-ASSUMPTIONS = (
-    f"logits of standard deviation {SPREAD} in every row, {PAGE_COHERENCE:.0%} of a key's variance shared by its page, channel "
-    f"contributions decaying over {ENERGY_DECAY:.0%} of the head, channels in that order, independent query heads, "
-    "shuffled pages, full length live"
-)
+
+def assumptions(spread: float = SPREAD) -> str:
+    return (
+        f"logits of standard deviation {spread} in every row, {PAGE_COHERENCE:.0%} of a key's variance shared by its page, channel "
+        f"contributions decaying over {ENERGY_DECAY:.0%} of the head, channels in that order, independent query heads, "
+        "shuffled pages, full length live"
+    )
+
+
+ASSUMPTIONS = assumptions()
 
 
 @dataclass
@@ -35,9 +42,10 @@ class Workload:
     sizes: Sizes
     queries: list[Tensor]  # [B, T, Hq, D] a set
     cache: PagedKVCache  # one layer a set, with shadow and 8-bit bounds
-    keys: Tensor  # [B, L, Hkv, D]
+    keys: Tensor  # [B, L, Hkv, D], a view of [B, Hkv, L, D]
     values: Tensor
     prefix_channels: int
+    copies: int  # of K and V, contiguous, for dense peers
 
     @property
     def sm_scale(self) -> float:
@@ -51,13 +59,56 @@ class Workload:
         """The same memory under another configuration, with counters of its own."""
         device = self.keys.device
         return [
-            replace(layer, plan=config.layer_plan(i, device.type), budget_counters=torch.zeros_like(layer.budget_counters))
+            replace(
+                layer, plan=config.layer_plan(i, device.type, self.sizes.lists), budget_counters=torch.zeros_like(layer.budget_counters)
+            )
             for i, layer in enumerate(self.cache.layers)
         ]
 
+    @cached_property
+    def contiguous_kv(self) -> list[tuple[Tensor, Tensor]]:
+        """`copies` times K and V [B, Hkv, L, D], in separate memory; the first is what keys and values view."""
+        original = tuple(t.transpose(1, 2) for t in (self.keys, self.values))
+        return [original] + [tuple(t.clone() for t in original) for _ in range(1, self.copies)]
+
     def dense_copies(self) -> list[tuple[Tensor, Tensor]]:
-        """K and V [B, Hkv, L, D], contiguous, in separate memory a set: the layout that dense peers like best."""
-        return [tuple(t.transpose(1, 2).contiguous() for t in (self.keys, self.values)) for _ in self.queries]
+        """K and V of every set, contiguous: the layout that dense peers like best. Sets take the copies in turn."""
+        return [self.contiguous_kv[i % self.copies] for i in range(len(self.queries))]
+
+    def exact(self, index: int) -> tuple[Tensor, Tensor]:
+        """Attention of query set `index` over every token, in fp32: out [B, T, Hq, D] and lse [B, T, Hq]."""
+        sizes = self.sizes
+        tokens, kv_heads = sizes.query_tokens, sizes.num_kv_heads
+        newest = torch.arange(sizes.length - tokens, sizes.length, device=self.keys.device)
+        hidden = torch.arange(sizes.length, device=self.keys.device) > newest[:, None]  # [T, L]
+        out, lse = [], []
+        for q, k, v in zip(self.queries[index], self.keys, self.values, strict=True):
+            rows = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2).float()  # [Hkv, G * T, D]
+            logits = (rows @ k.permute(1, 2, 0).float() * self.sm_scale).unflatten(1, (-1, tokens))  # [Hkv, G, T, L]
+            logits.masked_fill_(hidden, -torch.inf)
+            lse.append(logits.logsumexp(-1).flatten(0, 1).T)  # [T, Hq]
+            weights = logits.softmax(-1).flatten(1, 2)
+            out.append((weights @ v.transpose(0, 1).float()).unflatten(1, (-1, tokens)).permute(2, 0, 1, 3).flatten(1, 2))
+        return torch.stack(out), torch.stack(lse)
+
+
+def decode_arguments(q: Tensor, layer: PagedKVLayer, paging: tuple[Tensor, Tensor], sm_scale: float) -> dict[str, object]:
+    """`decode_attention`'s arguments by name, as `decode_step.attend` passes them; selectors with a kernel of their own only."""
+    plan, tensors = layer.plan, ("k_cache", "v_cache", "k_quant", "k_scale", "page_bounds", "bounds_scale")
+    selector = plan.selector
+    return {
+        "q": q,
+        **{name: getattr(layer, name) for name in (*tensors, "channel_order", "prefix_channels")},
+        "page_table": paging[0],
+        "seq_lens": paging[1],
+        "selector": "dense" if selector is None else selector.kernel,
+        "token_budget": 1 if selector is None else selector.token_budget,
+        "budget_fraction": 0.0 if selector is None else selector.budget_fraction,
+        "top_p": plan.top_p,
+        "sm_scale": sm_scale,
+        "dense_below": plan.dense_below,
+        "budget_counters": layer.budget_counters,
+    }
 
 
 def shadow_of(layer: PagedKVLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,10 +136,21 @@ def budget_means(layers: list[PagedKVLayer]) -> tuple[float, float]:
     return int(total[COUNTER_CANDIDATES]) / rows, int(total[COUNTER_KEPT]) / rows
 
 
-def build(sizes: Sizes, device: str, sets: int | None = None, seed: int = 0) -> Workload:
-    """Allocates and fills the buffer sets; `sets` None rotates enough of them for cold caches."""
+def build(sizes: Sizes, device: str, sets: int | None = None, seed: int = 0, spread: float = SPREAD) -> Workload:
+    """Allocates and fills the buffer sets; `sets` None rotates enough of them for cold caches, or what the device's memory holds.
+
+    Raises:
+        MemoryError: the device cannot hold one set and one contiguous copy.
+    """
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else None
+    paged, copies = buffer_sets(sizes, device, free)
+    if paged == 0:
+        need = (sizes.paged_bytes + sizes.kv_bytes + RESERVED_BYTES) / 2**30
+        raise MemoryError(
+            f"{sizes}: a paged cache, a contiguous K and V and room to work in need {need:.0f} GiB, {free / 2**30:.0f} GiB are free"
+        )
+    sets = paged if sets is None else sets
     rng = torch.Generator(device).manual_seed(seed)
-    sets = sets_for_cold_cache(sizes.kv_bytes) if sets is None else sets
     batch, length, kv_heads, dim = sizes.batch, sizes.length, sizes.num_kv_heads, sizes.head_dim
 
     def normal(*size: int) -> Tensor:
@@ -103,11 +165,14 @@ def build(sizes: Sizes, device: str, sets: int | None = None, seed: int = 0) -> 
     def query() -> Tensor:
         """Scaled so that this very query's logits have the wanted spread."""
         q = normal(batch, sizes.query_tokens, sizes.num_qo_heads, dim) * query_std
-        return (q * SPREAD / (q * logit_std).square().mean(-1, keepdim=True).sqrt()).to(sizes.dtype)
+        return (q * spread / (q * logit_std).square().mean(-1, keepdim=True).sqrt()).to(sizes.dtype)
 
-    pages = normal(batch, -(-length // sizes.page_size), kv_heads, dim).repeat_interleave(sizes.page_size, dim=1)[:, :length]
-    keys = pages.mul_(PAGE_COHERENCE**0.5).add_(normal(batch, length, kv_heads, dim).mul_((1 - PAGE_COHERENCE) ** 0.5)).mul_(key_std)
-    keys, values = keys.to(sizes.dtype), normal(batch, length, kv_heads, dim).to(sizes.dtype)
+    keys, values = torch.empty((2, batch, kv_heads, length, dim), dtype=sizes.dtype, device=device).transpose(2, 3)
+    for key, value in zip(keys, values, strict=True):  # one sequence at a time: fp32 of a whole batch may not fit
+        pages = normal(-(-length // sizes.page_size), kv_heads, dim).repeat_interleave(sizes.page_size, dim=0)[:length]
+        key.copy_(pages.mul_(PAGE_COHERENCE**0.5).add_(normal(length, kv_heads, dim).mul_((1 - PAGE_COHERENCE) ** 0.5)).mul_(key_std))
+        value.copy_(normal(length, kv_heads, dim))
+        del pages
     queries = [query() for _ in range(sets)]
 
     config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_layers=0)
@@ -115,11 +180,14 @@ def build(sizes: Sizes, device: str, sets: int | None = None, seed: int = 0) -> 
     shuffled = torch.randperm(cache.page_table.numel(), generator=rng, device=device)
     cache.page_table.copy_(shuffled.view_as(cache.page_table))
     prefix = max(8, dim // 4 // 8 * 8)
-    for layer in cache.layers:
-        layer.channel_order.copy_(profile.argsort(dim=-1, descending=True))
-        layer.prefix_channels.fill_(prefix)
-        for start in range(0, length, FILL_CHUNK):
-            stop = min(length, start + FILL_CHUNK)
-            cache.seq_lens.fill_(stop)
-            decode_step.append(keys[:, start:stop], values[:, start:stop], layer, cache.page_table, cache.seq_lens)
-    return Workload(sizes, queries, cache, keys, values, prefix)
+    first = cache.layers[0]
+    first.channel_order.copy_(profile.argsort(dim=-1, descending=True))
+    first.prefix_channels.fill_(prefix)
+    for start in range(0, length, FILL_CHUNK):
+        stop = min(length, start + FILL_CHUNK)
+        cache.seq_lens.fill_(stop)
+        decode_step.append(keys[:, start:stop], values[:, start:stop], first, cache.page_table, cache.seq_lens)
+    for layer in cache.layers[1:]:
+        for target, source in zip(layer.tensors(), first.tensors(), strict=True):
+            target.copy_(source)
+    return Workload(sizes, queries, cache, keys, values, prefix, min(copies, sets))

@@ -91,7 +91,24 @@ void AttendRow::attend(int64_t part) {
       }
       state.total += reduce_add(total);
     }
-    cache_->kernels->accumulate(values, n, dim, logits, kBlock, rows, out);
+    const auto position = [&](int64_t i) { return positions_ == nullptr ? begin + i : positions_[begin + i]; };
+    const int64_t oldest_horizon = query_->horizon(length_, 0);
+    bool all_visible = true;
+    for (int64_t i = 0; i < n; ++i) all_visible &= position(i) <= oldest_horizon;
+    if (all_visible) {
+      cache_->kernels->accumulate(values, n, dim, logits, kBlock, rows, out);
+      continue;
+    }
+    // What a query token does not see has weight 0, which would let a NaN through: its value is replaced by zeros.
+    Arena::Scope block_scope(arena);
+    char* zeros = arena.take<char>(row_bytes);
+    std::fill(zeros, zeros + row_bytes, char{0});
+    const void* seen[kBlock];
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t horizon = query_->horizon(length_, r);
+      for (int64_t i = 0; i < n; ++i) seen[i] = position(i) <= horizon ? values[i] : zeros;
+      cache_->kernels->accumulate(seen, n, dim, logits + r * kBlock, kBlock, 1, out + r * dim);
+    }
   }
 }
 

@@ -46,6 +46,8 @@ void launch(const FusedParams& p, int grid, int cluster_size, int shared_bytes, 
 
 template <typename T, int D, int RP>
 Launcher launcher_for_selector(FusedSelector selector) {
+  if (selector == FusedSelector::kDense) return launch<T, D, RP, FusedSelector::kDense>;
+  if (selector == FusedSelector::kDenseAhead) return launch<T, D, RP, FusedSelector::kDenseAhead>;
   if (selector == FusedSelector::kQuest) return launch<T, D, RP, FusedSelector::kQuest>;
   if (selector == FusedSelector::kShadowPrefix) return launch<T, D, RP, FusedSelector::kShadowPrefix>;
   return launch<T, D, RP, FusedSelector::kFull>;
@@ -126,7 +128,6 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   p.top_p = top_p;
   p.sm_scale = static_cast<float>(sm_scale);
   p.selector = selector_of(selector);
-  p.prunes = p.selector != FusedSelector::kDense && (top_p < 1.0 || top_p_per_head.has_value());
   p.query_tokens = query_tokens;
   p.group_size = heads / kv_heads;
   p.kv_heads = kv_heads;
@@ -138,6 +139,8 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   p.capacity =
       capacity(p.max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens);
   p.dense_below = clamped(dense_below);
+  if (p.max_pages * page_size <= p.dense_below) p.selector = FusedSelector::kDense;  // as kernels/fused.py has it
+  p.prunes = p.selector != FusedSelector::kDense && (top_p < 1.0 || top_p_per_head.has_value());
   p.sink_tokens = clamped(sink_tokens);
   p.recent_tokens = clamped(recent_tokens);
 
@@ -147,13 +150,16 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
                              std::to_string(kSharedLimit) + " bytes of shared memory a block, got " +
                              std::to_string(shared_bytes));
   }
+  const int grid = batch * kv_heads * static_cast<int>(cluster_size);
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  if (p.selector == FusedSelector::kDense && grid <= multiprocessors) p.selector = FusedSelector::kDenseAhead;
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const Launcher launcher = q.scalar_type() == ScalarType::Half
                                 ? launcher_for<__half>(head_dim, rows, p.selector)
                                 : launcher_for<__nv_bfloat16>(head_dim, rows, p.selector);
-  launcher(p, batch * kv_heads * static_cast<int>(cluster_size), cluster_size, shared_bytes,
-           static_cast<cudaStream_t>(stream));
+  launcher(p, grid, cluster_size, shared_bytes, static_cast<cudaStream_t>(stream));
   return {out, lse};
 }
 

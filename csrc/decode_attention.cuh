@@ -12,17 +12,19 @@
 
 namespace twilight {
 
-enum class FusedSelector : int { kDense, kFull, kQuest, kShadowPrefix };
+// kDenseAhead is kDense for grids that leave every block a multiprocessor of its own.
+enum class FusedSelector : int { kDense, kFull, kQuest, kShadowPrefix, kDenseAhead };
 
 constexpr int kTileTokens = 16;    // rows of one tensor-core product
 constexpr int kBlockTokens = 128;  // a block's share of a sequence is a multiple of this
 constexpr int kScoreBins = 2048;   // of candidate scores
-constexpr int kMassBins = 1024;    // of estimated weights
-constexpr int kWeightList =
-    2048;  // weights that can matter to one row's threshold; more are read again from the estimates
+constexpr int kMassBins = 1024;    // of estimated weights, where a row is solved from all of them
+constexpr int kWeightList = 2048;  // weights a block lists for the rows it solves; a row with more is solved from all
 constexpr int kBoundaryList = 256;   // keys that share the threshold's bin and are ranked one by one
 constexpr int kScratchLists = 8192;  // bytes before the lists in scratch: the histograms
+constexpr int kUnsharedSlots = 1024;  // a block with so few slots attends to its own survivors: evening out costs more
 constexpr int kMaxClusterSize = 16;
+constexpr int kMaxParts = kMaxClusterSize * kWarps;  // listing warps of a cluster
 
 struct FusedParams {
   const void* q;
@@ -79,18 +81,20 @@ struct FusedShared {
   float score_norm[RP], weight_norm[RP];
   float gain[RP], q_sum[RP], q_sum_prefix[RP];
   float threshold[RP], captured[RP];
-  alignas(16) float tile_weights[kWarps][kTileTokens][RP];
   alignas(16) float rescale[kWarps][RP];
   unsigned long long scan_totals[kWarps];
-  unsigned long long warp_mass[kWarps][RP], warp_listed_mass[kWarps][RP];
-  unsigned long long row_mass[RP], row_listed_mass[RP];  // read by the cluster
-  int segment_size[RP][kWarps];                          // read by the cluster
+  // What every listing warp of the cluster found for the rows solved here.
+  unsigned long long part_mass[kMaxParts], part_listed_mass[kMaxParts];
+  int part_size[kMaxParts];
+  int horizon[RP];    // the last position a row sees
+  bool from_all[RP];  // rows whose lists do not settle them
+  uint32_t found_size[RP];
   uint32_t scan_totals_small[kWarps];
   uint32_t group_counts[64];  // this block's histogram by groups of 32 bins; read by the cluster
-  uint32_t group_parts[4][64];
-  uint32_t published_above, published_boundary;  // read by the cluster
+  uint32_t group_total[64];
+  uint32_t published_above, published_boundary;  // items above the boundary and inside it; read by the cluster
   uint32_t local_boundary;
-  int bin, need, boundary_size;
+  int bin, in_bin, need;
   uint32_t boundary_key, ties_needed;
   uint32_t rank_greater[kMaxClusterSize], rank_equal[kMaxClusterSize];
   int rank_first[kMaxClusterSize + 1];  // candidates before each block
@@ -112,13 +116,13 @@ constexpr int checked_bytes() {
 
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   if (head_dim == 64) {
-    return padded_rows == 1   ? checked_bytes<64, 1, 3712>()
-           : padded_rows == 4 ? checked_bytes<64, 4, 8512>()
-                              : checked_bytes<64, 8, 14928>();
+    return padded_rows == 1   ? checked_bytes<64, 1, 4832>()
+           : padded_rows == 4 ? checked_bytes<64, 4, 7584>()
+                              : checked_bytes<64, 8, 11280>();
   }
-  return padded_rows == 1   ? checked_bytes<128, 1, 4736>()
-         : padded_rows == 4 ? checked_bytes<128, 4, 11840>()
-                            : checked_bytes<128, 8, 21328>();
+  return padded_rows == 1   ? checked_bytes<128, 1, 5856>()
+         : padded_rows == 4 ? checked_bytes<128, 4, 10912>()
+                            : checked_bytes<128, 8, 17680>();
 }
 
 // Lays out the dynamic shared memory behind FusedShared and returns its size in bytes. kernels/fused.py holds the same
@@ -146,7 +150,7 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
   p.pages_at = take((by_page ? own_pages : by_token ? own_tokens / page_size : 0) * 4);
   p.candidates_at = take(std::max(own_candidates, share_of_tokens(listed_tokens, cluster_size) / page_size) * 8);
   p.bitmap_at = take(p.bitmap_words * 2 * 4);
-  const int score_stride = by_token ? 1 : padded_rows;
+  const int score_stride = by_token ? blocks_of(2, padded_rows) : padded_rows;
   p.state_at = take(std::max(own_items * score_stride, p.slot_capacity * padded_rows) * 4);
   return end;
 }
@@ -161,17 +165,15 @@ constexpr float kMassUnit = 1099511627776.0f;      // 2^40: masses are integers,
 extern __shared__ __align__(16) char dynamic_shared[];
 #endif
 
-// Dense calls run the kernel of kFull.
 template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedDecode {
   static constexpr bool kByPage = kSelector == FusedSelector::kQuest;
   static constexpr bool kSelects = kByPage || kSelector == FusedSelector::kShadowPrefix;
   static constexpr int kWords = D / 8;  // 32-bit words of codes a row
-  // Tokens scored by several rows: a first pass finds the rows' softmax norms, a second one reads the prefix again and
-  // keeps one key a token. Keeping every row's logit instead takes RP times the shared memory, and so smaller shares or
-  // fewer blocks a multiprocessor.
-  static constexpr bool kTwoPasses = !kByPage && RP > 1;
-  static constexpr int kScoreStride = kTwoPasses ? 1 : RP;
+  // Tokens scored by several rows keep each row's logit in 16 bits until the rows' softmax norms are known. That settles
+  // which items are chosen but for a narrow band around the boundary, whose scores are computed again.
+  static constexpr bool kLevels = !kByPage && RP > 1;
+  static constexpr int kScoreStride = kLevels ? RP / 2 : RP;
   static constexpr int kCopies =
       8 / RP;  // tiles that share one accumulator: its eight columns are RP query rows of each
   using Shared = FusedShared<T, D, RP>;
@@ -292,6 +294,7 @@ struct FusedDecode {
       if (i * kThreads + tid() < RP * D) rows_out[i * kThreads + tid()] = value[i];
     }
     if (tid() < D) s.order[tid()] = min(max(order, 0), D - 1);
+    if (tid() < RP) s.horizon[tid()] = live - p.query_tokens + tid() / p.group_size;
     __syncthreads();
     if (!reads_codes) return;
     for (int row = warp; row < RP; row += kWarps) {
@@ -332,23 +335,22 @@ struct FusedDecode {
 
   // One block's softmax sums, two columns a thread, into `published`.
   __device__ void publish_sums(SoftmaxSum (&sum)[2], float2* published) {
-    if (RP == 1) sum[0].merge(sum[1].peak, sum[1].z);
     constexpr int kNumColumns = RP == 1 ? 1 : 2;
+    if (RP == 1) sum[0].merge(sum[1].peak, sum[1].z);
 #pragma unroll
     for (int k = 0; k < kNumColumns; ++k) {
-      sum[k].merge_lanes(16);
-      sum[k].merge_lanes(8);
-      sum[k].merge_lanes(4);
-      if (RP <= 4) sum[k].merge_lanes(2);
-      if (RP <= 2) sum[k].merge_lanes(1);
+      sum[k].template merge_lanes<16, RP == 8 ? 4 : RP == 4 ? 2 : 1>();
       if (g == 0 && 2 * t + k < RP) s.warp_stat[warp][2 * t + k] = make_float2(sum[k].peak, sum[k].z);
     }
     __syncthreads();
-    if (tid() < RP) {
+    if (warp < RP) {
       SoftmaxSum all;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) all.merge(s.warp_stat[w][tid()].x, s.warp_stat[w][tid()].y);
-      published[tid()] = make_float2(all.peak, all.z);
+      if (lane < kWarps) {
+        all.peak = s.warp_stat[lane][warp].x;
+        all.z = s.warp_stat[lane][warp].y;
+      }
+      all.template merge_lanes<kWarps / 2, 1>();
+      if (lane == 0) published[warp] = make_float2(all.peak, all.z);
     }
   }
 
@@ -359,8 +361,7 @@ struct FusedDecode {
       all.peak = stat.x;
       all.z = stat.y;
     }
-#pragma unroll
-    for (int mask = 8; mask > 0; mask >>= 1) all.merge_lanes(mask);
+    all.template merge_lanes<kMaxClusterSize / 2, 1>();
     return all;
   }
 
@@ -388,12 +389,166 @@ struct FusedDecode {
     return valid && x < infinity() ? x : -infinity();
   }
 
-  // Scores of this block's tokens from the leading channels: their softmax sums, or, of two passes the second, their
-  // keys. A warp takes 128 tokens at a time, eight tiles of 16.
-  __device__ void score_tokens(bool makes_keys) {
-    constexpr int kTiles = kBlockTokens / kTileTokens;
-    constexpr int kScales = RP == 1 ? 4 : 2;
-    const int words = lead_words;
+  // Row of one of this block's tokens; of the last page's for tokens behind it.
+  __device__ __forceinline__ uint32_t token_row(int token) const {
+    const int last_page = blocks_of(page_size(), owned) - 1;
+    return pages()[min(token >> p.log2_page_size, last_page)] + slot_in_page(token);
+  }
+
+  static constexpr int kTiles = kBlockTokens / kTileTokens;
+  static constexpr int kScales = RP == 1 ? 4 : 2;
+  // Eight tiles of tokens share RP accumulators; this thread's columns are of tile tile_of(st, k) of accumulator st.
+  __device__ __forceinline__ int tile_of(int st, int k) const {
+    return st * kCopies + (RP == 1 ? 2 * t + k : 2 * t / RP);
+  }
+
+  // Four words a row of the leading codes of 128 tokens.
+  __device__ __forceinline__ void load_tiles(uint32_t (&x)[kTiles], uint32_t (&y)[kTiles], int base, int w0) const {
+    const bool on = w0 + t < lead_words;
+#pragma unroll
+    for (int u = 0; u < kTiles; ++u) {
+      const uint32_t word = lead_word(token_row(base + u * kTileTokens)) + g * lead_words + t + w0;
+      x[u] = on ? load_codes(word) : 0;
+      y[u] = on ? load_codes(word + 8 * lead_words) : 0;
+    }
+  }
+  __device__ __forceinline__ void load_tile_scales(uint32_t (&packed)[RP][kScales], int base) const {
+#pragma unroll
+    for (int st = 0; st < RP; ++st) {
+#pragma unroll
+      for (int e = 0; e < kScales; e += 2) {
+        const uint32_t row = token_row(base + tile_of(st, e >> 1) * kTileTokens) + g;
+        packed[st][e] = load_scale(row);
+        packed[st][e + 1] = load_scale(row + 8);
+      }
+    }
+  }
+  __device__ __forceinline__ uint4 queries_of(int w0) const {
+    return w0 + t < lead_words ? s.q_codes[w0 + t][g % RP] : make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ void multiply_tiles(float (&acc)[RP][4], const uint32_t (&x)[kTiles],
+                                                 const uint32_t (&y)[kTiles], uint4 q) const {
+#pragma unroll
+    for (int u = 0; u < kTiles; ++u) {
+      const bool mine = g / RP == u % kCopies;
+      mma_codes4(acc[u / kCopies], x[u], y[u],
+                 make_uint4(mine ? q.x : 0, mine ? q.y : 0, mine ? q.z : 0, mine ? q.w : 0));
+    }
+  }
+
+  // Logits are summed up relative to a fixed power, which spares the search for their maximum. Sums too large or too
+  // small for that are found out, and made again.
+  static constexpr float kReference = 32.0f;
+  static constexpr float kLevelsPerUnit = 256.0f;
+  static constexpr uint32_t kLevelBits = 0x4b400000u;  // 1.5 * 2^23, to which levels of 16 bits are added
+  static constexpr float kLowestLevel = -128.0f;
+  __device__ __forceinline__ bool norms_usable() const {
+    bool usable = true;
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r) {
+      const float norm = s.score_norm[r];
+      usable &= norm > kReference - 60.0f && norm < infinity() && norm != 0.0f;
+    }
+    return usable;
+  }
+
+  // Keeps the logits of 128 tokens, and adds them to the sums.
+  template <bool kWhole>
+  __device__ __forceinline__ void keep_logits(const float (&acc)[RP][4], const uint32_t (&packed)[RP][kScales],
+                                              int base, const float (&gain)[2], const float (&zero_gain)[2],
+                                              float (&z)[2], uint32_t& outside) {
+    constexpr float kLevelOffset = 12582912.0f + (kReference - kLowestLevel) * kLevelsPerUnit;
+#pragma unroll
+    for (int st = 0; st < RP; ++st) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t level[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int token = base + tile_of(st, k) * kTileTokens + g + 8 * half;
+          const float2 scale = scale_and_zero(packed[st][RP == 1 ? 2 * k + half : half]);
+          const float zero = kLevels ? fmaf(scale.y, zero_gain[k], -kReference) : scale.y * zero_gain[k];
+          const float logit = fmaf(acc[st][2 * half + k], scale.x * gain[k], zero);
+          float x = kLevels ? logit : logit - kReference;
+          if (!kWhole && token >= owned) x = kLowestLevel - kReference;
+          z[k] += exp2_fast(x);
+          if (kLevels) {
+            level[k] = __float_as_uint(fmaf(x, kLevelsPerUnit, kLevelOffset));
+            outside |= level[k] ^ kLevelBits;
+          } else if (kWhole || token < owned) {
+            scores()[token] = logit;
+          }
+        }
+        const int token = base + tile_of(st, 0) * kTileTokens + g + 8 * half;
+        if (kLevels && (kWhole || token < owned)) {
+          part<uint32_t>(p.state_at)[token * kScoreStride + row_of_column(0) / 2] =
+              (level[0] & 0xffffu) | (level[1] << 16);
+        }
+      }
+    }
+  }
+
+  // Logits of this block's tokens from the leading channels, and their softmax sums. A warp takes 128 tokens at a time,
+  // eight tiles of 16, four words of a row a step; the loads of a step precede the sums of the step before it.
+  __device__ void score_tokens() {
+    float gain[2], zero_gain[2], z[2] = {};
+    uint32_t outside = 0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      gain[k] = s.gain[row_of_column(k)];
+      zero_gain[k] = s.q_sum_prefix[row_of_column(k)];
+    }
+    uint32_t x[kTiles], y[kTiles], packed[RP][kScales];
+    float acc[RP][4];
+    int base = 0, words = -1;  // of the step whose codes are in x and y; none yet
+    int next = warp * kBlockTokens, next_words = 0;
+#pragma unroll 1
+    while (words < 0 || base < owned) {
+      if (words == 0) {
+#pragma unroll
+        for (int i = 0; i < 4 * RP; ++i) acc[i / 4][i % 4] = 0.0f;
+      }
+      if (words >= 0) multiply_tiles(acc, x, y, queries_of(words));
+      if (next < owned) load_tiles(x, y, next, next_words);
+      const bool done = words >= 0 && next_words == 0;
+      if (done) {
+        if (base + kBlockTokens <= owned) {
+          keep_logits<true>(acc, packed, base, gain, zero_gain, z, outside);
+        } else {
+          keep_logits<false>(acc, packed, base, gain, zero_gain, z, outside);
+        }
+      }
+      if (next < owned && next_words == 0) load_tile_scales(packed, next);
+      base = next;
+      words = next_words;
+      next_words += 4;
+      if (next_words >= lead_words) {
+        next_words = 0;
+        next += kWarps * kBlockTokens;
+      }
+    }
+    SoftmaxSum sum[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      sum[k].peak = kReference;
+      sum[k].z = kLevels && outside >> 16 != 0 ? __int_as_float(0x7fffffff) : z[k];
+    }
+    publish_sums(sum, s.score_stat);
+  }
+
+  // The same for logits of any size, from those kept of one row.
+  __device__ void sum_kept_logits() {
+    SoftmaxSum sum[2];
+#pragma unroll 1
+    for (int i = tid(); i < owned; i += kThreads) {
+      const float value[1] = {finite_or_masked(scores()[i], true)};
+      accumulate(sum[0], value);
+    }
+    publish_sums(sum, s.score_stat);
+  }
+
+  // The same for several rows in two passes over the leading codes: their sums, then the tokens' keys.
+  __device__ void score_tokens_twice(bool makes_keys) {
     SoftmaxSum sum[2];
     float gain[2], zero_gain[2], norm[2];
 #pragma unroll
@@ -403,109 +558,121 @@ struct FusedDecode {
       norm[k] = s.score_norm[row_of_column(k)];
     }
     const int2 competing = competing_items();
-    const int last_page = blocks_of(page_size(), owned) - 1;
-    const auto row_of = [&](int token) {
-      return pages()[min(token >> p.log2_page_size, last_page)] + (token & (page_size() - 1));
-    };
 #pragma unroll 1
     for (int base = warp * kBlockTokens; base < owned; base += kWarps * kBlockTokens) {
+      uint32_t x[kTiles], y[kTiles], packed[RP][kScales];
       float acc[RP][4] = {};
-      uint32_t packed[RP][kScales], tile_word[kTiles];
-#pragma unroll
-      for (int u = 0; u < kTiles; ++u) tile_word[u] = lead_word(row_of(base + u * kTileTokens)) + g * lead_words + t;
-#pragma unroll
-      for (int st = 0; st < RP; ++st) {
-#pragma unroll
-        for (int e = 0; e < kScales; ++e) {
-          const int copy = RP == 1 ? 2 * t + (e >> 1) : 2 * t / RP;
-          packed[st][e] = load_scale(row_of(base + (st * kCopies + copy) * kTileTokens) + g + 8 * (e & 1));
-        }
-      }
+      load_tile_scales(packed, base);
 #pragma unroll 1
-      for (int w0 = 0; w0 < words; w0 += 4) {
-        const bool on = w0 + t < words;
-        uint32_t x[kTiles], y[kTiles];
-#pragma unroll
-        for (int u = 0; u < kTiles; ++u) {
-          x[u] = on ? load_codes(tile_word[u] + w0) : 0;
-          y[u] = on ? load_codes(tile_word[u] + w0 + 8 * lead_words) : 0;
-        }
-        const uint4 q = on ? s.q_codes[w0 + t][g % RP] : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int u = 0; u < kTiles; ++u) {
-          const bool mine = g / RP == u % kCopies;
-          mma_codes4(acc[u / kCopies], x[u], y[u],
-                     make_uint4(mine ? q.x : 0, mine ? q.y : 0, mine ? q.z : 0, mine ? q.w : 0));
-        }
+      for (int w0 = 0; w0 < lead_words; w0 += 4) {
+        load_tiles(x, y, base, w0);
+        multiply_tiles(acc, x, y, queries_of(w0));
       }
-      float value[2][2 * RP];
 #pragma unroll
       for (int st = 0; st < RP; ++st) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          const int token = base + tile_of(st, 0) * kTileTokens + g + 8 * half;
+          const float2 scale = scale_and_zero(packed[st][half]);
           float logit[2];
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            const float2 scale = scale_and_zero(packed[st][RP == 1 ? 2 * k + half : half]);
-            logit[k] = fmaf(scale.x, acc[st][2 * half + k] * gain[k], scale.y * zero_gain[k]);
-            const int copy = RP == 1 ? 2 * t + k : 2 * t / RP;
-            const int token = base + (st * kCopies + copy) * kTileTokens + g + 8 * half;
-            value[k][2 * st + half] = finite_or_masked(logit[k], token < owned);
-            if (RP == 1 && token < owned) scores()[token] = logit[k];
+            logit[k] = fmaf(acc[st][2 * half + k], scale.x * gain[k], scale.y * zero_gain[k]);
+            const float value[1] = {finite_or_masked(logit[k], token < owned)};
+            if (!makes_keys) accumulate(sum[k], value);
           }
-          if (kTwoPasses && makes_keys) {
-            float score = exp2_fast(logit[0] - norm[0]) + exp2_fast(logit[1] - norm[1]);
+          if (!makes_keys) continue;
+          float score = exp2_fast(logit[0] - norm[0]) + exp2_fast(logit[1] - norm[1]);
 #pragma unroll
-            for (int mask = 1; mask < RP / 2; mask <<= 1) score += __shfl_xor_sync(~0u, score, mask);
-            const int token = base + (st * kCopies + 2 * t / RP) * kTileTokens + g + 8 * half;
-            if (row_of_column(0) == 0 && token < owned) stored_key(token) = rank_key(score, token, competing);
-          }
+          for (int mask = 1; mask < RP / 2; mask <<= 1) score += __shfl_xor_sync(~0u, score, mask);
+          if (row_of_column(0) == 0 && token < owned) stored_key(token) = rank_key(score, token, competing);
         }
       }
-      if (kTwoPasses && makes_keys) continue;
-      accumulate(sum[0], value[0]);
-      accumulate(sum[1], value[1]);
     }
-    if (!(kTwoPasses && makes_keys)) publish_sums(sum, s.score_stat);
+    if (!makes_keys) publish_sums(sum, s.score_stat);
   }
 
-  // Scores of this block's pages from their 8-bit bounds; a warp takes 16 pages at a time.
-  __device__ void score_pages() {
-    constexpr int kChunks = D / 32;
-    SoftmaxSum sum[2];
+  // Score of one owned token, from its codes; four threads share it.
+  __device__ float exact_score(int token) const {
+    const uint32_t row = token_row(token), lead = lead_word(row);
+    const uint32_t packed = load_scale(row);
+    float acc[RP] = {};
 #pragma unroll 1
-    for (int base = warp * kTileTokens; base < owned; base += kWarps * kTileTokens) {
-      float acc[4] = {};
-      uint4 x[kChunks], y[kChunks];
-      const uint32_t block0 = pages()[min(base + g, owned - 1)], block1 = pages()[min(base + g + 8, owned - 1)];
-      const uint4* bounds = reinterpret_cast<const uint4*>(p.page_bounds) + t;
+    for (int w = t; w < lead_words; w += 4) {
+      const uint32_t codes = load_codes(lead + w);
 #pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
-        x[j] = load_stream(bounds + block0 * (D / 8) + 4 * j);
-        y[j] = load_stream(bounds + block1 * (D / 8) + 4 * j);
+      for (int n = 0; n < 8; ++n) {
+        // As mma_codes4 sees a code: odd ones 16-fold, which their queries make up for.
+        const float code = static_cast<float>(codes >> (4 * n - (n & 1) * 4) & (n & 1 ? 0xf0u : 0xfu)) * 0x1p-24f;
+#pragma unroll
+        for (int r = 0; r < RP; ++r) {
+          const __half* q = reinterpret_cast<const __half*>(&s.q_codes[w][r]);
+          acc[r] = fmaf(code, __half2float(q[(n & 3) * 2 + n / 4]), acc[r]);
+        }
       }
-      const uint32_t* scales = reinterpret_cast<const uint32_t*>(p.bounds_scale);
-      const uint32_t packed[2] = {__ldg(scales + block0), __ldg(scales + block1)};
+    }
+    const float2 scale = scale_and_zero(packed);
+    float score = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
+    for (int r = 0; r < RP; ++r) {
+      acc[r] += __shfl_xor_sync(~0u, acc[r], 1);
+      acc[r] += __shfl_xor_sync(~0u, acc[r], 2);
+      const float logit = fmaf(acc[r], scale.x * s.gain[r], scale.y * s.q_sum_prefix[r]);
+      score += exp2_fast(logit - s.score_norm[r]);
+    }
+    return score;
+  }
+
+  struct PageBounds {
+    uint4 x[D / 32], y[D / 32];  // of pages g and g + 8 of a tile
+    uint32_t scale[2];
+  };
+  __device__ __forceinline__ void load_bounds(PageBounds& page, int base) const {
+    const uint32_t block[2] = {pages()[min(base + g, owned - 1)], pages()[min(base + g + 8, owned - 1)]};
+    const uint4* bounds = reinterpret_cast<const uint4*>(p.page_bounds) + t;
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(p.bounds_scale);
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) {
+      page.x[j] = load_stream(bounds + block[0] * (D / 8) + 4 * j);
+      page.y[j] = load_stream(bounds + block[1] * (D / 8) + 4 * j);
+    }
+    page.scale[0] = __ldg(scales + block[0]);
+    page.scale[1] = __ldg(scales + block[1]);
+  }
+
+  // Scores of this block's pages from their 8-bit bounds; a warp takes 16 pages at a time, and loads the next 16 before
+  // it adds up these.
+  __device__ void score_pages() {
+    SoftmaxSum sum[2];
+    PageBounds page;
+    int base = warp * kTileTokens;
+    if (base < owned) load_bounds(page, base);
+#pragma unroll 1
+    for (; base < owned; base += kWarps * kTileTokens) {
+      float acc[4] = {};
+#pragma unroll
+      for (int j = 0; j < D / 32; ++j) {
         const uint2* q = &s.q_bounds[4 * (4 * j + t)][g % RP];
         const bool mine = g < RP;
-        const uint32_t xs[4] = {x[j].x, x[j].y, x[j].z, x[j].w}, ys[4] = {y[j].x, y[j].y, y[j].z, y[j].w};
+        const uint32_t xs[4] = {page.x[j].x, page.x[j].y, page.x[j].z, page.x[j].w};
+        const uint32_t ys[4] = {page.y[j].x, page.y[j].y, page.y[j].z, page.y[j].w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) mma_codes8(acc, xs[i], ys[i], mine ? q[i * RP] : make_uint2(0, 0));
       }
+      const uint32_t packed[2] = {page.scale[0], page.scale[1]};
+      if (base + kWarps * kTileTokens < owned) load_bounds(page, base + kWarps * kTileTokens);
       float value[2][2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float2 scale = scale_and_zero(packed[half]);
-        const int page = base + g + 8 * half;
+        const int item = base + g + 8 * half;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const bool valid = page < owned && 2 * t + k < RP;
+          const bool valid = item < owned && 2 * t + k < RP;
           const int row = row_of_column(k);
           const float logit = fmaf(scale.x, acc[2 * half + k] * s.gain[row], scale.y * s.q_sum[row]);
           value[k][half] = finite_or_masked(logit, valid);
-          if (valid) scores()[page * RP + row] = logit;
+          if (valid) scores()[item * RP + row] = logit;
         }
       }
       accumulate(sum[0], value[0]);
@@ -530,8 +697,20 @@ struct FusedDecode {
   // Sortable score of one owned item: the sum over the rows of its softmax. It replaces the first of the item's logits.
   __device__ __forceinline__ uint32_t score_key(int item, int2 competing) const {
     float score = 0.0f;
+    if (kLevels) {
+      uint32_t pair[kScoreStride];
 #pragma unroll
-    for (int r = 0; r < RP; ++r) score += exp2_fast(scores()[item * RP + r] - s.score_norm[r]);
+      for (int i = 0; i < kScoreStride; ++i) pair[i] = part<uint32_t>(p.state_at)[item * kScoreStride + i];
+#pragma unroll
+      for (int r = 0; r < RP; ++r) {
+        const uint32_t bits = kLevelBits | (r & 1 ? pair[r / 2] >> 16 : pair[r / 2] & 0xffffu);
+        const float level = __uint_as_float(bits) - 12582912.0f;
+        score += exp2_fast(fmaf(level, 1.0f / kLevelsPerUnit, kLowestLevel - s.score_norm[r]));
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < RP; ++r) score += exp2_fast(scores()[item * RP + r] - s.score_norm[r]);
+    }
     return rank_key(score, item, competing);
   }
 
@@ -539,10 +718,10 @@ struct FusedDecode {
     return reinterpret_cast<uint32_t*>(scores())[item * kScoreStride];
   }
 
-  // Histogram of this block's keys; `first_round` makes them, a later one refines the bin [low_key, low_key +
+  // Histogram of this block's keys, of which `makes_keys` makes those; all, or those in [low_key, low_key +
   // 2^log2_width).
-  __device__ void count_keys(bool first_round, uint32_t low_key, int log2_width, int shift) {
-    constexpr int kBatch = 8;  // loads in flight before the first atomic, which the compiler moves no load across
+  __device__ void count_keys(bool makes_keys, uint32_t low_key, int log2_width, int shift) {
+    constexpr int kBatch = 4;  // loads in flight before the first atomic, which the compiler moves no load across
     const int2 competing = competing_items();
 #pragma unroll 1
     for (int base = tid(); base < owned; base += kBatch * kThreads) {
@@ -550,14 +729,14 @@ struct FusedDecode {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int item = base + u * kThreads;
-        if (item < owned) key[u] = first_round && !kTwoPasses ? score_key(item, competing) : stored_key(item);
+        if (item < owned) key[u] = makes_keys ? score_key(item, competing) : stored_key(item);
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int item = base + u * kThreads;
         if (item >= owned) continue;
-        if (first_round) {
-          if (!kTwoPasses) stored_key(item) = key[u];
+        if (makes_keys) stored_key(item) = key[u];
+        if (log2_width == 32) {
           atomicAdd(&histogram()[ScoreBins::of(key[u])], 1u);
         } else if ((key[u] - low_key) >> log2_width == 0) {
           atomicAdd(&histogram()[(key[u] - low_key) >> shift], 1u);
@@ -566,10 +745,12 @@ struct FusedDecode {
     }
   }
 
-  // Bitmaps of this block's items above the boundary bin and inside it; short boundaries are listed key by key.
-  __device__ void mark_items(uint32_t low_key, int log2_width, bool ranked) {
+  // Bitmaps and numbers of this block's items above the boundary [low_key, low_key + width) and inside it; a `ranked`
+  // boundary is listed item by item.
+  __device__ void mark_items(uint32_t low_key, uint32_t width, bool ranked) {
     constexpr int kBatch = 4;
     const int word_count = blocks_of(32, owned);
+    int above = 0, inside_count = 0;
 #pragma unroll 1
     for (int start = warp; start < word_count; start += kBatch * kWarps) {
       uint32_t key[kBatch];
@@ -580,115 +761,136 @@ struct FusedDecode {
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const int word = start + u * kWarps;
-        const bool valid = word * 32 + lane < owned;
-        const bool inside = valid && key[u] >= low_key && (key[u] - low_key) >> log2_width == 0;
-        const uint32_t above_bits = __ballot_sync(~0u, valid && !inside && key[u] > low_key);
+        const int word = start + u * kWarps, item = word * 32 + lane;
+        const bool inside = item < owned && key[u] - low_key < width;
+        const uint32_t above_bits = __ballot_sync(~0u, item < owned && !inside && key[u] > low_key);
         const uint32_t inside_bits = __ballot_sync(~0u, inside);
+        above += __popc(above_bits);
+        inside_count += __popc(inside_bits);
         if (lane == 0 && word < word_count) {
           chosen()[word] = above_bits;
           tied()[word] = inside_bits;
         }
-        if (ranked && inside) boundary_keys()[atomicAdd(&s.local_boundary, 1u)] = key[u];
+        if (ranked && inside) {
+          const uint32_t at = atomicAdd(&s.local_boundary, 1u);
+          if (at < kBoundaryList) boundary_keys()[at] = item;
+        }
       }
+    }
+    if (lane == 0) {
+      atomicAdd(&s.published_above, static_cast<uint32_t>(above));
+      atomicAdd(&s.published_boundary, static_cast<uint32_t>(inside_count));
     }
     __syncthreads();
   }
 
-  // The `wanted` best items of the cluster, ties to the lower index, dealt out evenly into `candidates`.
-  __device__ void select(int wanted) {
+  // Scores of the listed items: those kept, or, where these are only near, made again.
+  __device__ void key_boundary(bool near) {
+    const int count = min(static_cast<int>(s.local_boundary), kBoundaryList);
+    const int2 competing = competing_items();
+#pragma unroll 1
+    for (int start = 0; start < count; start += kThreads / 4) {
+      const int i = start + tid() / 4;
+      const int item = i < count ? boundary_keys()[i] : 0;
+      const uint32_t key = kLevels && near ? rank_key(exact_score(item), item, competing) : stored_key(item);
+      __syncwarp();
+      if (i < count && t == 0) boundary_keys()[i] = stored_key(item) = key;
+    }
+    __syncthreads();
+  }
+
+  // The bin of the cluster's histogram in which the `need` best items end: (bin, items in it, of which wanted).
+  __device__ int3 find_bin(int need) {
+    {
+      const uint4* mine = reinterpret_cast<const uint4*>(histogram() + 8 * tid());
+      const uint4 a = mine[0], b = mine[1];
+      uint32_t count = a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
+      count += __shfl_xor_sync(~0u, count, 1);
+      count += __shfl_xor_sync(~0u, count, 2);
+      if (t == 0) s.group_counts[tid() >> 2] = count;
+    }
+    cluster.sync();
+    {
+      // Four threads a group of bins, four blocks apart.
+      uint32_t count = 0;
+#pragma unroll 4
+      for (int c = t; c < cluster.size; c += 4) count += cluster.read(&s.group_counts[tid() >> 2], c);
+      count += __shfl_xor_sync(~0u, count, 1);
+      count += __shfl_xor_sync(~0u, count, 2);
+      if (t == 0) s.group_total[tid() >> 2] = count;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      // Lane l looks at groups 63 - 2l and 62 - 2l, then at bin 31 - l of the group where the count passes `need`.
+      const int high = s.group_total[63 - 2 * lane], low = s.group_total[62 - 2 * lane];
+      int through = warp_inclusive_scan(high + low);
+      const int owner = __ffs(__ballot_sync(~0u, through >= need)) - 1;
+      const int before = __shfl_sync(~0u, through - high - low, owner);
+      const int in_high = __shfl_sync(~0u, high, owner);
+      const bool is_high = before + in_high >= need;
+      const int group = 63 - 2 * owner - (is_high ? 0 : 1);
+      int left = need - before - (is_high ? 0 : in_high), count = 0;
+#pragma unroll 4
+      for (int c = 0; c < cluster.size; ++c) count += cluster.read(&histogram()[group * 32 + 31 - lane], c);
+      through = warp_inclusive_scan(count);
+      const int pick = __ffs(__ballot_sync(~0u, through >= left)) - 1;
+      left -= __shfl_sync(~0u, through - count, pick);
+      if (lane == pick) s.in_bin = count;
+      if (lane == 0) {
+        s.bin = group * 32 + 31 - pick;
+        s.need = left;
+        s.local_boundary = s.published_above = s.published_boundary = 0;
+      }
+    }
+    __syncthreads();
+    return make_int3(s.bin, s.in_bin, s.need);
+  }
+
+  // The `wanted` best items of the cluster, ties to the lower index, dealt out evenly into `candidates`. The keys of
+  // the first round are made from the logits, or stored already. Scores made from levels are only near the exact ones:
+  // those that may end on either side of the boundary are made again; false where they are too many.
+  __device__ bool select(int wanted, bool makes_keys, bool near) {
     uint32_t low_key = 0;
-    int log2_width = 32, need = wanted, above = 0;
-    bool ranked = false;  // the boundary bin is settled key by key
+    int log2_width = 32, need = wanted, in_bin;
     for (;;) {
 #pragma unroll 1
       for (int i = tid(); i < kScoreBins; i += kThreads) histogram()[i] = 0;
       __syncthreads();
       const int shift = max(0, log2_width - 11);
-      count_keys(log2_width == 32, low_key, log2_width, shift);
+      count_keys(makes_keys && log2_width == 32, low_key, log2_width, shift);
       __syncthreads();
-      {
-        const uint4* mine = reinterpret_cast<const uint4*>(histogram() + 8 * tid());
-        const uint4 a = mine[0], b = mine[1];
-        uint32_t count = a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
-        count += __shfl_xor_sync(~0u, count, 1);
-        count += __shfl_xor_sync(~0u, count, 2);
-        if ((lane & 3) == 0) s.group_counts[tid() >> 2] = count;
-      }
-      cluster.sync();
-      {
-        uint32_t count[4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int c = (tid() >> 6) + 4 * i;
-          if (c < cluster.size) count[i] = cluster.read(&s.group_counts[tid() & 63], c);
-        }
-        s.group_parts[tid() >> 6][tid() & 63] = count[0] + count[1] + count[2] + count[3];
-      }
-      __syncthreads();
-      if (warp == 0) {
-        // Lane l looks at groups 63 - 2l and 62 - 2l, then at bin 31 - l of the group where the count passes `need`.
-        int high = 0, low = 0;
-        for (int part = 0; part < 4; ++part) {
-          high += s.group_parts[part][63 - 2 * lane];
-          low += s.group_parts[part][62 - 2 * lane];
-        }
-        int through = warp_inclusive_scan(high + low);
-        const int owner = __ffs(__ballot_sync(~0u, through >= need)) - 1;
-        const int before = __shfl_sync(~0u, through - high - low, owner);
-        const int in_high = __shfl_sync(~0u, high, owner);
-        const bool is_high = before + in_high >= need;
-        const int group = 63 - 2 * owner - (is_high ? 0 : 1);
-        int left = need - before - (is_high ? 0 : in_high);
-        int counts[kMaxClusterSize] = {}, count = 0;
-#pragma unroll
-        for (int c = 0; c < kMaxClusterSize; ++c) {
-          if (c < cluster.size) counts[c] = cluster.read(&histogram()[group * 32 + 31 - lane], c);
-        }
-#pragma unroll
-        for (int c = 0; c < kMaxClusterSize; ++c) count += counts[c];
-        through = warp_inclusive_scan(count);
-        const int pick = __ffs(__ballot_sync(~0u, through >= left)) - 1;
-        left -= __shfl_sync(~0u, through - count, pick);
-        const int bin = group * 32 + 31 - pick;
-        int own = 0;
-        for (int i = lane; i < 64; i += 32) own += i > group ? s.group_counts[i] : 0;
-        own += group * 32 + lane > bin ? histogram()[group * 32 + lane] : 0;
-        own = warp_sum(own);
-        if (lane == 0) {
-          s.bin = bin;
-          s.need = left;
-          s.boundary_size = 0;
-          s.published_above = above + own;
-          s.local_boundary = 0;
-        }
-        if (lane == pick) s.rank_equal[0] = count;
-      }
-      __syncthreads();
-      const int bin = s.bin, in_bin = s.rank_equal[0];
-      above = s.published_above;
-      need = s.need;
+      const int3 found = find_bin(need);
       const bool first_round = log2_width == 32;
-      low_key = first_round ? ScoreBins::first_key(bin) : low_key + (static_cast<uint32_t>(bin) << shift);
-      log2_width = first_round ? ScoreBins::log2_width(bin) : shift;
-      if (in_bin <= kBoundaryList || need == in_bin || log2_width == 0) {
-        ranked = need < in_bin && in_bin <= kBoundaryList;
-        if (!ranked && tid() == 0) s.published_boundary = histogram()[bin];
-        break;
-      }
+      in_bin = found.y;
+      need = found.z;
+      low_key = first_round ? ScoreBins::first_key(found.x) : low_key + (static_cast<uint32_t>(found.x) << shift);
+      log2_width = first_round ? ScoreBins::log2_width(found.x) : shift;
+      if (near || in_bin <= kBoundaryList || need == in_bin || log2_width == 0) break;
       cluster.sync();  // the others still read this histogram
     }
-    // Every block now publishes how many of its items lie above the boundary bin, and those inside it.
-    mark_items(low_key, log2_width, ranked);
-    if (ranked && tid() == 0) s.published_boundary = s.local_boundary;
+    bool ranked = need < in_bin && in_bin <= kBoundaryList;
+    uint32_t width = 1u << log2_width;
+    if (near) {
+      // Rounding a logit to a level moves a score by half a level at most; twice that between two scores, and some air.
+      constexpr float kSlack = 1.6f * kLn2 / kLevelsPerUnit;
+      ranked = low_key < kInfinityKey;  // forced items are all taken, and fill the last bin
+      if (ranked) {
+        const float low = __uint_as_float(low_key), end = __uint_as_float(low_key + width);
+        low_key = __float_as_uint(low * (1.0f - kSlack));
+        width = min(__float_as_uint(end * (1.0f + kSlack)) + 1, kInfinityKey) - low_key;
+      }
+    }
+    mark_items(low_key, width, ranked);
+    if (ranked) key_boundary(near);
     cluster.sync();
-    settle_boundary(ranked, low_key, log2_width, need);
-    deal_candidates(ranked, !ranked && log2_width > 0, wanted);
+    if (!settle_boundary(ranked, low_key, wanted)) return false;
+    deal_candidates(ranked, !ranked && (near || need == in_bin), wanted);
+    return true;
   }
 
   // Turns the boundary lists of all blocks into one key, and into how many ties and how many items each block
-  // contributes.
-  __device__ void settle_boundary(bool ranked, uint32_t low_key, int log2_width, int need) {
+  // contributes. False where the lists do not fit.
+  __device__ bool settle_boundary(bool ranked, uint32_t low_key, int wanted) {
     uint32_t* all_keys = boundary_keys() + kBoundaryList;
     if (warp == 0) {
       const bool there = lane < cluster.size;
@@ -701,14 +903,18 @@ struct FusedDecode {
         s.rank_equal[lane] = ranked ? 0 : boundary;
       }
       if (lane == kMaxClusterSize - 1) s.rank_offset[kMaxClusterSize] = through;
+      const int need = wanted - warp_sum(above);
       if (lane == 0) {
         s.boundary_key = low_key;
+        s.need = need;
         s.ties_needed = need;
       }
     }
     __syncthreads();
+    const int need = s.need;
     if (ranked) {
       const int count = s.rank_offset[kMaxClusterSize];
+      if (count > kBoundaryList) return false;
       uint32_t key = 0;
       int owner = 0;
       if (tid() < count) {
@@ -754,6 +960,7 @@ struct FusedDecode {
       }
     }
     __syncthreads();
+    return true;
   }
 
   // Sends the chosen items, in order, to the block whose even share they fall into. Of the items in the boundary bin,
@@ -805,63 +1012,78 @@ struct FusedDecode {
     }
   }
 
-  // Base-2 logits of this block's candidate slots from all channels; a warp takes 64 slots at a time, four tiles of 16.
-  template <bool kWholeRows>
-  __device__ void estimate() {
-    constexpr int kTiles = 4;
-    constexpr int kColumns = kCopies < kTiles ? kCopies : kTiles;
-    constexpr int kSupertiles = kTiles / kColumns;
-    constexpr int kScales = RP == 1 ? 4 : 2;
-    constexpr int kChunks = D / 32;
-    SoftmaxSum sum[2];
-#pragma unroll 1
-    for (int base = warp * kTiles * kTileTokens; base < slot_count; base += kWarps * kTiles * kTileTokens) {
-      uint32_t words[kTiles][2][kChunks], packed[kSupertiles][kScales];
+  static constexpr int kEstimateTiles = 4;
+  static constexpr int kChunks = D / 32;  // words of codes a row that one thread reads
+  // Codes of 64 candidate slots: of four tiles, rows g and g + 8. With leading codes in whole quarters of a row a thread
+  // reads one quarter of each, else every fourth word.
+  template <bool kQuarters>
+  __device__ __forceinline__ void load_candidates(uint32_t (&words)[kEstimateTiles][2][kChunks], int base) const {
 #pragma unroll
-      for (int u = 0; u < kTiles; ++u) {
+    for (int u = 0; u < kEstimateTiles; ++u) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t row = resolve(min(base + u * kTileTokens + g + 8 * half, slot_count - 1)).x;
-          if (kWholeRows) {
-            const uint32_t* codes = reinterpret_cast<const uint32_t*>(p.k_quant) + (row * kWords + kChunks * t);
-            if (kChunks == 4) {
-              const uint4 v = load_stream(codes);
-              words[u][half][0] = v.x, words[u][half][1] = v.y;
-              words[u][half][kChunks - 2] = v.z, words[u][half][kChunks - 1] = v.w;
-            } else {
-              const uint2 v = __ldg(reinterpret_cast<const uint2*>(codes));
-              words[u][half][0] = v.x, words[u][half][1] = v.y;
-            }
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t row = resolve(min(base + u * kTileTokens + g + 8 * half, slot_count - 1)).x;
+        const uint32_t lead = lead_word(row), rest = rest_word(row) - lead_words;
+        if (kQuarters) {
+          const uint32_t* codes = reinterpret_cast<const uint32_t*>(p.k_quant) + kChunks * t;
+          codes += kChunks * t < lead_words ? lead : rest;
+          if (kChunks == 4) {
+            const uint4 v = load_stream(codes);
+            words[u][half][0] = v.x, words[u][half][1] = v.y;
+            words[u][half][kChunks - 2] = v.z, words[u][half][kChunks - 1] = v.w;
           } else {
-            const uint32_t lead = lead_word(row), rest = rest_word(row) - lead_words;
+            const uint2 v = __ldg(reinterpret_cast<const uint2*>(codes));
+            words[u][half][0] = v.x, words[u][half][1] = v.y;
+          }
+        } else {
 #pragma unroll
-            for (int j = 0; j < kChunks; ++j) {
-              const int word = 4 * j + t;
-              words[u][half][j] = load_codes((word < lead_words ? lead : rest) + word);
-            }
+          for (int j = 0; j < kChunks; ++j) {
+            const int word = 4 * j + t;
+            words[u][half][j] = load_codes((word < lead_words ? lead : rest) + word);
           }
         }
       }
+    }
+  }
+
+  // Base-2 logits of this block's candidate slots from all channels; a warp takes 64 slots at a time, four tiles of 16,
+  // and loads the next 64 before it adds up these.
+  template <bool kQuarters>
+  __device__ void estimate() {
+    constexpr int kColumns = kCopies < kEstimateTiles ? kCopies : kEstimateTiles;
+    constexpr int kSupertiles = kEstimateTiles / kColumns;
+    constexpr int kStep = kWarps * kEstimateTiles * kTileTokens;
+    SoftmaxSum sum[2];
+    uint32_t words[kEstimateTiles][2][kChunks];
+    int base = warp * kEstimateTiles * kTileTokens;
+    if (base < slot_count) load_candidates<kQuarters>(words, base);
+#pragma unroll 1
+    for (; base < slot_count; base += kStep) {
+      uint32_t packed[kSupertiles][kScales];
+      int position[kSupertiles][kScales];
 #pragma unroll
       for (int st = 0; st < kSupertiles; ++st) {
 #pragma unroll
         for (int e = 0; e < kScales; ++e) {
           const int copy = RP == 1 ? 2 * (t & 1) + (e >> 1) : 2 * t / RP;
           const int slot = base + (st * kColumns + copy) * kTileTokens + g + 8 * (e & 1);
-          packed[st][e] = load_scale(resolve(min(slot, slot_count - 1)).x);
+          const uint2 entry = resolve(min(slot, slot_count - 1));
+          packed[st][e] = load_scale(entry.x);
+          position[st][e] = slot < slot_count ? static_cast<int>(entry.y) : INT32_MAX;
         }
       }
       float acc[kSupertiles][4] = {};
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        const uint4 q = s.q_codes[kWholeRows ? kChunks * t + j : 4 * j + t][g % RP];
+        const uint4 q = s.q_codes[kQuarters ? kChunks * t + j : 4 * j + t][g % RP];
 #pragma unroll
-        for (int u = 0; u < kTiles; ++u) {
+        for (int u = 0; u < kEstimateTiles; ++u) {
           const bool mine = g / RP == u % kColumns;
           mma_codes4(acc[u / kColumns], words[u][0][j], words[u][1][j],
                      make_uint4(mine ? q.x : 0, mine ? q.y : 0, mine ? q.z : 0, mine ? q.w : 0));
         }
       }
+      if (base + kStep < slot_count) load_candidates<kQuarters>(words, base + kStep);
       float value[2][2 * kSupertiles];
 #pragma unroll
       for (int st = 0; st < kSupertiles; ++st) {
@@ -876,9 +1098,7 @@ struct FusedDecode {
             const float2 scale = scale_and_zero(packed[st][e]);
             const float logit = fmaf(scale.x, acc[st][2 * half + k] * s.gain[row], scale.y * s.q_sum[row]);
             const bool column = RP > 1 || t < 2;
-            const int position = slot < slot_count ? static_cast<int>(resolve(slot).y) : INT32_MAX;
-            const bool seen = position <= live - p.query_tokens + row / p.group_size;
-            value[k][2 * st + half] = seen && column ? logit : -infinity();
+            value[k][2 * st + half] = position[st][e] <= s.horizon[row] && column ? logit : -infinity();
             if (column && slot < slot_count) estimates()[row * p.slot_capacity + slot] = value[k][2 * st + half];
           }
         }
@@ -910,134 +1130,244 @@ struct FusedDecode {
     return floor < 0x1p-30f ? 0.0f : floor;
   }
 
-  // Adds up this block's masses, row by row, and lists the weights that can be thresholds. The lists start at four
-  // times the floor, which leaves them short; should they not reach p, or not fit, solve_row reads the estimates again.
+  // floor(w * 2^40) of a weight as its upper and its lower 20 bits.
+  __device__ __forceinline__ uint2 split_mass(float w) const {
+    const float high = fma_rz(w, 0x1p20f, 0x1p23f);
+    const float low = fma_rz(fmaf(w, 0x1p20f, 0x1p23f - high), 0x1p20f, 0x1p23f);
+    return make_uint2(__float_as_uint(high) - 0x4b000000u, __float_as_uint(low) - 0x4b000000u);
+  }
+  __device__ __forceinline__ unsigned long long joined_mass(uint2 mass) const {
+    return (static_cast<unsigned long long>(mass.x) << 20) + mass.y;
+  }
+
+  // Row r is solved by block r % cluster.size, as the (r / cluster.size)-th of its rows; kRowWarps warps of every block
+  // list weights for it.
+  static constexpr int kRowWarps = kWarps / RP;
+  __device__ __forceinline__ int row_parts() const { return cluster.size * kRowWarps; }
+  __device__ __forceinline__ int solved_rows() const { return blocks_of(cluster.size, RP); }
+  __device__ __forceinline__ int part_capacity() const { return kWeightList / (solved_rows() * row_parts()); }
+
+  // Adds up this block's masses, a warp one row, and sends the weights that can be thresholds to the row's solver. The
+  // lists start at four times the floor, which leaves them short; should they not reach p, or not fit, the row is solved
+  // from all estimates.
   __device__ void list_weights(int total_slots) {
-    constexpr int kSlots = RP <= 4 ? 4 : 2;  // a thread's loads in flight are RP times that
-    float norm[RP], listed_from[RP];
-    unsigned long long total[RP] = {}, listed_mass[RP] = {};
-    int listed[RP] = {};
-#pragma unroll
-    for (int r = 0; r < RP; ++r) {
-      norm[r] = s.weight_norm[r];
-      listed_from[r] = r < rows ? 4.0f * floor_weight(row_top_p(r), total_slots) : 2.0f;  // no weight reaches 2
-    }
-#pragma unroll 1
-    for (int base = tid(); base - lane < slot_count; base += kSlots * kThreads) {
-#pragma unroll
-      for (int u = 0; u < kSlots; ++u) {
-        const int slot = base + u * kThreads;
-#pragma unroll
-        for (int r = 0; r < RP; ++r) {
-          const float w = slot < slot_count ? weight(estimates()[r * p.slot_capacity + slot], norm[r]) : 0.0f;
-          const unsigned long long mass = mass_of(w);
-          total[r] += mass;
-          const bool matters = slot < slot_count && w >= listed_from[r];
-          const uint32_t bits = __ballot_sync(~0u, matters);
-          if (bits == 0) continue;
-          listed_mass[r] += matters ? mass : 0;
-          const int at = listed[r] + __popc(bits & ((1u << lane) - 1));
-          if (matters && at < kSegment) segment(r, warp)[at] = w;
-          listed[r] += __popc(bits);
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < RP; ++r) {
-      total[r] = warp_sum(total[r]);
-      listed_mass[r] = warp_sum(listed_mass[r]);
-      if (lane == 0) {
-        s.warp_mass[warp][r] = total[r];
-        s.warp_listed_mass[warp][r] = listed_mass[r];
-        s.segment_size[r][warp] = listed[r];
-      }
-    }
-    __syncthreads();
-    if (tid() < RP) {
-      unsigned long long all = 0, all_listed = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        all += s.warp_mass[w][tid()];
-        all_listed += s.warp_listed_mass[w][tid()];
-      }
-      s.row_mass[tid()] = all;
-      s.row_listed_mass[tid()] = all_listed;
-    }
-  }
-
-  static constexpr int kSegment = kWeightList / RP / kWarps;  // listed weights a row and warp
-  __device__ __forceinline__ float* segment(int row, int of_warp) const {
-    return weight_list() + (row * kWarps + of_warp) * kSegment;
-  }
-
-  // A bin's mass: two 32-bit sums, which the lists of a cluster are too short to overflow, or else one slower 64-bit
-  // sum.
-  __device__ __forceinline__ void add_mass(int bin, float w, bool wide) {
-    const unsigned long long mass = mass_of(w);
-    if (wide) {
-      atomicAdd(&mass_histogram()[bin], mass);
-    } else {
-      atomicAdd(&histogram()[2 * bin], static_cast<uint32_t>(mass) & 0xffffu);
-      atomicAdd(&histogram()[2 * bin + 1], static_cast<uint32_t>(mass >> 16));
-    }
-  }
-  __device__ __forceinline__ unsigned long long mass_in_bin(int bin, bool wide) const {
-    if (wide) return mass_histogram()[bin];
-    return histogram()[2 * bin] + (static_cast<unsigned long long>(histogram()[2 * bin + 1]) << 16);
-  }
-
-  // Threshold of one query row: the largest weight whose mass, with everything above, reaches p. Runs in the row's own
-  // block.
-  __device__ void solve_row(int row, int slot_share, int total_slots) {
+    const int row = warp % RP, part = warp / RP, solver = row % cluster.size;
+    const int index = (row / cluster.size * cluster.size + cluster.rank) * kRowWarps + part;
+    const int capacity = part_capacity();
     const float norm = s.weight_norm[row];
-    const double top_p = row_top_p(row);
-    const float floor = floor_weight(top_p, total_slots);
-    // Every warp adds up the blocks' masses, and knows the sizes of the segments that warps of its number made.
+    const float listed_from = row < rows ? 4.0f * floor_weight(row_top_p(row), total_slots) : 2.0f;  // above any weight
+    const float* estimate = estimates() + row * p.slot_capacity;
+    float* list = weight_list() + index * capacity;
+    uint2 total = make_uint2(0, 0), listed_mass = make_uint2(0, 0);
+    int listed = 0;
+    constexpr int kBatch = 4, kStep = 32 * kRowWarps;
+#pragma unroll 1
+    for (int base = part * 32 + lane; base - lane < slot_count; base += kBatch * kStep) {
+      float w[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int slot = base + u * kStep;
+        w[u] = slot < slot_count ? weight(estimate[slot], norm) : -1.0f;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const uint2 mass = split_mass(fmaxf(w[u], 0.0f));
+        total.x += mass.x;
+        total.y += mass.y;
+        const bool matters = w[u] >= listed_from;
+        const uint32_t bits = __ballot_sync(~0u, matters);
+        if (matters) {
+          listed_mass.x += mass.x;
+          listed_mass.y += mass.y;
+          const int at = listed + __popc(bits & ((1u << lane) - 1));
+          if (at < capacity) cluster.write(list + at, solver, w[u]);
+        }
+        listed += __popc(bits);
+      }
+    }
+    const unsigned long long mass = warp_sum(joined_mass(total)), mass_listed = warp_sum(joined_mass(listed_mass));
+    if (lane == 0) {
+      cluster.write(&s.part_mass[index], solver, mass);
+      cluster.write(&s.part_listed_mass[index], solver, mass_listed);
+      cluster.write(&s.part_size[index], solver, listed);
+    }
+  }
+
+  // Bins of one row: an eighth of an octave each from 2^-31 up to 2, a quarter where a block solves eight rows.
+  static constexpr int kLog2RowBins = RP == 8 ? 7 : 8;
+  static constexpr int kRowBins = 1 << kLog2RowBins;
+  static constexpr uint32_t kLowRowKey = 96u << 23;
+  static_assert(RP * kRowBins * 8 <= kScratchLists || RP == 1, "bins of all rows of a block");
+  __device__ __forceinline__ unsigned long long bin_mass(const uint32_t* bins, int bin) const {
+    return joined_mass(*reinterpret_cast<const uint2*>(bins + 2 * bin));
+  }
+
+  // Shows `place` the listed weights of every `stride`-th part from `part`.
+  template <typename Place>
+  __device__ __forceinline__ void each_listed(int part, int end, int stride, const Place& place) const {
+    const int capacity = part_capacity();
+#pragma unroll 1
+    for (; part < end; part += stride) {
+      const int size = s.part_size[part];
+#pragma unroll 1
+      for (int i = lane; i < size; i += 32) place((weight_list() + part * capacity)[i]);
+    }
+  }
+
+  // Thresholds of this block's rows: the largest weight whose mass, with everything above, reaches p. The block's warps
+  // divide among its rows. Each round narrows a row down to one of its bins, then to 1/256 of that, until 32 lanes hold
+  // what is left, or it is all the same.
+  __device__ void solve_rows(int slot_share, int total_slots) {
+    const int team = kWarps / solved_rows(), local = warp / team, member = warp - local * team;
+    const int row = local * cluster.size + cluster.rank;
+    const int first_part = local * row_parts(), end_part = first_part + row_parts();
+    uint32_t* bins = histogram() + local * kRowBins * 2;  // upper and lower halves of each bin's mass
+    uint32_t* found = chosen() + local * 32;              // the bitmaps are idle here
     unsigned long long total = 0, listed_mass = 0;
-    int size = 0;
-    if (lane < cluster.size) {
-      total = cluster.read(&s.row_mass[row], lane);
-      listed_mass = cluster.read(&s.row_listed_mass[row], lane);
-      size = cluster.read(&s.segment_size[row][warp], lane);
+    bool fits = true;
+#pragma unroll 1
+    for (int i = first_part + lane; i < end_part; i += 32) {
+      total += s.part_mass[i];
+      listed_mass += s.part_listed_mass[i];
+      fits &= s.part_size[i] <= part_capacity();
     }
     total = warp_sum(total);
     listed_mass = warp_sum(listed_mass);
-    for (int i = tid(); i < kMassBins; i += kThreads) mass_histogram()[i] = 0;
-    if (!(top_p < 1.0) || isnan(norm) || total == 0) {
-      publish_threshold(row, 0.0f, 1.0f);
-      return;
+    fits = __all_sync(~0u, fits);
+    unsigned long long need = 0;
+    bool open = row < rows && total != 0 && !isnan(s.weight_norm[row % RP]);
+    if (open) {
+      const double top_p = row_top_p(row);
+      open = top_p < 1.0;
+      need = max(static_cast<unsigned long long>(ceil(top_p * static_cast<double>(total))), 1ull);
     }
-    unsigned long long need = static_cast<unsigned long long>(ceil(top_p * static_cast<double>(total)));
-    if (need < 1) need = 1;
-    const bool overflow = __syncthreads_or(size > kSegment) || listed_mass < need;
-    // Shows `place` every weight that matters.
-    const auto each_listed = [&](const auto& place) {
-      if (!overflow) {
-#pragma unroll 4
-        for (int c = 0; c < cluster.size; ++c) {
-          const int count = __shfl_sync(~0u, size, c);
-          for (int i = lane; i < count; i += 32) place(cluster.read(segment(row, warp) + i, c));
-        }
-      } else {
+    if (row < rows && member == 0) {
+      if (!open) publish_threshold(row, 0.0f, 1.0f);
+      if (lane == 0) s.from_all[row] = open && !(fits && listed_mass >= need);
+    }
+    open = open && fits && listed_mass >= need;
+
+    uint32_t low_key = kLowRowKey, width = 0;  // of the first round: all
+    int shift = 28 - kLog2RowBins;
+    unsigned long long above = 0;
+    while (__syncthreads_or(open)) {
 #pragma unroll 1
-        for (int i = tid(); i < total_slots; i += kThreads) {
-          const int owner = i / slot_share;
-          const float* estimate = estimates() + row * p.slot_capacity + (i - owner * slot_share);
-          const float w = weight(cluster.read(estimate, owner), norm);
-          if (w >= floor) place(w);
-        }
+      for (int i = member * 32 + lane; i < kRowBins * 2; i += team * 32) bins[i] = 0;
+      if (member == 0 && lane == 0) s.found_size[local] = 0;
+      __syncthreads();
+      if (open) {
+        each_listed(first_part + member, end_part, team, [&](float w) {
+          const uint32_t key = __float_as_uint(w);
+          if (width != 0 && key - low_key >= width) return;
+          const uint2 mass = split_mass(w);
+          const uint32_t bin = width == 0 && key < low_key ? 0 : (key - low_key) >> shift;
+          atomicAdd(&bins[2 * bin], mass.x);
+          atomicAdd(&bins[2 * bin + 1], mass.y);
+        });
       }
       __syncthreads();
-    };
-    each_listed([&](float w) { add_mass(WeightBins::of(__float_as_uint(w)), w, overflow); });
+      if (open) {
+        // Every warp of the row finds the bin: lane l looks at the l-th share of them from above.
+        constexpr int kShare = kRowBins / 32;
+        unsigned long long part = 0;
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) part += bin_mass(bins, kRowBins - 1 - kShare * lane - i);
+        const unsigned long long before = above + warp_inclusive_scan(part) - part;
+        const int owner = __ffs(__ballot_sync(~0u, before < need && before + part >= need)) - 1;
+        above = __shfl_sync(~0u, before, owner);
+        int bin = kRowBins - 1 - kShare * owner;
+#pragma unroll 1
+        for (;; --bin) {
+          const unsigned long long mass = bin_mass(bins, bin);
+          if (above + mass >= need) break;
+          above += mass;
+        }
+        const bool lowest = width == 0 && bin == 0;
+        width = lowest ? low_key + (1u << shift) : 1u << shift;
+        low_key = lowest ? 0 : low_key + (static_cast<uint32_t>(bin) << shift);
+        shift = max(0, 32 - kLog2RowBins - __clz(width - 1));
+        each_listed(first_part + member, end_part, team, [&](float w) {
+          if (__float_as_uint(w) - low_key >= width) return;
+          const uint32_t at = atomicAdd(&s.found_size[local], 1u);
+          if (at < 32) found[at] = __float_as_uint(w);
+        });
+      }
+      __syncthreads();
+      if (open) {
+        const int count = s.found_size[local];
+        open = count > 32 && width > 1;
+        if (!open && member == 0) finish_row(row, low_key, count, found, above, need, total);
+      }
+    }
+#pragma unroll 1
+    for (int r = cluster.rank; r < rows; r += cluster.size) {
+      if (s.from_all[r]) solve_row_from_all(r, slot_share, total_slots);
+    }
+  }
+
+  // One warp picks a row's threshold among `count` weights of which 32 are listed: more are all the same.
+  __device__ void finish_row(int row, uint32_t low_key, int count, const uint32_t* found, unsigned long long above,
+                             unsigned long long need, unsigned long long total) {
+    if (count > 32) {
+      above += count * joined_mass(split_mass(__uint_as_float(low_key)));
+    } else {
+      const uint32_t key = lane < count ? found[lane] : 0;
+      const unsigned long long mass = lane < count ? joined_mass(split_mass(__uint_as_float(key))) : 0;
+      unsigned long long reached = above;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const unsigned long long other = __shfl_sync(~0u, mass, i);
+        reached += __shfl_sync(~0u, key, i) >= key ? other : 0;
+      }
+      low_key = lane < count && reached >= need ? key : 0;
+#pragma unroll
+      for (int mask = 16; mask > 0; mask >>= 1) low_key = max(low_key, __shfl_xor_sync(~0u, low_key, mask));
+      above = __shfl_sync(~0u, reached, __ffs(__ballot_sync(~0u, lane < count && key == low_key)) - 1);
+    }
+    publish_threshold(row, __uint_as_float(low_key),
+                      static_cast<float>(static_cast<double>(above) / static_cast<double>(total)));
+  }
+
+  // The same from all estimates of the cluster, by the whole block.
+  __device__ void solve_row_from_all(int row, int slot_share, int total_slots) {
+    const float norm = s.weight_norm[row];
+    const double top_p = row_top_p(row);
+    const float floor = floor_weight(top_p, total_slots);
+    const int parts = row_parts(), first_part = row / cluster.size * parts;
+    unsigned long long total = 0;
+    for (int i = 0; i < parts; ++i) total += s.part_mass[first_part + i];
+    const unsigned long long need = max(static_cast<unsigned long long>(ceil(top_p * static_cast<double>(total))), 1ull);
     uint32_t low_key = 0;
     int log2_width = 32;
     unsigned long long above = 0;
     for (;;) {
+#pragma unroll 1
+      for (int i = tid(); i < kMassBins; i += kThreads) mass_histogram()[i] = 0;
+      if (tid() == 0) s.local_boundary = 0;
+      __syncthreads();
+      const bool first_round = log2_width == 32;
+      const int shift = max(0, log2_width - 10);
+      // Of the first round every weight that can matter by its bin, then those of one bin, which are listed too.
+#pragma unroll 1
+      for (int i = tid(); i < total_slots; i += kThreads) {
+        const int owner = i / slot_share;
+        const float* estimate = estimates() + row * p.slot_capacity + (i - owner * slot_share);
+        const float w = weight(cluster.read(estimate, owner), norm);
+        const uint32_t key = __float_as_uint(w);
+        if (first_round) {
+          if (w >= floor) atomicAdd(&mass_histogram()[WeightBins::of(key)], mass_of(w));
+        } else if (key >= low_key && (key - low_key) >> log2_width == 0) {
+          const uint32_t at = atomicAdd(&s.local_boundary, 1u);
+          if (at < kBoundaryList) boundary_list()[at] = w;
+          atomicAdd(&mass_histogram()[(key - low_key) >> shift], mass_of(w));
+        }
+      }
+      __syncthreads();
+      if (!first_round && (s.local_boundary <= kBoundaryList || log2_width == 0)) break;
       // Thread i adds up bins 1023 - 4i .. 1020 - 4i and finds the one where the mass passes `need`.
       unsigned long long bin_mass[4], part = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) part += bin_mass[i] = mass_in_bin(kMassBins - 1 - 4 * tid() - i, overflow);
+      for (int i = 0; i < 4; ++i) part += bin_mass[i] = mass_histogram()[kMassBins - 1 - 4 * tid() - i];
       unsigned long long all;
       unsigned long long before = above + block_exclusive_scan(part, s.scan_totals, all);
       if (before < need && before + part >= need) {
@@ -1047,42 +1377,28 @@ struct FusedDecode {
         s.mass_above = before;
       }
       __syncthreads();
-      const bool first_round = log2_width == 32;
-      const int shift = max(0, log2_width - 10);
       const int bin = s.bin;
       above = s.mass_above;
       low_key = first_round ? WeightBins::first_key(bin) : low_key + (static_cast<uint32_t>(bin) << shift);
       log2_width = first_round ? WeightBins::log2_width(bin) : shift;
-      if (tid() == 0) s.local_boundary = 0;
-#pragma unroll 1
-      for (int i = tid(); i < kMassBins; i += kThreads) mass_histogram()[i] = 0;
       __syncthreads();
-      const int next_shift = max(0, log2_width - 10);
-      each_listed([&](float w) {
-        const uint32_t key = __float_as_uint(w);
-        if (key < low_key || (key - low_key) >> log2_width != 0) return;
-        const uint32_t at = atomicAdd(&s.local_boundary, 1u);
-        if (at < kBoundaryList) boundary_list()[at] = w;
-        add_mass((key - low_key) >> next_shift, w, overflow);
-      });
-      if (s.local_boundary <= kBoundaryList || log2_width == 0) break;
     }
-    finish_row(row, low_key, above, need, total);
+    finish_row_from_all(row, low_key, above, need, total);
   }
 
   // Shares space with the bitmaps, which are idle while thresholds are sought.
   __device__ __forceinline__ float* boundary_list() { return reinterpret_cast<float*>(chosen()); }
 
   // All candidates for the threshold lie in one short list, or share one key.
-  __device__ void finish_row(int row, uint32_t low_key, unsigned long long above, unsigned long long need,
-                             unsigned long long total) {
+  __device__ void finish_row_from_all(int row, uint32_t low_key, unsigned long long above, unsigned long long need,
+                                      unsigned long long total) {
     const int count = s.local_boundary;
     if (tid() == 0) s.mass_key = 0;
     __syncthreads();
     if (count > kBoundaryList) {
       const unsigned long long mass =
           above + static_cast<unsigned long long>(count) * mass_of(__uint_as_float(low_key));
-      publish_threshold(row, __uint_as_float(low_key),
+      if (warp == 0) publish_threshold(row, __uint_as_float(low_key),
                         static_cast<float>(static_cast<double>(mass) / static_cast<double>(total)));
       return;
     }
@@ -1096,15 +1412,15 @@ struct FusedDecode {
     __syncthreads();
     if (tid() < count && __float_as_uint(list[tid()]) == s.mass_key) atomicExch(&s.mass_captured, reached);
     __syncthreads();
-    publish_threshold(row, __uint_as_float(s.mass_key),
+    if (warp == 0) publish_threshold(row, __uint_as_float(s.mass_key),
                       static_cast<float>(static_cast<double>(s.mass_captured) / static_cast<double>(total)));
     __syncthreads();
   }
 
   __device__ __forceinline__ void publish_threshold(int row, float threshold, float captured) {
-    if (tid() < cluster.size) {
-      cluster.write(&s.threshold[row], tid(), threshold);
-      cluster.write(&s.captured[row], tid(), captured);
+    if (lane < cluster.size) {
+      cluster.write(&s.threshold[row], lane, threshold);
+      cluster.write(&s.captured[row], lane, captured);
     }
   }
 
@@ -1148,14 +1464,16 @@ struct FusedDecode {
       int to = count + block_exclusive_scan<uint32_t>(__popc(bits), s.scan_totals_small, total);
       count += total;
 #pragma unroll 1
-      for (; bits != 0; bits &= bits - 1) kept()[to++] = word * 32 + __ffs(bits) - 1;
+      for (; bits != 0; bits &= bits - 1) {
+        kept()[to++] = word * 32 + __ffs(bits) - 1;
+      }
     }
     if (tid() == 0) s.published_kept = count;
+    __syncthreads();
   }
 
-  // Survivors before each block; returns their number.
-  __device__ int share_survivors() {
-    cluster.sync();
+  // Survivors before each block, of published numbers; returns how many there are in all.
+  __device__ int count_survivors() {
     if (warp == 0) {
       const int count = lane < cluster.size ? cluster.read(&s.published_kept, lane) : 0;
       const int through = warp_inclusive_scan(count);
@@ -1165,140 +1483,169 @@ struct FusedDecode {
     return s.kept_first[kMaxClusterSize];
   }
 
-  __device__ __forceinline__ uint2 survivor(int position) {
+  // (row, position) of what a block attends to.
+  enum class Entries { kCandidates, kOwnSurvivors, kSharedSurvivors };
+  __device__ __forceinline__ uint2 entry(Entries entries, int at) const {
+    if (entries == Entries::kCandidates) return resolve(at);
+    if (entries == Entries::kOwnSurvivors) return resolve(kept()[at]);
     int owner = 0;
 #pragma unroll 1
-    while (s.kept_first[owner + 1] <= position) ++owner;
-    const int slot = cluster.read(kept() + (position - s.kept_first[owner]), owner);
+    while (s.kept_first[owner + 1] <= at) ++owner;
+    const int slot = cluster.read(kept() + (at - s.kept_first[owner]), owner);
     return entry_of(cluster.read(candidates() + (slot >> unit_shift), owner), slot);
   }
 
   // Exact attention over `count` entries from `start`, by tiles of 16 a warp; leaves the block's partial result
-  // published.
-  __device__ void attend(bool survivors, int start, int count) {
-    constexpr int kLanesPerRow = D / 8;
-    constexpr int kRowsPerLoad = 32 / kLanesPerRow;
-    constexpr int kLoads = kTileTokens / kRowsPerLoad;
-    constexpr int kChunks = D / 32;
+  // published. Both products are of tokens or channels by query rows: a thread's two columns are rows 2t and 2t + 1.
+  __device__ void attend(Entries entries, int start, int count) {
+    constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
+    constexpr int kHalves = D / 64;    // and of a value
+    constexpr int kProducts = D / 16;
+    constexpr bool kAhead = kSelector == FusedSelector::kDenseAhead;
+    constexpr int kBuffers = kAhead ? 2 : 1;
     float peak[2] = {kEmptyPeak, kEmptyPeak}, z[2] = {};
-    float o[RP][8] = {};
-    const T* k_cache = static_cast<const T*>(p.k_cache);
-    const T* v_cache = static_cast<const T*>(p.v_cache);
-#pragma unroll 1
-    for (int base = warp * kTileTokens; base < count; base += kWarps * kTileTokens) {
-      uint2 entry = make_uint2(0, INT32_MAX);
-      if (lane < kTileTokens && base + lane < count) {
-        entry = survivors ? survivor(start + base + lane) : resolve(start + base + lane);
-      }
-      const uint32_t row0 = __shfl_sync(~0u, entry.x, g), row1 = __shfl_sync(~0u, entry.x, g + 8);
-      const int position[2] = {static_cast<int>(__shfl_sync(~0u, entry.y, g)),
-                               static_cast<int>(__shfl_sync(~0u, entry.y, g + 8))};
-      uint4 k0[kChunks], k1[kChunks];
+    float o[kProducts][4] = {};
+    const T* k_cache = static_cast<const T*>(p.k_cache) + 8 * t;
+    const T* v_cache = static_cast<const T*>(p.v_cache) + 8 * g;
+    // Buffers of a tile: of tokens g and g + 8 the keys; of 2t, 2t + 1, 2t + 8 and 2t + 9 the values.
+    uint4 keys[kBuffers][2][kQuarters], values[kBuffers][4][kHalves];
+    uint2 mine[kBuffers];  // (row, position) of the tile's token `lane`
+    const auto load_keys = [&](int b, int base) {
+      mine[b] = make_uint2(0, INT32_MAX);
+      if (lane < kTileTokens && base + lane < count) mine[b] = entry(entries, start + base + lane);
 #pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
-        k0[j] = load_stream(k_cache + static_cast<int64_t>(row0) * D + 8 * (4 * j + t));
-        k1[j] = load_stream(k_cache + static_cast<int64_t>(row1) * D + 8 * (4 * j + t));
+      for (int i = 0; i < 2; ++i) {
+        const T* key = k_cache + static_cast<int64_t>(__shfl_sync(~0u, mine[b].x, g + 8 * i)) * D;
+#pragma unroll
+        for (int j = 0; j < kQuarters; ++j) keys[b][i][j] = load_stream(key + 32 * j);
       }
+    };
+    const auto load_values = [&](int b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 2 * t + (i & 1) + 4 * (i & 2);
+        const T* value = v_cache + static_cast<int64_t>(__shfl_sync(~0u, mine[b].x, token)) * D;
+        const bool there = static_cast<int>(__shfl_sync(~0u, mine[b].y, token)) < live;
+#pragma unroll
+        for (int j = 0; j < kHalves; ++j) {
+          values[b][i][j] = there ? load_stream(value + 64 * j) : make_uint4(0, 0, 0, 0);
+        }
+      }
+    };
+    constexpr int kStep = kWarps * kTileTokens;
+    const auto attend_tile = [&](int b, int base) {
+      const int position[2] = {static_cast<int>(__shfl_sync(~0u, mine[b].y, g)),
+                               static_cast<int>(__shfl_sync(~0u, mine[b].y, g + 8))};
       float acc[4] = {};
 #pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
+      for (int j = 0; j < kQuarters; ++j) {
         const uint4 q = g < RP ? s.q_rows[g % RP][4 * j + t] : make_uint4(0, 0, 0, 0);
-        mma(acc, k0[j].x, k1[j].x, k0[j].y, k1[j].y, q.x, q.y, T());
-        mma(acc, k0[j].z, k1[j].z, k0[j].w, k1[j].w, q.z, q.w, T());
+        mma(acc, keys[b][0][j].x, keys[b][1][j].x, keys[b][0][j].y, keys[b][1][j].y, q.x, q.y, T());
+        mma(acc, keys[b][0][j].z, keys[b][1][j].z, keys[b][0][j].w, keys[b][1][j].w, q.z, q.w, T());
       }
-      uint4 v[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int slot = i * kRowsPerLoad + lane / kLanesPerRow;
-        const uint32_t row = __shfl_sync(~0u, entry.x, slot);
-        const bool there = static_cast<int>(__shfl_sync(~0u, entry.y, slot)) < live;
-        v[i] = there ? load_stream(v_cache + static_cast<int64_t>(row) * D + 8 * (lane % kLanesPerRow))
-                     : make_uint4(0, 0, 0, 0);
-      }
+      // What selects has no registers left for keys and values at a time; a dense row has the keys of a tile to come on
+      // their way while it weighs this one, and its values after that.
+      const int next = base + kBuffers * kStep;
+      if (kSelects || kSelector == FusedSelector::kFull) load_values(b);
+      if (kAhead && next < count) load_keys(b, next);
+      float weights[2][2], scale[2];  // of token g + 8 i and row 2t + k
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int row = 2 * t + k;
-        const int horizon = live - p.query_tokens + row / p.group_size;
+        const int horizon = row < RP ? s.horizon[row % RP] : -1;
         float logit[2], top = peak[k];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          logit[half] = position[half] <= horizon && row < RP ? acc[2 * half + k] * log2_scale() : -infinity();
-          top = fmaxf(top, logit[half]);
+        for (int i = 0; i < 2; ++i) {
+          logit[i] = position[i] <= horizon ? acc[2 * i + k] * log2_scale() : -infinity();
+          top = fmaxf(top, logit[i]);
         }
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
-        const float scale = exp2_fast(peak[k] - top);
-        const float w0 = exp2_fast(logit[0] - top), w1 = exp2_fast(logit[1] - top);
-        z[k] = z[k] * scale + w0 + w1;
+        scale[k] = exp2_fast(peak[k] - top);
+        weights[0][k] = exp2_fast(logit[0] - top);
+        weights[1][k] = exp2_fast(logit[1] - top);
+        z[k] = z[k] * scale[k] + weights[0][k] + weights[1][k];
         peak[k] = top;
-        if (row < RP) {
-          s.tile_weights[warp][g][row] = w0;
-          s.tile_weights[warp][g + 8][row] = w1;
-          if (g == 0) s.rescale[warp][row] = scale;
-        }
       }
-      __syncwarp();
+      // Each weight as the sum of two of T, which keeps what rounding to one would lose.
+      uint32_t upper[2], lower[2];
 #pragma unroll
-      for (int r = 0; r < RP; ++r) {
-        const float scale = s.rescale[warp][r];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) o[r][e] *= scale;
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t packed = pack2(weights[i][0], weights[i][1], T());
+        const float2 rounded = unpack2(packed, T());
+        upper[i] = transpose8(packed);
+        lower[i] = transpose8(pack2(weights[i][0] - rounded.x, weights[i][1] - rounded.y, T()));
       }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const uint32_t packed[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
-        const float* weights = s.tile_weights[warp][i * kRowsPerLoad + lane / kLanesPerRow];
+      for (int j = 0; j < kProducts; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float2 x = unpack2(packed[e], T());
-#pragma unroll
-          for (int r = 0; r < RP; ++r) {
-            o[r][2 * e] = fmaf(weights[r], x.x, o[r][2 * e]);
-            o[r][2 * e + 1] = fmaf(weights[r], x.y, o[r][2 * e + 1]);
-          }
-        }
+        for (int c = 0; c < 4; ++c) o[j][c] *= scale[c & 1];
+        // Row g of product j is channel 8g + j; row g + 8 the same of the other half, or four channels further.
+        const int e = kHalves == 2 ? j : j + 4, h = kHalves - 1;
+        const uint32_t a0 = channel_pair(values[b][0][0], values[b][1][0], j), a2 = channel_pair(values[b][2][0], values[b][3][0], j);
+        const uint32_t a1 = channel_pair(values[b][0][h], values[b][1][h], e), a3 = channel_pair(values[b][2][h], values[b][3][h], e);
+        mma(o[j], a0, a1, a2, a3, upper[0], upper[1], T());
+        mma(o[j], a0, a1, a2, a3, lower[0], lower[1], T());
       }
-      __syncwarp();
-    }
+      if (kAhead && next < count) load_values(b);
+    };
+    const int first_tile = warp * kTileTokens;
+    if (kAhead) {
 #pragma unroll
-    for (int r = 0; r < RP; ++r) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        o[r][e] += __shfl_xor_sync(~0u, o[r][e], 16);
-        if (kRowsPerLoad == 4) o[r][e] += __shfl_xor_sync(~0u, o[r][e], 8);
+      for (int b = 0; b < kBuffers; ++b) {
+        if (first_tile + b * kStep >= count) continue;
+        load_keys(b, first_tile + b * kStep);
+        load_values(b);
       }
     }
-    if (lane < kLanesPerRow) {
+#pragma unroll 1
+    for (int base = first_tile; base < count; base += kBuffers * kStep) {
+      if (!kAhead) load_keys(0, base);
+      if (!kAhead && kSelector == FusedSelector::kDense) load_values(0);
 #pragma unroll
-      for (int r = 0; r < RP; ++r) {
-        float4* to = reinterpret_cast<float4*>(&warp_rows()[(warp * RP + r) * D + 8 * lane]);
-        to[0] = make_float4(o[r][0], o[r][1], o[r][2], o[r][3]);
-        to[1] = make_float4(o[r][4], o[r][5], o[r][6], o[r][7]);
+      for (int b = 0; b < kBuffers; ++b) {
+        if (base + b * kStep < count) attend_tile(b, base + b * kStep);
       }
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
+      const int row = 2 * t + k;
+      if (row < RP) {
+        float4* to = reinterpret_cast<float4*>(&warp_rows()[(warp * RP + row) * D + 8 * g]);
+        if (kHalves == 2) {
+          to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
+          to[1] = make_float4(o[4 % kProducts][k], o[5 % kProducts][k], o[6 % kProducts][k], o[7 % kProducts][k]);
+          to[16] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
+          to[17] = make_float4(o[4 % kProducts][2 + k], o[5 % kProducts][2 + k], o[6 % kProducts][2 + k],
+                               o[7 % kProducts][2 + k]);
+        } else {
+          to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
+          to[1] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
+        }
+      }
       z[k] += __shfl_xor_sync(~0u, z[k], 4);
       z[k] += __shfl_xor_sync(~0u, z[k], 8);
       z[k] += __shfl_xor_sync(~0u, z[k], 16);
-      if (g == 0 && 2 * t + k < RP) s.warp_stat[warp][2 * t + k] = make_float2(peak[k], z[k]);
+      if (g == 0 && row < RP) s.warp_stat[warp][row] = make_float2(peak[k], z[k]);
+    }
+    __syncthreads();
+    if (warp < RP) {
+      SoftmaxSum all;
+      const float2 own = lane < kWarps ? s.warp_stat[lane][warp] : make_float2(kEmptyPeak, 0.0f);
+      all.peak = own.x;
+      all.z = own.y;
+      all.template merge_lanes<kWarps / 2, 1>();
+      if (lane < kWarps) s.rescale[lane][warp] = exp2_fast(own.x - all.peak);
+      if (lane == 0) s.out_stat[warp] = make_float2(all.peak, all.z);
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = tid(); i < RP * D; i += kThreads) {
-      const int row = i / D;
-      float top = kEmptyPeak, sum = 0.0f, z_all = 0.0f;
+      float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.warp_stat[w][row].x);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float scale = exp2_fast(s.warp_stat[w][row].x - top);
-        sum += scale * warp_rows()[w * RP * D + i];
-        z_all += scale * s.warp_stat[w][row].y;
-      }
-      s.out_rows[row][i % D] = sum;
-      if (i % D == 0) s.out_stat[row] = make_float2(top, z_all);
+      for (int w = 0; w < kWarps; ++w) sum = fmaf(s.rescale[w][i / D], warp_rows()[w * RP * D + i], sum);
+      s.out_rows[i / D][i % D] = sum;
     }
   }
 
@@ -1338,12 +1685,12 @@ struct FusedDecode {
   }
 
   // Positions of this block's entries at their place in the list of all; the cluster pads the rest.
-  __device__ void write_kept(bool survivors, int start, int count, int list_start, int total) {
+  __device__ void write_kept(Entries entries, int start, int count, int list_start, int total) {
     const int capacity = p.max_pages << p.log2_page_size;
     int* list = p.kept_indices + (static_cast<int64_t>(sequence) * p.kv_heads + head) * capacity;
 #pragma unroll 1
     for (int i = tid(); i < count; i += kThreads) {
-      const int position = survivors ? survivor(start + i).y : resolve(start + i).y;
+      const int position = entry(entries, start + i).y;
       if (position < live) list[list_start + i] = position;
     }
 #pragma unroll 1
@@ -1385,6 +1732,33 @@ struct FusedDecode {
     if (tid() < rows) p.lse[out_row(tid())] = -infinity();
   }
 
+  __device__ __forceinline__ void exchange_norms() {
+    cluster.sync();
+    read_norms(s.score_stat, s.score_norm);
+  }
+
+  // What the common case leaves out is made up for where it shows: logits beyond the range of the sums, or of a level;
+  // more tokens around the boundary than a list holds.
+  __device__ void select_tokens(int wanted) {
+    score_tokens();
+    exchange_norms();
+    bool usable = norms_usable(), near = kLevels;
+#pragma unroll 1
+    while (!usable || !select(wanted, !kLevels || near, near)) {
+      near = false;
+      cluster.sync();  // the others still read what is written again
+      if (!usable) {
+        kLevels ? score_tokens_twice(false) : sum_kept_logits();
+        exchange_norms();
+        usable = true;
+      }
+      if (kLevels) {
+        score_tokens_twice(true);
+        __syncthreads();
+      }
+    }
+  }
+
   __device__ int wanted_items(int items) const {
     int64_t budget = p.head_token_budget ? max(p.head_token_budget[head], 0)
                                          : max(static_cast<int64_t>(p.token_budget),
@@ -1405,10 +1779,11 @@ struct FusedDecode {
   __device__ void run() {
     if (live == 0) {
       write_empty();
-      if (p.kept_indices != nullptr) write_kept(false, 0, 0, 0, 0);
+      if (p.kept_indices != nullptr) write_kept(Entries::kCandidates, 0, 0, 0, 0);
       return;
     }
-    const bool dense = p.selector == FusedSelector::kDense || live <= p.dense_below || (!kSelects && !p.prunes);
+    constexpr bool kOnlyDense = kSelector == FusedSelector::kDense || kSelector == FusedSelector::kDenseAhead;
+    const bool dense = kOnlyDense || live <= p.dense_below || (!kSelects && !p.prunes);
     const bool selects = kSelects && !dense;
     const bool by_page = selects && kByPage;
     const int prefix = p.prefix_channels == nullptr ? D : min(max(p.prefix_channels[head], 0), D) & ~7;
@@ -1435,13 +1810,11 @@ struct FusedDecode {
       if (scores_items) {
         if (kByPage) {
           score_pages();
+          exchange_norms();
+          select(wanted, true, false);
         } else {
-          score_tokens(false);
+          select_tokens(wanted);
         }
-        cluster.sync();
-        read_norms(s.score_stat, s.score_norm);
-        if (kTwoPasses) score_tokens(true);
-        select(wanted);
         cluster.sync();
       } else if (kByPage) {
         list_pages(begin, mine);
@@ -1462,8 +1835,9 @@ struct FusedDecode {
     int kept_tokens = candidate_tokens;
     const bool estimated = p.prunes && !dense;
     int start = 0, count = slot_count, list_start = cluster.rank * slot_share;
+    Entries entries = Entries::kCandidates;
     if (estimated) {
-      if (kSelector != FusedSelector::kShadowPrefix && prefix == D) {
+      if (lead_words % kChunks == 0) {
         estimate<true>();
       } else {
         estimate<false>();
@@ -1472,17 +1846,29 @@ struct FusedDecode {
       read_norms(s.weight_stat, s.weight_norm);
       list_weights(total_slots);
       cluster.sync();
-      for (int row = cluster.rank; row < rows; row += cluster.size) solve_row(row, slot_share, total_slots);
+      solve_rows(slot_share, total_slots);
       cluster.sync();
       list_survivors();
-      kept_tokens = share_survivors();
-      const int even = blocks_of(cluster.size, kept_tokens);
-      start = list_start = cluster.rank * even;
-      count = min(max(kept_tokens - start, 0), even);
+      if (cluster.size > 1 && p.slot_capacity > kUnsharedSlots) {
+        entries = Entries::kSharedSurvivors;
+        cluster.sync();
+        kept_tokens = count_survivors();
+        const int even = blocks_of(cluster.size, kept_tokens);
+        start = list_start = cluster.rank * even;
+        count = min(max(kept_tokens - start, 0), even);
+      } else {
+        entries = Entries::kOwnSurvivors;
+        start = 0;
+        count = s.published_kept;
+      }
     }
-    attend(estimated, start, count);
+    attend(entries, start, count);
     write_output();
-    if (p.kept_indices != nullptr) write_kept(estimated, start, count, list_start, kept_tokens);
+    if (entries == Entries::kOwnSurvivors) {
+      kept_tokens = count_survivors();
+      list_start = s.kept_first[cluster.rank];
+    }
+    if (p.kept_indices != nullptr) write_kept(entries, start, count, list_start, kept_tokens);
     if (p.budget_counters != nullptr && cluster.rank == 0 && tid() == 0) {
       count_budget(candidate_tokens, kept_tokens, estimated);
     }
@@ -1490,12 +1876,9 @@ struct FusedDecode {
   }
 };
 
-// Blocks a multiprocessor, which caps the registers. Quest with one row is the only selector of which shared memory admits three at 32k
-// tokens (H200, 32/32 heads, B 64: 0.93 ms); elsewhere a tighter cap would only spill.
+// Blocks a multiprocessor, which caps the registers.
 template <int RP, FusedSelector kSelector>
-constexpr int kMinBlocks = RP == 8                                         ? 1
-                           : RP == 1 && kSelector == FusedSelector::kQuest ? 3
-                                                                           : 2;
+constexpr int kMinBlocks = RP == 8 || kSelector == FusedSelector::kDenseAhead ? 1 : 2;
 
 template <typename T, int D, int RP, FusedSelector kSelector>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<RP, kSelector>))

@@ -44,6 +44,13 @@ __device__ __forceinline__ float2 scale_and_zero(uint32_t packed) {
   return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
 }
 
+// Channel i of eight of two tokens, packed.
+__device__ __forceinline__ uint32_t channel_pair(uint4 one, uint4 other, int i) {
+  const uint32_t a = i / 2 == 0 ? one.x : i / 2 == 1 ? one.y : i / 2 == 2 ? one.z : one.w;
+  const uint32_t b = i / 2 == 0 ? other.x : i / 2 == 1 ? other.y : i / 2 == 2 ? other.z : other.w;
+  return i % 2 == 0 ? (a & 0xffffu) | (b << 16) : (a >> 16) | (b & 0xffff0000u);
+}
+
 __device__ __forceinline__ float2 unpack2(uint32_t packed, __nv_bfloat16) { return scale_and_zero(packed); }
 
 __device__ __forceinline__ float2 unpack2(uint32_t packed, __half) {
@@ -89,8 +96,16 @@ struct SoftmaxSum {
     z = z * exp2_fast(peak - top) + other_z * exp2_fast(other_peak - top);
     peak = top;
   }
-  __device__ __forceinline__ void merge_lanes(int mask) {
-    merge(__shfl_xor_sync(~0u, peak, mask), __shfl_xor_sync(~0u, z, mask));
+  // Over lanes whose numbers differ in the bits kHigh down to kLow.
+  template <int kHigh, int kLow>
+  __device__ __forceinline__ void merge_lanes() {
+    float top = peak;
+#pragma unroll
+    for (int mask = kHigh; mask >= kLow; mask >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+    z *= exp2_fast(peak - top);
+#pragma unroll
+    for (int mask = kHigh; mask >= kLow; mask >>= 1) z += __shfl_xor_sync(~0u, z, mask);
+    peak = top;
   }
   // log2 of the sum: what a logit is lowered by to become a log-weight.
   __device__ __forceinline__ float norm() const { return z == 0.0f ? 0.0f : peak + __log2f(z); }

@@ -17,6 +17,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float fma_rz(float a, float b, float c) { return __fmaf_rz(a, b, c); }
+
 // Rows that no other load shares a sector with: nothing to keep in L1.
 __device__ __forceinline__ uint4 load_stream(const void* p) {
   uint4 v;
@@ -24,6 +26,23 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
+}
+
+// Two values rounded to the type, the first in the lower half.
+__device__ __forceinline__ uint32_t pack2(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&packed);
+}
+__device__ __forceinline__ uint32_t pack2(float low, float high, __half) {
+  const __half2 packed = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&packed);
+}
+
+// Transposes a matrix of 8 x 8 16-bit values, of which thread (g, t) holds row g, columns 2t and 2t + 1.
+__device__ __forceinline__ uint32_t transpose8(uint32_t row_pair) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(row_pair));
+  return out;
 }
 
 // acc[16 x 8] += a[16 x 16] b[16 x 8], fp16 operands.

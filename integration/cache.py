@@ -158,7 +158,7 @@ class TwilightCache(Cache):
             elif self.page_table.device != k.device:
                 raise ValueError(f"TwilightCache: layer {layer.index}: expected device {self.page_table.device}, got {k.device}")
             layer.paged = allocate_layer(
-                self.twilight.layer_plan(layer.index, k.device.type),
+                self.twilight.layer_plan(layer.index, k.device.type, self.max_batch_size * kv_heads),
                 self.max_batch_size * self.max_pages,
                 self.num_qo_heads * kv_heads // self.num_kv_heads,
                 kv_heads,

@@ -48,7 +48,8 @@ class CapturedStep:
         gc.disable()
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
+            # Other threads (a collective's watchdog, a loader that pins memory) may go on calling CUDA.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self.step()
         finally:
             if collects:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from ..ops._checks import MAX_QUERY_TOKENS
 from ..report import BudgetReport
 from .cache import TwilightCache
 from .cuda_graph import WARMUP_STEPS, CapturedStep
+from .regions import compile_regions
 
 CAPTURES = ("cuda_graph", "compile", "eager")
 MAX_END_TOKENS = 8
+ARGMAX_PARTS = 64
+REDUCE_ROWS = False  # see compile_regions; bench/bench_llama.py --reduce-rows compares
 # Reading whether all sequences have ended makes the host wait for the device, so it is done once in this many steps.
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16}
 
@@ -62,7 +66,19 @@ class Sampling:
             logits = ranked.values.masked_fill(surplus, float("-inf")).gather(-1, ranked.indices.argsort(-1))
         # The largest of p / Exponential(1) is a draw from p, without the host read of torch.multinomial.
         noise = -torch.log1p(-torch.rand_like(logits))
-        return (logits.softmax(-1) / noise.clamp(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
+        return most_likely(logits.softmax(-1) / noise.clamp(min=torch.finfo(noise.dtype).tiny))
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """argmax over the last dimension, [B, V] -> [B], the first of equals.
+
+    In two stages where V allows: the compiler gives a row's argmax to one block, which takes 50 us for the 128256 words of Llama 3.
+    """
+    if logits.shape[-1] % ARGMAX_PARTS:
+        return logits.argmax(-1)
+    best = logits.unflatten(-1, (ARGMAX_PARTS, -1)).max(-1)  # values and places in their part, [B, ARGMAX_PARTS]
+    part = best.values.argmax(-1, keepdim=True)
+    return (part * (logits.shape[-1] // ARGMAX_PARTS) + best.indices.gather(-1, part)).squeeze(-1)
 
 
 @dataclass
@@ -104,7 +120,8 @@ class Decoder:
         sampling: None takes the most likely token.
         eos_token_ids: tokens that end a sequence; None takes the model's, () never stops.
         pad_token_id: what follows the end.
-        capture: "cuda_graph" (the default on a GPU; compiled, then recorded), "compile" (the default elsewhere) or "eager".
+        capture: "cuda_graph" (the default on a GPU; `compile_regions`, then recorded), "compile" (the default elsewhere) or
+            "eager".
     """
 
     def __init__(
@@ -166,11 +183,12 @@ class Decoder:
     def _make_step(self) -> Callable[[], None]:
         if self.capture == "eager":
             return self.step_eager
-        inductor = lookup_backend("inductor")
+        # Calling pieces one by one costs the host time on every step, which only a recorded graph does not pay.
+        compiler = partial(compile_regions, reduce_rows=REDUCE_ROWS) if self.capture == "cuda_graph" else lookup_backend("inductor")
 
         def backend(graph: torch.fx.GraphModule, example_inputs: list):
             self.graphs += 1
-            return inductor(graph, example_inputs)
+            return compiler(graph, example_inputs)
 
         # The compiler keeps its graphs by code object: with one of its own, a decoder neither counts as a recompile of the last one nor
         # uses up its recompile limit.
@@ -188,7 +206,7 @@ class Decoder:
 
     def _emit(self, logits: Tensor) -> None:
         """Chooses the next token from logits [B, V], records it and makes it the next input."""
-        token = logits.argmax(-1) if self.sampling is None else self.sampling.draw(logits)
+        token = most_likely(logits) if self.sampling is None else self.sampling.draw(logits)
         token = torch.where(self.finished, self.pad_token_id, token)
         self.finished.logical_or_((token[:, None] == self.eos).any(-1))
         self.output.index_copy_(1, self.count, token[:, None])

@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node 2 -m twilight_ops.integration.tensor_parallel --model PATH --prompt-tokens 300 --output DIR
 
-writes DIR/rank<r>.pt with the tokens, the kept positions of every sparse layer, step and local KV head, and the time of a step.
+writes DIR/rank<r>.pt with the tokens, the kept positions of every sparse layer, step and local KV head, and, with --timed-steps, the
+captured step's tokens and time. NCCL serves processes with a GPU each, gloo those without; 32-bit models run everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import time
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.timed_steps:
         cache.reset()
         decoder = Decoder(model, cache, args.batch, eos_token_ids=())
-        decoder.generate(ids, max_new_tokens=8)
+        result["captured_tokens"] = decoder.generate(ids, max_new_tokens=args.new_tokens).tokens.cpu()
         times = []
         for _ in range(args.timed_steps):
             start = time.perf_counter()
@@ -120,5 +122,6 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     run(parse_arguments())
+    gc.collect()  # recorded graphs hold collectives, which must go before their group
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

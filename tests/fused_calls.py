@@ -41,7 +41,7 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
         query_tokens,
         rng.choice([torch.bfloat16, torch.float16]),
     )
-    inputs = make_inputs(shape, seed=seed, spread=rng.choice([3.7, 1.0, 8.0]), bounds_dtype="uint8")
+    inputs = make_inputs(shape, seed=seed, spread=rng.choice([3.7, 1.0, 8.0, 40.0]), bounds_dtype="uint8")
     if device != "cpu":
         inputs = on_device(inputs, device)
     overrides = {

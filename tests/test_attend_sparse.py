@@ -105,6 +105,44 @@ def test_attend_sparse_gives_what_dense_attention_gives_for_a_broken_key(backend
     assert out.isfinite().all(), "a broken key outside the list must not matter"
 
 
+def check_newer_broken_values(backend, dtype, listed):
+    """A draft token's NaN or infinity reaches the query tokens that see it, and no others."""
+    lengths = (70, 41)
+    x = make_inputs(Shape(lengths, 4, 2, 64, 16, 3, dtype), device=backend.device)
+    lists = {}
+    if listed:
+        newest = ((x.seq_lens - 1) // x.page_size)[:, None].expand(-1, 2)
+        indices = torch.stack([torch.zeros_like(newest), newest], dim=-1).contiguous()
+        lists = {"indices": indices, "counts": torch.full_like(newest, 2).contiguous(), "tokens_per_index": x.page_size}
+    clean, _ = backend.attend_sparse(**x.arguments("attend_sparse", **lists))
+    for row, value in ((0, math.nan), (1, math.inf)):
+        position = lengths[row] - 2
+        x.v_cache[x.page_table[row, position // x.page_size], 1, position % x.page_size, 5] = value
+    out, lse = backend.attend_sparse(**x.arguments("attend_sparse", **lists))
+    assert lse.isfinite().all()
+    assert torch.equal(out[:, 0], clean[:, 0]), "the first query token sees neither"
+    assert torch.equal(out[:, :, :2], clean[:, :, :2]), "the first KV head holds neither"
+    assert not out[:, 1:, 2:, 5].isfinite().any()
+    others = [d for d in range(64) if d != 5]
+    assert torch.equal(out[..., others], clean[..., others])
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["every token", "list"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_attend_sparse_lets_no_query_token_see_a_newer_broken_value(backend, dtype, listed):
+    backend.skip_unless_served(dtype)
+    check_newer_broken_values(backend, dtype, listed)
+
+
+def test_attend_sparse_gives_zeros_for_an_empty_candidate_list(backend):
+    x = make_inputs(Shape((40, 0), 4, 2, 64, 16, 2, torch.float16), device=backend.device)
+    indices = torch.empty(2, 2, 0, dtype=torch.int32, device=backend.device)
+    counts = torch.zeros(2, 2, dtype=torch.int32, device=backend.device)
+    for unit in (1, x.page_size):
+        out, lse = backend.attend_sparse(**x.arguments("attend_sparse", indices=indices, counts=counts, tokens_per_index=unit))
+        assert (out == 0).all() and (lse == -math.inf).all()
+
+
 def test_attend_sparse_gives_nan_only_in_the_rows_whose_query_is_nan(backend):
     x = make_inputs(SMALL, device=backend.device)
     x.q[0, 0, 2, 7] = math.nan

@@ -104,6 +104,52 @@ def test_padding_does_not_change_the_prefix_of_a_sequence():
     assert torch.equal(alone, padded)
 
 
+def sampled_prefix(monkeypatch, sampled_tokens, q, k, positions=None, tau=0.05):
+    monkeypatch.setattr(calibration, "WHOLE_TOKENS", sampled_tokens)
+    monkeypatch.setattr(calibration, "SAMPLED_TOKENS", sampled_tokens)
+    return calibration.shortest_prefix(q, k, positions, calibration.channel_order(q, k, positions), 64, 0.125, tau, SCALE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sample_of_a_long_prompt_finds_the_prefix_of_the_whole(monkeypatch, seed):
+    q, k = heavy_channels(4096, [list(range(6)), list(range(0, 60, 3))], seed=seed)
+    whole = sampled_prefix(monkeypatch, 4096, q, k)
+    sample = sampled_prefix(monkeypatch, 1024, q, k)
+    assert whole[1] > whole[0]
+    assert ((sample - whole).abs() <= 8).all()
+
+
+def test_a_sample_weighs_the_first_tokens_as_one_each():
+    """A first token that holds half the mass still holds half of it among a quarter of the other tokens."""
+    tokens, stride = 4096, 4
+    columns, is_sink, counts = calibration._scored_tokens(tokens, stride, None, torch.device("cpu"))
+    logits = torch.randn(tokens, generator=torch.Generator().manual_seed(0)).double()
+    logits[0] = logits[1:].logsumexp(0)
+    biased = (logits[columns] + torch.where(is_sink, -math.log(stride), 0.0)).masked_fill(~counts, float("-inf")).softmax(0)
+    assert biased[0] == pytest.approx(0.5, abs=0.02)
+    assert logits[columns].masked_fill(~counts, float("-inf")).softmax(0)[0] > 0.75  # what a sample without weights would say
+
+
+def test_the_first_tokens_of_a_padded_prompt_are_found_behind_its_padding():
+    live = torch.arange(9000) >= 1000
+    columns, is_sink, counts = calibration._scored_tokens(9000, 2, live, live.device)
+    assert columns[is_sink].tolist() == list(range(1000, 1000 + calibration.SINK_TOKENS))
+    used = columns[counts]
+    assert len(used.unique()) == len(used) and columns[-1] == 8999
+    ones, _, all_count = calibration._scored_tokens(500, 1, None, live.device)
+    assert torch.equal(ones, torch.arange(500)) and all_count.all()
+
+
+def test_padding_does_not_change_the_prefix_of_a_sampled_sequence(monkeypatch):
+    q, k = heavy_channels(2048, [list(range(0, 40, 2)), list(range(0, 60, 3))], seed=3)
+    alone = sampled_prefix(monkeypatch, 1024, q, k)
+    pad = torch.nn.functional.pad
+    positions = torch.cat([torch.full((1, 2048), -1), torch.arange(2048)[None]], 1).int()
+    padded = [pad(x, (0, 0, 0, 0, 2048, 0), value=7.0) for x in (q, k)]
+    # Twice the columns at the same distance: the sample of the live part is the same.
+    assert torch.equal(sampled_prefix(monkeypatch, 2048, *padded, positions), alone)
+
+
 def test_the_budget_is_never_the_whole_of_a_short_prompt():
     assert calibration.calibration_budget(256, 512, 0.125) == 32
     assert calibration.calibration_budget(8192, 512, 0.125) == 1024
@@ -251,7 +297,7 @@ def test_the_operators_select_as_calibrated(model):
     q, k = heavy_channels(tokens, [list(range(0, 40, 4)), list(range(1, 60, 6))])
     table, lens = torch.arange(32, dtype=torch.int32)[None], torch.tensor([tokens], dtype=torch.int32)
     selector = ShadowPrefix(token_budget=1, budget_fraction=budget / tokens, tau=0.03)
-    plan = TwilightConfig(selector, dense_layers=0).layer_plan(0, "cpu")
+    plan = TwilightConfig(selector, dense_layers=0).layer_plan(0, "cpu", 2)
     losses = {}
     for name in ("calibrated", "reversed", "whole"):
         layer = allocate_layer(plan, 32, HEADS, KV_HEADS, HEAD_DIM, 16, torch.float32, torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -13,10 +14,13 @@ from expecttest import assert_expected_inline  # noqa: E402
 from torch._dynamo.backends.registry import lookup_backend  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs  # noqa: E402
 from torch._dynamo.utils import ReinplaceCounters, counters  # noqa: E402
+from torch._inductor.compile_fx import compile_fx  # noqa: E402
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from twilight_ops import Full, Quest, Selector, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
+from twilight_ops.integration.generate import most_likely  # noqa: E402
+from twilight_ops.integration.regions import compile_regions  # noqa: E402
 from twilight_ops.selectors import Candidates  # noqa: E402
 
 LAYERS = 2
@@ -58,14 +62,13 @@ SELECTORS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model():
+def make_model(num_hidden_layers=LAYERS):
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=99,
         hidden_size=128,
         intermediate_size=128,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -76,6 +79,11 @@ def model():
     )
     config._attn_implementation = "twilight"
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
 
 
 @pytest.fixture(autouse=True)
@@ -226,3 +234,89 @@ def test_several_query_tokens_are_a_graph_of_their_own(model):
             position.add_(4)
     assert backend.frame_count == 1
     assert cache.live_seq_lens.tolist() == [PROMPT + 12]
+
+
+def through_regions(model, name, batch=1, steps=STEPS, **options):
+    """(tokens, budget, pieces compiled) of a decoder whose step `compile_regions` compiles."""
+    compiled = []
+    torch._dynamo.reset()
+
+    def compiler(piece, inputs):
+        compiled.append(piece)
+        return compile_fx(piece, inputs)
+
+    cache = TwilightCache(model.config, SELECTORS[name], max_batch_size=batch, max_cache_len=256)
+    decoder = Decoder(model, cache, batch, eos_token_ids=(), capture="eager")
+    backend = partial(compile_regions, compiler=compiler, **options)
+    decoder.step = torch.compile(decoder.step_eager, backend=backend, fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        generation = decoder.generate(prompt(batch), max_new_tokens=steps)
+    return generation.tokens, str(cache.budget_report()), compiled
+
+
+def through_eager(model, name, batch=1, steps=STEPS):
+    cache = TwilightCache(model.config, SELECTORS[name], max_batch_size=batch, max_cache_len=256)
+    tokens = Decoder(model, cache, batch, eos_token_ids=(), capture="eager").generate(prompt(batch), max_new_tokens=steps).tokens
+    return tokens, str(cache.budget_report())
+
+
+@pytest.mark.parametrize("name, batch", [("dense", 1), ("shadow_prefix", 1), ("third_party", 1), ("quest", 3)])
+def test_a_step_compiled_in_regions_decodes_and_keeps_what_eager_does(model, name, batch):
+    tokens, budget, _ = through_regions(model, name, batch)
+    expected_tokens, expected_budget = through_eager(model, name, batch)
+    assert torch.equal(tokens, expected_tokens)
+    assert budget == expected_budget
+
+
+def test_equal_layers_are_compiled_once():
+    deep = make_model(num_hidden_layers=6)
+    _, _, compiled = through_regions(deep, "shadow_prefix", steps=2)
+    assert len(compiled) == 3  # before the first attention, between two, after the last
+    assert not any("twilight" in str(node.target) for piece in compiled for node in piece.graph.nodes)
+
+
+def test_a_layer_of_another_shape_is_compiled_for_itself():
+    uneven = make_model(num_hidden_layers=5)
+    mlp = uneven.model.layers[2].mlp
+    for name, features in (("gate_proj", (128, 96)), ("up_proj", (128, 96)), ("down_proj", (96, 128))):
+        setattr(mlp, name, torch.nn.Linear(*features, bias=False))
+    tokens, _, compiled = through_regions(uneven, "quest", steps=24)
+    assert len(compiled) == 4
+    assert torch.equal(tokens, through_eager(uneven, "quest", steps=24)[0])
+
+
+def test_weights_of_one_input_become_one_without_room_of_their_own():
+    fresh = make_model(num_hidden_layers=3)
+    before = {name: weight.clone() for name, weight in fresh.named_parameters()}
+    tokens, _, compiled = through_regions(fresh, "full", steps=24)
+    products = [sum(node.target is torch.nn.functional.linear for node in piece.graph.nodes) for piece in compiled]
+    assert products == [1, 4, 4]  # query, key and value; then output, gate and up, down, and the next three or the head
+    for layer in fresh.model.layers:
+        for group in (
+            [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
+            [layer.mlp.gate_proj, layer.mlp.up_proj],
+        ):
+            storages = {linear.weight.untyped_storage().data_ptr() for linear in group}
+            assert len(storages) == 1
+            assert group[0].weight.untyped_storage().nbytes() == sum(linear.weight.nbytes for linear in group)
+    assert all(torch.equal(weight, before[name]) for name, weight in fresh.named_parameters())
+    addresses = [weight.data_ptr() for weight in fresh.parameters()]
+    again, _, _ = through_regions(fresh, "full", steps=24)
+    assert torch.equal(again, tokens)
+    assert [weight.data_ptr() for weight in fresh.parameters()] == addresses  # the second decoder finds them joined
+
+
+def test_single_rows_can_be_reduced_by_the_compiler():
+    tokens, budget, compiled = through_regions(make_model(), "quest", reduce_rows=True)
+    assert not any(node.target is torch.nn.functional.linear for piece in compiled for node in piece.graph.nodes)
+    expected_tokens, expected_budget = through_eager(make_model(), "quest")
+    assert torch.equal(tokens, expected_tokens)
+    assert budget == expected_budget
+
+
+@pytest.mark.parametrize("width", [128, 640, 100])
+def test_the_most_likely_token_is_argmax(width):
+    logits = torch.randint(0, 30, (6, width), generator=torch.Generator().manual_seed(0)).float()
+    logits[1], logits[2, width // 2] = float("-inf"), float("nan")
+    assert torch.equal(most_likely(logits), logits.argmax(-1))
+    assert torch.equal(most_likely(logits.bfloat16()), logits.bfloat16().argmax(-1))

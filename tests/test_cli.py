@@ -1,5 +1,6 @@
 """The commands: what they print, and one clear line with exit code 2 for anything the user can put right."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
+from twilight_ops import TwilightConfig  # noqa: E402
 from twilight_ops import __main__ as command_line  # noqa: E402
-from twilight_ops.cli import demo  # noqa: E402
+from twilight_ops.cli import demo, generate  # noqa: E402
 from twilight_ops.cli.models import ByteTokenizer  # noqa: E402
 
 
@@ -55,6 +57,7 @@ def test_generate_streams_tokens_and_shows_the_table(capsys, prose, tmp_path, se
     code, out, err = run(
         capsys, "generate", "--random-tiny", "--prompt-file", prose, "--selector", selector, "--dense-below", 0, "--max-new-tokens", 12,
         "--capture", "eager", "--device", "cpu", "--prefill-chunk", 500, "--json", result,
+        "--budget-log", tmp_path / "budget.jsonl", "--budget-log-steps", 4,
     )  # fmt: skip
     assert (code, err) == (0, "")
     record = json.loads(result.read_text())
@@ -64,6 +67,16 @@ def test_generate_streams_tokens_and_shows_the_table(capsys, prose, tmp_path, se
     assert ("all tokens" in out) == (selector == "dense")
     heads = [head for layer in record["budget"]["layers"] for head in layer["heads"]]
     assert all(head["calls"] == 11 for head in heads)
+    windows = [json.loads(line) for line in (tmp_path / "budget.jsonl").read_text().splitlines()]
+    assert [window["steps"] for window in windows] == [[1, 4], [5, 8], [9, 11]]
+    assert [window["layers"][3]["heads"][1]["calls"] for window in windows] == [4, 4, 3]
+    assert all((window["sparse"] is None) == (selector == "dense") for window in windows)
+
+
+def test_generate_has_the_defaults_of_the_configuration():
+    parser = argparse.ArgumentParser()
+    generate.add_twilight_arguments(parser)
+    assert generate.twilight_config(parser.parse_args([])) == TwilightConfig()
 
 
 def test_generate_is_repeatable_with_a_seed(capsys, prose, tmp_path):
@@ -97,6 +110,8 @@ REFUSED = {
     "bad field": (["generate", "--random-tiny", "--prompt", "x", "--selector", "quest:tokens=3"], "got 'tokens=3'"),
     "bad page": (["generate", "--random-tiny", "--prompt", "x", "--page-size", "12"], "page_size: expected one of (16, 32, 64), got 12"),
     "bad temperature": (["generate", "--random-tiny", "--prompt", "x", "--temperature", "-1"], "temperature: expected > 0, got -1.0"),
+    "bad window": (["generate", "--random-tiny", "--prompt", "x", "--budget-log-steps", "0"], "budget-log-steps: expected >= 1, got 0"),
+    "no such folder": (["generate", "--random-tiny", "--prompt", "x", "--budget-log", "/no/such/log"], "budget-log: expected a file in a"),
     "bad number": (["generate", "--random-tiny", "--prompt", "x", "--max-new-tokens", "many"], "invalid int value: 'many'"),
     "no text": (["calibrate", "--random-tiny", "--text", "/no/such/file", "--out", "x"], "text: expected a text file"),
     "bad question": (["demo", "--random-tiny", "--question-index", "99"], "question-index: expected 0 to 3, got 99"),

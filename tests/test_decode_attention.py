@@ -207,6 +207,20 @@ def test_decode_attention_lets_no_query_token_see_a_newer_one(backend, selector)
     assert (before.lse[2, 0] == -math.inf).all() and (before.out[2, 0] == 0).all(), "a query token before the first position sees nothing"
 
 
+@pytest.mark.parametrize("selector", ["dense", *SELECTORS])
+def test_decode_attention_of_a_table_without_pages_keeps_nothing(backend, selector):
+    dtype = torch.float16 if backend.device == "cuda" else SMALL.dtype
+    x = make_inputs(replace(SMALL, dtype=dtype), device=backend.device, bounds_dtype="uint8")
+    options = options_for(x, selector)
+    if selector == "given":
+        options["candidates"] = options["candidates"][..., :0].contiguous()
+        options["candidate_counts"] = torch.zeros_like(options["candidate_counts"])
+    x = replace(x, page_table=x.page_table[:, :0].contiguous())
+    got = Decoded(backend, x, **options)
+    assert (got.out == 0).all() and (got.lse == -math.inf).all()
+    assert got.indices.shape[-1] == 0 and (got.counts == 0).all() and (got.counters == 0).all()
+
+
 def test_decode_attention_gives_zeros_and_minus_infinity_for_empty_sequences(backend):
     for selector in ("dense", *SELECTORS):
         x = make_inputs(SMALL, device=backend.device)

@@ -117,3 +117,13 @@ def test_estimate_weights_are_bitwise_the_same_for_any_number_of_threads(backend
             torch.testing.assert_close(again, alone, rtol=1e-4, atol=1e-9)
         else:
             assert torch.equal(again, alone)
+
+
+def test_estimate_weights_of_an_empty_candidate_list_have_no_slots(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    backend.skip_unless_served(SMALL.dtype)
+    indices = torch.empty(2, 3, 0, dtype=torch.int32, device=backend.device)
+    counts = torch.zeros(2, 3, dtype=torch.int32, device=backend.device)
+    for unit in (1, x.page_size):
+        weights = backend.estimate_weights(**x.arguments("estimate_weights", indices=indices, counts=counts, tokens_per_index=unit))
+        assert weights.shape == (2, 1, 6, 0) and weights.dtype == torch.float32

@@ -20,8 +20,10 @@ from twilight_ops.cli.models import ByteTokenizer, random_tiny
 from twilight_ops.evaluation import language, mass, methods, prefill, report, runner, tasks
 from twilight_ops.evaluation.aggregation import AGGREGATIONS, ExactTopK
 from twilight_ops.evaluation.bytes_read import bytes_read
+from twilight_ops.evaluation.ceiling import ExactTopP
 
 LENGTH, TOKENS = 300, 4
+TWO_DENSE = (("dense_layers", 2),)
 MAX_KL = 1e-8  # of two exact fp32 runs
 
 
@@ -75,16 +77,16 @@ def test_what_attends_to_everything_has_no_distance_to_dense(model, passage):
 
 
 def test_pruning_moves_away_from_dense_and_says_how_much_it_kept(model, passage):
-    results = [language.evaluate(model, passage, methods.Method(Full(), p)) for p in (0.99, 0.9, 0.5)]
+    results = [language.evaluate(model, passage, methods.Method(Full(), p, TWO_DENSE)) for p in (0.99, 0.9, 0.5)]
     assert MAX_KL < results[0]["kl"] < results[1]["kl"] < results[2]["kl"]
     for p, result in zip((0.99, 0.9, 0.5), results, strict=True):
         assert result["captured_mass"] >= p - 1e-3
         assert result["pruned"] == pytest.approx(1 - result["kept"] / result["live"])
-        assert len(result["kept_by_head"]) == 4 and result["kept_by_head"][0] == [result["live"]] * 2  # two dense layers
+        assert len(result["kept_by_head"]) == 4 and result["kept_by_head"][0] == [result["live"]] * 2
 
 
 def test_bytes_are_those_of_the_scan_the_estimate_and_the_kept_rows(model, passage):
-    method = methods.Method(ShadowPrefix(token_budget=1, budget_fraction=0.25, prefix_channels=16), 0.9)
+    method = methods.Method(ShadowPrefix(token_budget=1, budget_fraction=0.25, prefix_channels=16), 0.9, TWO_DENSE)
     cache = prefill.cache_of(model, method.config(), passage.prefills, TOKENS)
     cache.reset_budget()
     for _ in language.teacher_forced(model, cache, passage.forced):
@@ -104,7 +106,7 @@ def test_bytes_are_those_of_the_scan_the_estimate_and_the_kept_rows(model, passa
 def test_each_query_heads_own_set_holds_its_estimated_mass(model, passage):
     rows = mass.masses(model, passage.prefills, passage.forced[:, :2], (0.7, 0.95))
     for row in rows:
-        assert row["rows"] == 2 * 2 * 2 * 4  # steps, sequences, sparse layers, query heads
+        assert row["rows"] == 2 * 2 * 4 * 4  # steps, sequences, layers, query heads
         assert row["lowest_estimated_minus_p"] >= -1e-6
         assert row["estimated_mass"] >= row["top_p"]
         assert row["true_mass"] == pytest.approx(row["estimated_mass"], abs=0.02)
@@ -121,12 +123,35 @@ def test_every_aggregation_runs_and_differs_from_none_at_full_budget(model, pass
     assert result["kept"] == 30 and result["kl"] > MAX_KL
 
 
+def test_exact_top_p_keeps_the_mass_it_is_told_and_is_dense_at_one(model, passage):
+    assert language.evaluate(model, passage, methods.Method(ExactTopP(mass=1.0)))["kl"] < MAX_KL
+    exact = [language.evaluate(model, passage, methods.Method(ExactTopP(mass=p))) for p in (0.5, 0.9, 0.99)]
+    assert exact[0]["kl"] > exact[1]["kl"] > exact[2]["kl"] > MAX_KL
+    assert exact[0]["kept"] < exact[1]["kept"] < exact[2]["kept"] < exact[2]["live"]
+    # The 4-bit estimate keeps about as many.
+    estimated = language.evaluate(model, passage, methods.Method(Full(), 0.9))
+    assert estimated["kept"] == pytest.approx(exact[1]["kept"], rel=0.05)
+
+
+def test_figures_by_document_are_those_of_each_document_alone(model, documents, passage):
+    method = methods.Method(Full(), 0.9)
+    both = language.evaluate(model, passage, method)
+    alone = [language.evaluate(model, language.prepare(model, [document], LENGTH, TOKENS, 0), method) for document in documents]
+    together = language.together(alone)
+    for name in ("kl", "top1", "nll", "dense_nll"):
+        assert both["by_document"][name] == pytest.approx([result[name] for result in alone], abs=1e-5)
+        assert together["by_document"][name] == pytest.approx(both["by_document"][name], abs=1e-5)
+        assert together[name] == pytest.approx(both[name], abs=1e-5)
+    assert together["worst_kl"] == pytest.approx(both["worst_kl"], abs=1e-5)
+
+
 def test_methods_survive_the_way_through_their_label():
     for text in (
         *methods.STANDARD,
         "tidal:token_budget=64,selection_layers=2+5+9,across_heads=False",
         "shadow_prefix:prefix_channels=16,sink_tokens=4",
         "exact_top_k:aggregation=logit_max",
+        "exact_top_p:mass=0.99",
     ):
         method = methods.parse_method(text)
         assert methods.parse_method(method.label) == method
@@ -200,8 +225,8 @@ def test_common_and_frequent_words_are_the_most_common():
 
 def test_prose_of_the_package_is_long_enough_to_evaluate_on():
     texts = command.packaged_prose()
-    assert len(texts) >= 4
-    assert all(len(tasks.sentences(text)) > 200 and len(text) > 35_000 for text in texts)
+    assert len(texts) >= 8
+    assert all(len(tasks.sentences(text)) > 150 and len(text) > 35_000 for text in texts)
 
 
 def arguments(out: Path, *more: str) -> argparse.Namespace:
@@ -229,7 +254,7 @@ def arguments(out: Path, *more: str) -> argparse.Namespace:
 def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeypatch):
     short = tmp_path / "prose.txt"
     short.write_text("The lamp was lit at dusk. Nobody came by. " * 40)
-    extra = ("--documents", str(short), "--tasks", "language", "passkey")
+    extra = ("--documents", str(short), "--tasks", "language", "passkey", "--budget-log", "2")
     whole = tmp_path / "whole"
     assert command.run(arguments(whole, *extra)) == 0
     result = json.loads((whole / "results.json").read_text())
@@ -256,6 +281,12 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
     table = (whole / "table.md").read_text()
     assert "400 tokens, teacher-forced prose" in table and "| full |" in table and "passkey, 400 tokens" in table
     assert result["options"]["seed"] == 0 and result["versions"]["torch"] == torch.__version__
+    logs = sorted(path.name for path in (whole / "budget").iterdir())
+    assert logs == ["400_full_p=0.9_0.jsonl", "400_quest_token_budget=64_p=0.9_0.jsonl"]
+    windows = [json.loads(line) for line in (whole / "budget" / logs[1]).read_text().splitlines()]
+    assert [window["steps"] for window in windows] == [[1, 2], [3, 3]]
+    kept = sum(window["sparse"]["kept"]["mean"] * window["sparse"]["calls"] for window in windows)
+    assert kept / sum(window["sparse"]["calls"] for window in windows) == pytest.approx(pruned["kept"], rel=1e-5)
     if importlib.util.find_spec("matplotlib"):
         assert {path.stem for path in whole.glob("*.png")} == {"pareto", "accuracy", "mass", "budget_by_head"}
 
@@ -284,6 +315,7 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
         (("--p", "1.5"), "p: expected values between 0 and 1, got"),
         (("--tasks", "pass"), "tasks: expected some of language, passkey, .*, got 'pass'"),
         (("--limit", "0"), "limit: expected >= 1, got 0"),
+        (("--budget-log", "-1"), "budget_log: expected >= 0, got -1"),
         (("--depths", "2"), "depths: expected 0..1"),
         (("--tasks", "common_words"), "lengths: common_words: expected at least [0-9]+ tokens, got 400"),
         (("--lengths", "100000", "--tasks", "language"), "documents: expected at least 100004 tokens each, got"),
@@ -320,6 +352,21 @@ def test_tables_put_a_method_beside_itself_alone():
     assert rows[0][4:7] == ("5 of 10", "50.0%", "30.0% (40.0%)") and rows[1][3] == "-"
 
 
+def test_tasks_are_compared_with_dense_sample_by_sample():
+    def cell(method, p, *scores):
+        by_depth = {"0.1": list(scores[:2]), "0.9": list(scores[2:])}
+        score = sum(scores) / len(scores)
+        return {"task": "passkey", "length": 9, "method": method, "top_p": p, "score": score, "scores_by_depth": by_depth}
+
+    cells = [cell("dense", 1.0, 1.0, 0.5, 0.0, 1.0), cell("quest", 0.9, 1.0, 0.25, 1.0, 1.0), cell("full", 0.9, 1.0, 0.5, 0.0, 1.0)]
+    rows = report.task_rows(cells, "passkey", 9)
+    assert rows == [
+        ("dense", "62.5%", "-", "-", "-"),
+        ("quest", "-", "0.9", "81.2%", "2 of 3"),
+        ("full", "-", "0.9", "62.5%", "3 of 3"),
+    ]
+
+
 def test_options_that_change_cells_are_part_of_the_fingerprint():
     options = runner.Options(lengths=(10,), methods=(methods.DENSE,))
     assert runner.Options(lengths=(20,), methods=(methods.parse_method("full"),)).fingerprint() == options.fingerprint()
@@ -334,4 +381,4 @@ def test_the_example_selector_runs_and_is_short(capsys):
     spec.loader.exec_module(module)
     module.main()
     out = capsys.readouterr().out
-    assert out.count("page_means") == 4  # two sparse layers of two KV heads
+    assert out.count("page_means") == 8  # four layers of two KV heads

@@ -8,25 +8,19 @@ from fused_calls import assert_as_reference, observed, random_call
 from inputs import Shape, make_inputs, on_device
 
 from twilight_ops import reference
-from twilight_ops.kernels import fused
+from twilight_ops.kernels import fused, native
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not fused.available(), reason="needs a Hopper GPU and the _C_cuda extension"),
 ]
 
-FUSED_ARGUMENTS = (
-    "q k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens selector token_budget "
-    "budget_fraction top_p sm_scale dense_below sink_tokens recent_tokens head_token_budget top_p_per_head budget_counters kept_indices "
-    "kept_counts"
-).split()
-
 
 def run_with(cluster_size: int):
     """Calls the private operator with decode_attention's arguments."""
 
     def run(arguments: dict):
-        return torch.ops.twilight._fused_decode_attention(*(arguments.get(name) for name in FUSED_ARGUMENTS), cluster_size)
+        return torch.ops.twilight._fused_decode_attention(*native.fused_arguments((), arguments), cluster_size)
 
     return run
 

@@ -72,7 +72,7 @@ def test_duo_attention_reads_the_published_table(tmp_path):
     path = tmp_path / "full_attention_heads.tsv"
     path.write_text("0.9\t0.1\t0.5\n0.2\t0.8\t0.6\n")
     assert duo_attention(str(path)) == duo_attention([[0.9, 0.1, 0.5], [0.2, 0.8, 0.6]])
-    assert duo_attention(path, sparsity=1.0).overrides == {}  # both layers are dense by default
+    assert duo_attention(path, sparsity=1.0, dense_layers=2).overrides == {}
     path.write_text("0.9\tretrieval\n")
     with pytest.raises(ValueError, match="duo_attention: heads: expected rows of numbers in"):
         duo_attention(path)

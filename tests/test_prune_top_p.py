@@ -173,6 +173,27 @@ def test_prune_top_p_gives_empty_lists_and_no_mass_for_empty_rows(backend):
     assert kept[2].sum(-1).tolist() == [5, 5] and (mass[2] == 1).all(), "live but without any mass: everything is kept"
 
 
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_prune_top_p_of_an_empty_candidate_list_keeps_nothing(backend, top_p):
+    def ints(*size):
+        return torch.zeros(size, dtype=torch.int32, device=backend.device)
+
+    weights = torch.empty(2, 3, 4, 0, device=backend.device)
+    for unit, lists in ((1, (None, None)), (1, (ints(2, 2, 0), ints(2, 2))), (16, (ints(2, 2, 0), ints(2, 2)))):
+        kept, counts, mass = backend.prune_top_p(
+            weights=weights,
+            seq_lens=ints(2) + 50,
+            indices=lists[0],
+            counts=lists[1],
+            tokens_per_index=unit,
+            num_kv_heads=2,
+            top_p=top_p,
+            sink_tokens=2,
+            recent_tokens=2,
+        )
+        assert kept.shape == (2, 2, 0) and (counts == 0).all() and mass.shape == (2, 3, 4) and (mass == 0).all()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
 def test_prune_top_p_broadcasts_a_tensor_p_over_sequences_and_heads(backend, size):
     weights = softmax_rows(2, 2, 4, 200)

@@ -17,10 +17,11 @@ def model_path(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("selector", ["quest", "shadow_prefix"])
 def test_two_processes_give_the_tokens_and_kept_sets_of_one(model_path, tmp_path, selector):
-    (alone,) = generate_with(1, model_path, tmp_path / "alone", selector, new_tokens=12)
-    ranks = generate_with(2, model_path, tmp_path / "sharded", selector, new_tokens=12)
+    (alone,) = generate_with(1, model_path, tmp_path / "alone", selector, 12, timed_steps=2)
+    ranks = generate_with(2, model_path, tmp_path / "sharded", selector, 12, timed_steps=2)
     result = compare(alone, ranks)
     assert result["tokens equal"]
+    assert result["captured step's tokens equal"] and result["capture"] == "compile"
     assert result["kept sets equal"]
     assert result["KV heads"] == 2 and result["KV heads a rank"] == 1
     pruned = sum(int((call >= 0).sum()) for call in alone["kept"]) / sum(call.shape[0] * call.shape[1] * 300 for call in alone["kept"])

@@ -102,7 +102,9 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     decode("given", brain, 96, 64, 16, group=3)
     decode("dense", half, 256, 16, 64, group=1)
     decode("quest", half, 256, 32, 64, group=8, model_bounds=True)
-    # Rows of 131072 tokens: ranked digit by digit, pruned in loops.
+    # Short rows and few of them: the smallest tiles.
+    decode("shadow_prefix", half, 96, 32, 4, query_tokens=2, group=3)
+    # Rows of 131072 tokens: ranked from a bound, pruned in loops.
     decode("shadow_prefix", half, 64, 16, 8192)
     decode("full", brain, 128, 16, 8192, top_p_per_head=empty(1, 8))
     # The operators that decode_attention does not go through as they are.

@@ -23,6 +23,7 @@ if INTERPRETED:
     import test_attend_sparse
     import test_decode_attention
     import test_estimate_weights
+    import test_prune_top_p
     import triton_interpreter
     from comparisons import assert_same_state, page_scores, plain_weights, token_scores
     from inputs import Shape, make_inputs, random_candidates
@@ -101,11 +102,15 @@ def test_select_pages_takes_what_the_oracle_takes(shape, bounds_dtype):
 
 @interpreted
 @every_shape
-@pytest.mark.parametrize("wide", [False, True], ids=["resident", "wide"])
-def test_select_tokens_takes_what_the_oracle_takes(shape, wide, monkeypatch):
-    if wide:
-        monkeypatch.setattr(_rank, "RESIDENT", Launch(0, 1, 1, "no row is ranked in registers"))
-        monkeypatch.setattr(_rank, "WIDE", Launch(32, 1, 1, "several chunks a row"))
+@pytest.mark.parametrize("margin", [None, 0.0, 4.0], ids=["resident", "tight bound", "loose bound"])
+def test_select_tokens_takes_what_the_oracle_takes(shape, margin, monkeypatch):
+    if margin is not None:
+        # Several chunks a row; some bounds leave too few keys or more than there is room for, and the whole row is ranked.
+        for name, value in {"RESIDENT": 0, "BOUND": 16, "FILTER": 32, "LIST": 32}.items():
+            monkeypatch.setattr(_rank, name, Launch(value, 1, 1, "small enough for these rows"))
+        monkeypatch.setattr(_rank, "SAMPLE_RUN", 4)
+        monkeypatch.setattr(_rank, "SAMPLE_MARGIN", margin)
+        monkeypatch.setattr(_rank, "_list_room", lambda num_items, capacity: 32)
     x = make_inputs(shape)
     ranking = Ranking("select_tokens", token_scores, False)
     ranking.check_against_oracle(STAGES, x, token_budget=20)
@@ -131,6 +136,24 @@ def test_estimate_weights_and_attend_sparse_match_the_oracle(shape):
         test_estimate_weights.check(x, got, x.oracle("estimate_weights", **listed), plain)
 
 
+@interpreted
+@pytest.mark.parametrize("listed", [False, True], ids=["every token", "list"])
+def test_attend_sparse_lets_no_query_token_see_a_newer_broken_value(listed):
+    test_attend_sparse.check_newer_broken_values(STAGES, torch.float16, listed)
+
+
+@interpreted
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix", "given"])
+def test_a_table_without_pages_keeps_nothing(selector):
+    test_decode_attention.test_decode_attention_of_a_table_without_pages_keeps_nothing(STAGES, selector)
+
+
+@interpreted
+def test_an_empty_candidate_list_keeps_nothing():
+    test_prune_top_p.test_prune_top_p_of_an_empty_candidate_list_keeps_nothing(STAGES, 0.9)
+    test_attend_sparse.test_attend_sparse_gives_zeros_for_an_empty_candidate_list(STAGES)
+
+
 def check_pruner(x, options):
     """Real weights, ties all along the row, and rows with a NaN."""
     weights = x.oracle("estimate_weights").float()
@@ -153,8 +176,8 @@ def test_prune_top_p_walks_rows_that_no_program_holds(monkeypatch):
     pruner = importlib.import_module("twilight_ops.kernels.prune_top_p")
     for name in ("RESIDENT", "SHORT", "LOOPED"):
         monkeypatch.setattr(pruner, name, Launch(32, 1, 1, "several tiles a row"))
-    monkeypatch.setattr(pruner, "SURVIVORS_SMALL", 32)
-    monkeypatch.setattr(pruner, "SURVIVORS_LARGE", 32)
+    monkeypatch.setattr(pruner, "BISECT", Launch(32, 1, 1, "several tiles a list"))
+    monkeypatch.setattr(pruner, "BISECT_SHORT", 32)
     check_pruner(make_inputs(FEW), PRUNER[3])
 
 

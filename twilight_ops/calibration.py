@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 RECENT_QUERIES = 256  # newest queries of the prompt that stand for the ones to come
 SCORED_QUERIES = 24  # of those, evenly spaced, decide the prefix; ranking every token for each is what calibration costs
 SCORED_SEQUENCES = 4  # of a batch
+WHOLE_TOKENS = 8192  # up to which every token of a prompt is ranked
+SAMPLED_TOKENS = 4096  # about as many of a longer prompt stand for all, evenly spaced
+SINK_TOKENS = 16  # that every query may attend to, so that no sample may miss one: the first ones, all of them
 PREFIX_STEP = 8  # channels; the shadow's layout wants multiples
 # A shorter prompt has too few tokens for a top-n/8 to mean anything: the whole row stays the prefix, which loses nothing.
 MIN_TOKENS = 64
@@ -75,11 +78,11 @@ def channel_order(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:
     batch, tokens, kv_heads, head_dim = k.shape
     recent = slice(max(0, tokens - RECENT_QUERIES), tokens)
     q_size = q[:, recent].abs().float().view(batch, -1, kv_heads, q.shape[2] // kv_heads, head_dim).sum(3)
-    k_size = k.abs().float()
+    k_size = k.abs()
     if positions is not None:
         live = (positions >= 0)[:, :, None, None]
-        q_size, k_size = q_size * live[:, recent], k_size * live
-    return (q_size.sum((0, 1)) * k_size.sum((0, 1))).argsort(dim=-1, descending=True, stable=True)
+        q_size, k_size = q_size * live[:, recent], torch.where(live, k_size, 0.0)
+    return (q_size.sum((0, 1)) * k_size.sum((0, 1), dtype=torch.float32)).argsort(dim=-1, descending=True, stable=True)
 
 
 def calibration_budget(tokens: int, token_budget: int, budget_fraction: float) -> int:
@@ -104,24 +107,28 @@ def shortest_prefix(
     """Smallest multiple of 8 channels a KV head whose worst query head loses at most tau of true attention mass, [Hkv].
 
     The mass is that of the tokens selected with the prefix, averaged over queries, against the selection with all channels. Found by
-    bisection: the mass is taken to grow with the prefix.
+    bisection: the mass is taken to grow with the prefix. Of a long prompt a sample is ranked.
     """
     batch, tokens, kv_heads, head_dim = k.shape
     group = q.shape[2] // kv_heads
-    budget = calibration_budget(tokens, token_budget, budget_fraction)
+    stride = 1 if tokens <= WHOLE_TOKENS else -(-tokens // SAMPLED_TOKENS)
+    budget = -(-calibration_budget(tokens, token_budget, budget_fraction) // stride)
     first = max(0, tokens - RECENT_QUERIES)
-    stride = -(-(tokens - first) // SCORED_QUERIES)
-    columns = torch.arange(tokens - 1, first - 1, -stride, device=q.device)  # [Q], newest first
+    queries_apart = -(-(tokens - first) // SCORED_QUERIES)
+    columns = torch.arange(tokens - 1, first - 1, -queries_apart, device=q.device)  # [Q], newest first
     sequences = []
     for b in range(min(batch, SCORED_SEQUENCES)):
-        keys = k[b].transpose(0, 1).float()  # [Hkv, N, D]
+        live = None if positions is None else positions[b] >= 0
+        sampled, is_sink, counts = _scored_tokens(tokens, stride, live, q.device)
+        keys = k[b, sampled].transpose(0, 1).float()  # [Hkv, N, D]
         queries = q[b, columns].view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3).float() * sm_scale  # [Hkv, G, Q, D]
-        seen = columns[:, None] >= torch.arange(tokens, device=q.device)  # [Q, N]
-        if positions is not None:
-            live = positions[b] >= 0
-            seen = seen & live & live[columns, None]
+        seen = (columns[:, None] >= sampled) & counts  # [Q, N]
+        if live is not None:
+            seen = seen & live[sampled] & live[columns, None]
         # The lowest finite number instead of -inf, so that the softmax of a padding query, zeroed below, is no NaN.
-        bias = torch.zeros(seen.shape, device=q.device).masked_fill(~seen, torch.finfo(torch.float32).min).repeat(group, 1)
+        # A sampled token stands for `stride` of them, a sink for itself.
+        bias = torch.where(is_sink, -math.log(stride), 0.0).expand(seen.shape)
+        bias = bias.masked_fill(~seen, torch.finfo(torch.float32).min).repeat(group, 1)
         weights = _attention(queries, keys, bias).unflatten(1, (group, -1))  # [Hkv, G, Q, N]
         if positions is not None:
             weights = weights * live[columns, None]
@@ -157,6 +164,22 @@ def shortest_prefix(
         high = torch.where(enough & ~done, middle, high)
         low = torch.where(enough | done, low, middle)
     return high * PREFIX_STEP
+
+
+def _scored_tokens(tokens: int, stride: int, live: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns [N] that stand for a prompt, which of them are its first ones, and which count (a token found twice counts as the latter).
+
+    live: [T], False for padding; None: no padding.
+    """
+    spaced = torch.arange(tokens - 1, -1, -stride, device=device).flip(0)
+    if stride == 1:
+        every = torch.ones(tokens, dtype=torch.bool, device=device)
+        return spaced, ~every, every
+    start = 0 if live is None else live.int().argmax()
+    sinks = (start + torch.arange(SINK_TOKENS, device=device)).clamp(max=tokens - 1)
+    is_sink = torch.arange(SINK_TOKENS + len(spaced), device=device) < SINK_TOKENS
+    columns = torch.cat([sinks, spaced])
+    return columns, is_sink, is_sink | (columns < start) | (columns >= start + SINK_TOKENS)
 
 
 def _attention(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:

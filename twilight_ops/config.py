@@ -63,8 +63,10 @@ class TwilightConfig:
         selector: proposes the candidates of every layer that is not dense.
         top_p: estimated attention weight to keep, 0 < p <= 1; 1 switches the pruner off and attends to all candidates.
         page_size: tokens a page: 16, 32 or 64.
-        dense_layers: the first layers attend to everything; their attention is diffuse and pruning them costs accuracy.
-        dense_below: sequences no longer than this, in tokens, attend to everything; None takes the device's measured break-even.
+        dense_layers: the first layers attend to everything. Quest and Twilight publish with 2; on SmolLM2 pruning those too costs 0.0004 of
+            KL to dense and saves a third of the bytes (bench/results/accuracy_smollm2.md), so the default is none.
+        dense_below: sequences no longer than this, in tokens, attend to everything; None takes the measured break-even of the device, the
+            batch size and the KV heads.
         sink_tokens: the first tokens of a sequence that are always kept.
         recent_tokens: the newest tokens of a sequence that are always kept.
         overrides: what single layers do differently, by layer index.
@@ -73,7 +75,7 @@ class TwilightConfig:
     selector: Selector = field(default_factory=ShadowPrefix)
     top_p: float = 0.95
     page_size: int = 16
-    dense_layers: int = 2
+    dense_layers: int = 0
     dense_below: int | None = None
     sink_tokens: int = 0
     recent_tokens: int = 0
@@ -91,8 +93,8 @@ class TwilightConfig:
             if value is not None and value < 0:
                 raise ValueError(f"TwilightConfig: {name}: expected >= 0, got {value}")
 
-    def layer_plan(self, layer: int, device_type: str) -> LayerPlan:
-        """Resolves the overrides and device defaults of one layer."""
+    def layer_plan(self, layer: int, device_type: str, kv_rows: int) -> LayerPlan:
+        """Resolves the overrides and device defaults of one layer; `kv_rows`: batch size times KV heads."""
         override = self.overrides.get(layer, LayerOverride())
         selector = override.selector
         if selector is None:
@@ -106,7 +108,7 @@ class TwilightConfig:
             value = getattr(override, name)
             return getattr(self, name) if value is None else value
 
-        dense_below = DENSE_BELOW[device_type] if self.dense_below is None else self.dense_below
+        dense_below = BREAK_EVEN[device_type].tokens(kv_rows) if self.dense_below is None else self.dense_below
         return LayerPlan(
             selector=selector,
             top_p=pick("top_p"),
@@ -118,5 +120,26 @@ class TwilightConfig:
         )
 
 
-# Live lengths up to which reading everything is at least as fast as deciding what to read; bench/bench_decode_attention.py measures it.
-DENSE_BELOW: Mapping[str, int] = {"cpu": 512, "cuda": 4096}
+@dataclass(frozen=True)
+class BreakEven:
+    """Live length up to which reading everything is at least as fast as deciding what to read.
+
+    Deciding takes a fixed time, in which the device reads `row_tokens` tokens of one KV head; more heads and sequences share them.
+    """
+
+    least: int
+    row_tokens: int
+    reason: str
+
+    def tokens(self, kv_rows: int) -> int:
+        return max(self.least, self.row_tokens // max(1, kv_rows))
+
+
+BREAK_EVEN: Mapping[str, BreakEven] = {
+    "cpu": BreakEven(512, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.json)"),
+    "cuda": BreakEven(
+        1024,
+        160_000,
+        "H200, 32/8 heads, us a layer, dense against Quest: B 1 L 8k 19 / 32 and L 32k 48 / 38; B 8 L 1k 16 / 20 and L 8k 75 / 33",
+    ),
+}

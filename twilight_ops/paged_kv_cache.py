@@ -132,7 +132,7 @@ class PagedKVCache:
         layers: list[PagedKVLayer] = []
         for i in range(num_layers):
             layer = allocate_layer(
-                config.layer_plan(i, device.type),
+                config.layer_plan(i, device.type, max_batch_size * num_kv_heads),
                 num_pages,
                 num_qo_heads,
                 num_kv_heads,

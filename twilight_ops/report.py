@@ -1,9 +1,12 @@
-"""What a run kept: the device's budget counters as a report."""
+"""What a run kept: the device's budget counters as a report, and as a log over steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -88,9 +91,125 @@ def _row(budget: Budget) -> str:
 
 def budget_report(layers: Sequence[PagedKVLayer]) -> BudgetReport:
     """Reads the counters of all layers, one copy to the host."""
-    if not layers:
-        return BudgetReport([], None)
-    counters = [counter.long() for counter in _to_host([layer.budget_counters for layer in layers])]
+    return _report(layers, _flat_counters(layers).cpu()) if layers else BudgetReport([], None)
+
+
+class BudgetLog:
+    """Budgets over the steps of a run: a file with one JSON line a window of steps.
+
+    The counters only ever grow on the device; a window is the difference of two snapshots of them. A snapshot is one copy queued behind the
+    steps before it (into pinned memory on a GPU), so neither the step nor the host waits, and a captured step stays as it is. Lines are
+    written as copies arrive, the last ones by `close`.
+
+    A line is `{"window", "steps": [first, last], "sparse": Budget or null, "layers": [{"layer", "selector", "heads": [Budget]}]}`, steps
+    counted from 1; a Budget has calls, live, candidates and kept (mean, p5, p95), captured_mass and pruned, as in `budget_report`.
+
+        with BudgetLog("budget.jsonl", cache, every=16) as log:
+            for _ in range(steps):
+                step()
+                log.advance()
+
+    Args:
+        path: of the file, replaced if it exists.
+        cache: a `TwilightCache` or `PagedKVCache`; what it counted before the first step of the log is left out.
+        every: steps a window, >= 1.
+    """
+
+    def __init__(self, path: str | Path, cache, every: int = 16):
+        if every < 1:
+            raise ValueError(f"BudgetLog: every: expected >= 1, got {every}")
+        self.every = every
+        self.steps = 0  # so far
+        self._layers = [getattr(layer, "paged", layer) for layer in cache.layers]
+        if None in self._layers:
+            raise ValueError("BudgetLog: cache: expected an allocated cache (prefill first, or give it device and dtype), got an empty one")
+        self._file = Path(path).open("w")
+        self._windows = 0
+        self._logged = 0  # steps up to the last snapshot
+        self._queued: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, int]]] = deque()
+        self._spare: list[Tensor] = []  # host buffers to use again
+        self._before: Tensor | None = None
+        self._snapshot((0, 0))
+
+    def __enter__(self) -> BudgetLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def advance(self, steps: int = 1) -> None:
+        """Call after `steps` more steps were queued; ends a window once it has `every` steps or more."""
+        self.steps += steps
+        if self.steps - self._logged >= self.every:
+            self._end_window()
+
+    def close(self) -> None:
+        """Ends a window that has begun, waits for the copies still under way, and closes the file."""
+        if self._file.closed:
+            return
+        if self.steps > self._logged:
+            self._end_window()
+        self._drain(wait=True)
+        self._file.close()
+
+    def _end_window(self) -> None:
+        self._snapshot((self._logged + 1, self.steps))
+        self._logged = self.steps
+        self._drain(wait=False)
+
+    def _snapshot(self, steps: tuple[int, int]) -> None:
+        counters = _flat_counters(self._layers)
+        if counters.device.type != "cuda":
+            self._queued.append((counters, None, steps))
+            return
+        host = self._spare.pop() if self._spare else torch.empty(counters.shape, dtype=counters.dtype, pin_memory=True)
+        host.copy_(counters, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(counters.device))
+        self._queued.append((host, event, steps))
+
+    def _drain(self, wait: bool) -> None:
+        """Writes the windows whose copies have arrived; all of them if `wait`."""
+        while self._queued:
+            host, event, steps = self._queued[0]
+            if event is not None and not event.query():
+                if not wait:
+                    return
+                event.synchronize()
+            self._queued.popleft()
+            if self._before is not None:
+                self._write(host, steps)
+                if event is not None:
+                    self._spare.append(self._before)
+            self._before = host
+
+    def _write(self, counters: Tensor, steps: tuple[int, int]) -> None:
+        # Counters that fell were reset in between: what they hold was counted since.
+        grown = counters - self._before
+        report = _report(self._layers, counters if (grown < 0).any() else grown)
+        line = {"window": self._windows, "steps": list(steps), **report.to_dict()}
+        self._file.write(json.dumps(_rounded(line)) + "\n")
+        self._windows += 1
+
+
+def _rounded(value):
+    """Floats to six significant digits, so that a line is not mostly digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _flat_counters(layers: Iterable[PagedKVLayer]) -> Tensor:
+    """The counters of all layers in one new tensor; layers may differ in KV heads."""
+    return torch.cat([layer.budget_counters.flatten() for layer in layers])
+
+
+def _report(layers: Sequence[PagedKVLayer], flat: Tensor) -> BudgetReport:
+    """What `_flat_counters` of these layers says, once on the host."""
+    sizes = [layer.budget_counters.numel() for layer in layers]
+    counters = [rows.view(layer.budget_counters.shape) for layer, rows in zip(layers, flat.split(sizes), strict=True)]
     report = []
     for index, (layer, rows) in enumerate(zip(layers, counters, strict=True)):
         name = "dense" if layer.plan.selector is None else layer.plan.selector.name
@@ -98,13 +217,6 @@ def budget_report(layers: Sequence[PagedKVLayer]) -> BudgetReport:
     sparse = [rows.sum(0) for layer, rows in zip(layers, counters, strict=True) if layer.plan.selector is not None]
     together = _budget(torch.stack(sparse).sum(0)) if sparse else None
     return BudgetReport(report, together if together is not None and together.calls else None)
-
-
-def _to_host(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One transfer where the shapes agree, which they do unless layers differ in KV heads."""
-    if len({tensor.shape for tensor in tensors}) == 1:
-        return torch.stack(list(tensors)).cpu().unbind(0)
-    return [tensor.cpu() for tensor in tensors]
 
 
 def _budget(row: Tensor) -> Budget:

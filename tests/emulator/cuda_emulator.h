@@ -51,6 +51,10 @@ struct alignas(16) float4 {
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+struct int3 {
+  int x, y, z;
+};
+inline int3 make_int3(int x, int y, int z) { return {x, y, z}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -325,6 +329,7 @@ inline uint32_t __ballot_sync(uint32_t, bool predicate) {
   for (int lane = 0; lane < 32; ++lane) bits |= slots[lane][0] << lane;
   return bits;
 }
+inline bool __all_sync(uint32_t, bool predicate) { return __ballot_sync(~0u, predicate) == ~0u; }
 template <typename V>
 inline V __shfl_sync(uint32_t, V value, int lane) {
   return emulated::take_from("__shfl_sync", value, lane & 31);
@@ -365,10 +370,29 @@ inline float exp2_fast(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+// Exact where the sum fits a double, which is then cut off.
+inline float fma_rz(float a, float b, float c) {
+  const double exact = static_cast<double>(a) * b + c;
+  const float near = static_cast<float>(exact);
+  return std::abs(static_cast<double>(near)) > std::abs(exact) ? std::nextafter(near, 0.0f) : near;
+}
+
 inline uint4 load_stream(const void* p) {
   uint4 v;
   memcpy(&v, p, sizeof(v));
   return v;
+}
+
+template <typename T>
+inline uint32_t pack2(float low, float high, T) {
+  return T(low).bits | static_cast<uint32_t>(T(high).bits) << 16;
+}
+
+inline uint32_t transpose8(uint32_t row_pair) {
+  const auto& slots = emulated::exchange("transpose8", row_pair);
+  const int row = emulated::self().lane >> 2, column = 2 * (emulated::self().lane & 3);
+  const auto element = [&](int r, int c) { return slots[r * 4 + c / 2][0] >> (16 * (c % 2)) & 0xffffu; };
+  return element(column, row) | element(column + 1, row) << 16;
 }
 
 inline float operand(uint32_t packed, int half, __half) {

@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-equal-tokens", action="store_true", help="skip each selector alone at its pruned budget")
     parser.add_argument("--only-pruned", action="store_true", help="skip each selector alone at its own budget")
     parser.add_argument("--mass-steps", type=int, default=8, help="steps at which estimated and true mass are compared, 0 for none")
+    parser.add_argument(
+        "--budget-log",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="write OUT/budget/*.jsonl: budgets of each pruned run, a line every STEPS steps",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
 
 
@@ -82,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         mass_steps=args.mass_steps,
         equal_tokens=not args.no_equal_tokens,
+        budget_log=args.budget_log,
         seed=args.seed,
     )
     texts = [path.read_text() for path in args.documents] if args.documents else packaged_prose()

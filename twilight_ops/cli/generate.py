@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-chunk", type=int, default=None, help="tokens of the prompt a forward (default: all at once)")
     parser.add_argument("--capture", choices=("cuda_graph", "compile", "eager"), help="default: cuda_graph on cuda, compile on cpu")
     parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--budget-log", type=Path, help="write the budgets over the steps here, one JSON line a window")
+    parser.add_argument("--budget-log-steps", type=int, default=16, help="steps a window (default 16; on cuda rounded up to 16s)")
 
 
 def add_twilight_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,7 @@ def add_twilight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=0.95, help="estimated attention weight to keep; 1 switches the pruner off (default 0.95)"
     )
-    parser.add_argument("--dense-layers", type=int, default=2, help="first layers that attend to everything (default 2)")
+    parser.add_argument("--dense-layers", type=int, default=0, help="first layers that attend to everything (default 0)")
     parser.add_argument(
         "--dense-below", type=int, default=None, help="lengths up to this attend to everything (default: the device's break-even)"
     )
@@ -89,13 +91,20 @@ def check_length(model, prompt_tokens: int, new_tokens: int) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens: expected >= 1, got {args.max_new_tokens}")
+    if args.budget_log_steps < 1:
+        raise ValueError(f"budget-log-steps: expected >= 1, got {args.budget_log_steps}")
+    if args.budget_log is not None and not args.budget_log.parent.is_dir():
+        raise ValueError(f"budget-log: expected a file in a folder that exists, got {args.budget_log}")
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise ValueError(f"prompt-file: expected a text file, got {args.prompt_file}")
+
+    from contextlib import nullcontext
 
     import torch
     from rich.console import Console
 
-    from ..integration import Sampling, generate
+    from ..integration import Sampling, TwilightCache, generate
+    from ..report import BudgetLog
     from .terminal import TextStream, budget_rows, progress_bar, table
 
     config = twilight_config(args)
@@ -107,19 +116,28 @@ def run(args: argparse.Namespace) -> int:
     check_length(model, len(ids), args.max_new_tokens)
     torch.manual_seed(args.seed)
 
+    cache = TwilightCache(model.config, config, max_cache_len=len(ids) + args.max_new_tokens, device=model.device, dtype=model.dtype)
+    logging = nullcontext() if args.budget_log is None else BudgetLog(args.budget_log, cache, args.budget_log_steps)
     stream = TextStream(console, tokenizer)
-    with progress_bar(console, "prompt") as on_prefill:
+    with logging as log, progress_bar(console, "prompt") as on_prefill:
+
+        def on_tokens(tokens: torch.Tensor) -> None:
+            if log is not None:
+                # The first token comes with the prompt, not from a decode step.
+                log.advance(tokens.shape[1] if stream.tokens else tokens.shape[1] - 1)
+            stream(tokens)
+
         result = generate(
             model,
             torch.tensor([ids]),
-            config,
+            cache=cache,
             max_new_tokens=args.max_new_tokens,
             sampling=sampling,
             eos_token_ids=() if args.ignore_eos else None,
             capture=args.capture,
             prefill_chunk=args.prefill_chunk,
             on_prefill=on_prefill,
-            on_tokens=stream,
+            on_tokens=on_tokens,
         )
     stream.finish()
     rows = {

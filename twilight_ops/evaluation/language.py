@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..integration import TwilightCache
+from ..report import BudgetLog
 from .bytes_read import bytes_read
 from .decoding import greedy, teacher_forced
 from .methods import DENSE, Method
@@ -44,34 +47,42 @@ def prepare(model, documents: Sequence[Tensor], length: int, tokens: int, greedy
     return Passage(prefills, forced, targets, logits, chosen)
 
 
-def evaluate(model, passage: Passage, method: Method) -> dict:
-    """One method on one passage: distances to dense over all forced tokens, the budget, and the bytes read."""
+def evaluate(model, passage: Passage, method: Method, log: Path | None = None, log_steps: int = 16) -> dict:
+    """One method on one passage: distances to dense over all forced tokens, the budget, and the bytes read.
+
+    `log` is a file for the budgets of every `log_steps` steps, see `BudgetLog`.
+    """
     cache = cache_of(model, method.config(), passage.prefills, passage.forced.shape[1])
     cache.reset_budget()
-    kl = agree = nll = dense_nll = 0.0
-    worst = torch.zeros((), device=passage.forced.device)
-    for t, logits in enumerate(teacher_forced(model, cache, passage.forced)):
-        ours, dense = logits.double().log_softmax(-1), passage.dense_logits[t].double().log_softmax(-1)
-        distance = (dense.exp() * (dense - ours)).sum(-1)  # [B]
-        kl, worst = kl + distance.sum(), torch.maximum(worst, distance.max())
-        agree = agree + (ours.argmax(-1) == dense.argmax(-1)).sum()
-        target = passage.targets[:, t, None]
-        nll, dense_nll = nll - ours.gather(1, target).sum(), dense_nll - dense.gather(1, target).sum()
-    count = passage.forced.numel()
-    result = {
-        "tokens": count,
-        "kl": float(kl) / count,
-        "worst_kl": float(worst),
-        "top1": float(agree) / count,
-        "nll": float(nll) / count,
-        "dense_nll": float(dense_nll) / count,
+    kl = agree = nll = dense_nll = torch.zeros(len(passage.forced), dtype=torch.float64, device=passage.forced.device)
+    worst = torch.zeros_like(kl)
+    with nullcontext() if log is None else BudgetLog(log, cache, log_steps) as budgets:
+        for t, logits in enumerate(teacher_forced(model, cache, passage.forced)):
+            ours, dense = logits.double().log_softmax(-1), passage.dense_logits[t].double().log_softmax(-1)
+            distance = (dense.exp() * (dense - ours)).sum(-1)  # [B]
+            kl, worst = kl + distance, torch.maximum(worst, distance)
+            agree = agree + (ours.argmax(-1) == dense.argmax(-1))
+            target = passage.targets[:, t, None]
+            nll, dense_nll = nll - ours.gather(1, target)[:, 0], dense_nll - dense.gather(1, target)[:, 0]
+            if budgets is not None:
+                budgets.advance()
+    steps = passage.forced.shape[1]
+    means = {"kl": kl / steps, "top1": agree / steps, "nll": nll / steps, "dense_nll": dense_nll / steps}
+    by_document = {name: [round(value, 6) for value in values.tolist()] for name, values in means.items()}
+    return {
+        "tokens": passage.forced.numel(),
+        "worst_kl": float(worst.max()),
+        **{name: float(values.mean()) for name, values in means.items()},
+        "by_document": by_document,
+        **budget(cache),
     }
-    return result | budget(cache)
 
 
 def together(results: Sequence[dict]) -> dict:
     """Results of one method on several passages of equal size as one; perplexities come from the mean log likelihood."""
-    merged = {name: _mean([result[name] for result in results]) for name in results[0]}
+    merged = {name: _mean([result[name] for result in results]) for name in results[0] if name != "by_document"}
+    parts = [result["by_document"] for result in results]
+    merged["by_document"] = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     merged["tokens"] = sum(result["tokens"] for result in results)
     merged["worst_kl"] = max(result["worst_kl"] for result in results)
     merged["perplexity"] = math.exp(merged["nll"])

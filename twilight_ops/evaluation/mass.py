@@ -106,7 +106,7 @@ def _probing(model, probe: MassProbe):
 
 @torch.no_grad()
 def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[float]) -> list[dict]:
-    """Teacher-forces tokens [B, T] with exact attention and prunes beside it at every p; first two layers left out, as by default."""
+    """Teacher-forces tokens [B, T] with exact attention and prunes beside it at every p, in every layer."""
     # The shadow is kept, but every step is short enough to be dense: what is measured does not change what is computed.
     config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=1 << 30)
     cache = cache_of(model, config, prefills, forced.shape[1])

@@ -11,6 +11,7 @@ from .. import selectors
 from ..config import TwilightConfig
 from ..selectors import Selector
 from .aggregation import ExactTopK
+from .ceiling import ExactTopP
 
 # Fields of TwilightConfig that a method may set beside those of its selector.
 CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "sink_tokens": int, "recent_tokens": int}
@@ -68,8 +69,8 @@ def _format(value) -> str:
 
 
 def selector_classes() -> dict[str, type[Selector]]:
-    """Every selector by its name, the ablation's among them."""
-    found = [*(getattr(selectors, name) for name in selectors.__all__), ExactTopK]
+    """Every selector by its name, those of the ablations among them."""
+    found = [*(getattr(selectors, name) for name in selectors.__all__), ExactTopK, ExactTopP]
     return {cls.name: cls for cls in found if isinstance(cls, type) and issubclass(cls, Selector) and cls.name}
 
 

@@ -54,19 +54,18 @@ def pareto(ax, cells: Sequence[dict], length: int) -> None:
     _scatter(ax, mine, _styles(cells), "sparse_layers_bytes_share", "kl", 100.0)
     front, best = [], float("inf")
     for cell in sorted(mine, key=lambda cell: cell["sparse_layers_bytes_share"]):
-        if cell["kl"] < best:
+        # What reads every exact weight is a bound on accuracy, not a way to save bytes.
+        if cell["kl"] < best and not cell["selector"].startswith("exact_"):
             best = cell["kl"]
             front.append(cell)
     ax.plot([100 * cell["sparse_layers_bytes_share"] for cell in front], [cell["kl"] for cell in front], color="0.6", linewidth=1, zorder=0)
     ax.axvline(100.0, color="0.3", linestyle=":", label="dense (KL 0)")
     ax.set(xscale="log", yscale="log", xlabel="bytes read by the sparse layers, % of dense", ylabel="KL to dense", title=f"{length} tokens")
-    ax.legend(fontsize=6)
 
 
 def accuracy(ax, cells: Sequence[dict], length: int) -> None:
     _scatter(ax, _language(cells, length), _styles(cells), "kept", "top1")
     ax.set(xscale="log", xlabel="tokens kept a KV head", ylabel="top-1 agreement with dense", title=f"{length} tokens")
-    ax.legend(fontsize=6)
 
 
 def mass(ax, cells: Sequence[dict]) -> None:
@@ -106,25 +105,27 @@ def draw(cells: Sequence[dict], folder: Path, heat_map_of: str | None = None) ->
 
     def save(fig, name: str) -> None:
         path = folder / f"{name}.png"
-        fig.tight_layout()
         fig.savefig(path, dpi=130)
         plt.close(fig)
         paths.append(path)
 
     for name, panel in (("pareto", pareto), ("accuracy", accuracy)):
         if lengths:
-            fig, axes = plt.subplots(1, len(lengths), figsize=(5.5 * len(lengths), 4.5), squeeze=False)
+            fig, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths) + 1.5, 4.5), squeeze=False, layout="constrained")
             for ax, length in zip(axes[0], lengths, strict=True):
                 panel(ax, cells, length)
+            # One legend for all panels, beside them: within, it would hide points.
+            named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+            fig.legend(named.values(), named.keys(), loc="outside right center", fontsize=7)
             save(fig, name)
     if any(cell["task"] == "mass" for cell in cells):
-        fig, ax = plt.subplots(figsize=(5.5, 4.5))
+        fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
         mass(ax, cells)
         save(fig, "mass")
     pruned = [cell for cell in cells if cell["task"] == LANGUAGE and cell["top_p"] < 1.0 and "kept_by_head" in cell]
     chosen = [cell for cell in pruned if cell["method"] == (heat_map_of or "shadow_prefix")] or pruned
     if chosen:
-        fig, ax = plt.subplots(figsize=(9, 2.5))
+        fig, ax = plt.subplots(figsize=(9, 2.5), layout="constrained")
         default = TwilightConfig().top_p
         heat_map(fig, ax, max(chosen, key=lambda cell: (cell["length"], -abs(cell["top_p"] - default))))
         save(fig, "budget_by_head")

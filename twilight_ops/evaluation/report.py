@@ -16,7 +16,7 @@ LANGUAGE_COLUMNS = (
     "bytes",
     "alone at that budget: KL",
 )
-TASK_COLUMNS = ("method", "without Twilight", "p", "with Twilight")
+TASK_COLUMNS = ("method", "without Twilight", "p", "with Twilight", "no worse than dense")
 
 
 def _of(cells: Sequence[dict], task: str, length: int) -> list[dict]:
@@ -62,14 +62,26 @@ def language_rows(cells: Sequence[dict], length: int) -> list[tuple[str, ...]]:
 
 
 def task_rows(cells: Sequence[dict], task: str, length: int) -> list[tuple[str, ...]]:
+    """Mean scores, and of the samples on which dense scores at all, those on which the pruned method scores no less."""
     mine = _of(cells, task, length)
     alone = {cell["method"]: cell for cell in mine if cell["top_p"] == 1.0}
+    dense = _scores(alone["dense"]) if "dense" in alone else []
     rows = []
     for method in dict.fromkeys(cell["method"] for cell in mine):
         plain = f"{alone[method]['score']:.1%}" if method in alone else "-"
         with_pruner = [cell for cell in mine if cell["method"] == method and cell["top_p"] < 1.0]
-        rows += [(method, plain, f"{cell['top_p']:g}", f"{cell['score']:.1%}") for cell in with_pruner] or [(method, plain, "-", "-")]
+        for cell in with_pruner:
+            solved = [(ours, theirs) for ours, theirs in zip(_scores(cell), dense, strict=False) if theirs > 0]
+            equal = f"{sum(ours >= theirs for ours, theirs in solved)} of {len(solved)}"
+            rows.append((method, plain, f"{cell['top_p']:g}", f"{cell['score']:.1%}", equal))
+        if not with_pruner:
+            rows.append((method, plain, "-", "-", "-"))
     return rows
+
+
+def _scores(cell: dict) -> list[float]:
+    """Of every sample, in one order for all methods."""
+    return [score for scores in cell["scores_by_depth"].values() for score in scores]
 
 
 def tables(cells: Sequence[dict]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:

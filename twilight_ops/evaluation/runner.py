@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Options:
         mass_steps: decode steps at which estimated and true mass are compared; 0 for none.
         mass_top_ps: values of p they are compared at.
         equal_tokens: also run each selector alone with as many tokens as its pruned run kept.
+        budget_log: steps a window of the budget logs that pruned methods write on prose, 0 for none.
         seed: of tasks.
     """
 
@@ -53,6 +55,7 @@ class Options:
     mass_steps: int = 8
     mass_top_ps: tuple[float, ...] = (0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
     equal_tokens: bool = True
+    budget_log: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,15 +65,15 @@ class Options:
         for name in ("lengths", "methods", "tasks", "depths"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected at least one, got none")
-        for name in ("forced_tokens", "limit", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        for name, least in (("forced_tokens", 1), ("limit", 1), ("batch_size", 1), ("budget_log", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
         if any(not 0.0 <= depth <= 1.0 for depth in self.depths):
             raise ValueError(f"depths: expected 0..1, got {self.depths}")
 
     def fingerprint(self) -> dict:
         """What must agree for cells of two runs to be comparable; methods, lengths and tasks may differ."""
-        skipped = ("methods", "lengths", "tasks", "equal_tokens")
+        skipped = ("methods", "lengths", "tasks", "equal_tokens", "budget_log")
         return {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(self))).items() if name not in skipped}
 
 
@@ -196,8 +199,8 @@ class Runner:
 
         def measure(method: Method) -> dict:
             results = []
-            for passage in prepared():
-                result = language.evaluate(self.model, passage, method)
+            for number, passage in enumerate(prepared()):
+                result = language.evaluate(self.model, passage, method, self._budget_log(length, method, number), options.budget_log)
                 results.append(result | (language.agreement(self.model, passage, method) if options.greedy_tokens else {}))
             return language.together(results)
 
@@ -218,6 +221,14 @@ class Runner:
                 alone = method.with_tokens(round(cell["kept"]))
                 fields = _fields(LANGUAGE, length, alone) | {"equal_tokens_of": method.key}
                 yield self._cell(f"{LANGUAGE}/{length}/equal/{method.key}", fields, lambda alone=alone: measure(alone))
+
+    def _budget_log(self, length: int, method: Method, passage: int) -> Path | None:
+        """OUT/budget/<length>_<method>_<batch of documents>.jsonl, for pruned methods of a run that asked for it."""
+        if not self.options.budget_log or method.top_p == 1.0:
+            return None
+        folder = self.store.path.parent / "budget"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{length}_{re.sub(r'[^A-Za-z0-9.=]+', '_', method.key)}_{passage}.jsonl"
 
     def _samples(self, name: str, length: int) -> list[tuple[float, list[int], Sample]]:
         """(depth, prompt, sample) of one cell; building them all first finds out what does not fit before anything runs."""

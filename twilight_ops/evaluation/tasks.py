@@ -69,15 +69,11 @@ def _cycle(sentences: Sequence[str], count: int) -> list[str]:
 
 
 def _passkey(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+    # After the passkey of Landmark Attention (arXiv 2305.16300), in prose instead of repeated filler, and asking for a "secret number":
+    # SmolLM2-135M answers "The pass key is" with what a key is, and loses the number beyond 2k tokens by itself.
     key = _number(rng, 5)
-    body = _insert(_cycle(prose, units), [f"The pass key is {key}. Remember it. {key} is the pass key."], [depth])
-    # The wording of Landmark Attention (arXiv 2305.16300), but in prose and as a text to continue: repeated filler and a chat
-    # template make a small model lose the key by itself, long before any selector does.
-    prompt = (
-        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-        f"I will quiz you about the important information there.\n{body}\nWhat is the pass key?"
-    )
-    return Sample(prompt, "The pass key is", (key,), chat=False)
+    body = _insert(_cycle(prose, units), [f"The secret number of the vault is {key}."], [depth])
+    return Sample(f"{body}\n\nWhat is the secret number of the vault?", "The secret number of the vault is", (key,))
 
 
 def _needles(keys: int, values: int) -> Callable[[random.Random, int, float, Sequence[str]], Sample]:

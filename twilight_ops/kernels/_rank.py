@@ -1,24 +1,34 @@
 """The selectors' ranking: group scores from logits, an exact top-k, and an ascending list.
 
 `rank` is the one entry. A score is not negative, so its float bits order like integers; forced items get the largest key, and the k-th
-largest key is found by bisection on the bits (rows that fit in registers) or digit by digit with histograms (longer rows).
+largest key is found by bisection on the bits: of rows that fit in registers, or of what a bound from a sample leaves over of longer ones.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Launch, cdiv, next_power_of_2
+from ._launch import Launch, cdiv, next_power_of_2, padded_row
 from ._tiles import INF, LOG2E, count_tile, in_order, live_length, rank_in_order, softmax_row, store_compacted
 
-RESIDENT = Launch(32768, 32, 1, "32 keys a thread is the most that 64 registers hold; the logits are read once")
-WIDE = Launch(4096, 8, 1, "longer rows: 4096 keys a program, a 256-bin histogram a digit, four passes from L2")
+RESIDENT = Launch(8192, 8, 1, "32 keys a thread; the logits are read once")
+BOUND = Launch(4096, 8, 1, "16 sampled keys a thread")
+FILTER = Launch(2048, 8, 1, "8 items a thread and 4 heads in flight")
+LIST = Launch(2048, 8, 1, "a probe walks a few thousand keys that stay in L1; four programs a multiprocessor hold 512 rows at once", 64)
+SAMPLE_RUN = 8  # neighbours, one sector of 32 bytes of logits; what they tell may be no more than one item would
+SAMPLE_MARGIN = 4.0  # standard deviations of the sampled rank
 
-DIGITS = tl.constexpr(4)
-DIGIT_BITS = tl.constexpr(8)
-BINS = tl.constexpr(256)
 FORCED = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _forced_items(length, sink_tokens, recent_tokens, UNIT: tl.constexpr):
+    """Live items, the first item behind the sinks, and the first recent one: it reaches beyond token length - recent."""
+    items = (length + UNIT - 1) // UNIT
+    return items, tl.minimum((sink_tokens + UNIT - 1) // UNIT, items), tl.maximum(length - recent_tokens, 0) // UNIT
 
 
 @triton.jit
@@ -38,10 +48,7 @@ def _row_limits(
 ):
     """Length, live items, first item behind the sinks, first recent item, and items to take."""
     length = live_length(seq_lens, row // KV_HEADS, max_pages, PAGE)
-    items = (length + UNIT - 1) // UNIT
-    sinks = tl.minimum((sink_tokens + UNIT - 1) // UNIT, items)
-    # The first item that reaches beyond token length - recent.
-    recent = tl.maximum(length - recent_tokens, 0) // UNIT
+    items, sinks, recent = _forced_items(length, sink_tokens, recent_tokens, UNIT)
     if head_budget is None:
         product = length.to(tl.float64) * tl.full([], budget_fraction, tl.float64)
         whole = product.to(tl.int64)
@@ -176,11 +183,10 @@ def rank_resident_kernel(
     CHUNK: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     SMALL: tl.constexpr,
-    MIDDLE: tl.constexpr,
     LARGE: tl.constexpr,
     PAD: tl.constexpr,
 ):
-    """Grid (B * Hkv): one program ranks one row, in the smallest of three tiles that holds its live items."""
+    """Grid (B * Hkv): one program ranks one row, in the smaller of two tiles that holds its live items."""
     row = tl.program_id(0)
     length, items, sinks, recent, take = _row_limits(
         seq_lens, head_budget, row, max_pages, token_budget, budget_fraction, sink_tokens, recent_tokens, capacity, KV_HEADS, PAGE, UNIT
@@ -193,10 +199,7 @@ def rank_resident_kernel(
     if items <= SMALL:
         _rank_tile(logits, peaks, sums, indices, row, items, sinks, recent, take, stride_logits, capacity, used, splits, KV_HEADS,
                    QUERY_TOKENS, GROUP, SPLITS_PAD, SMALL)
-    elif MIDDLE > SMALL and items <= MIDDLE:
-        _rank_tile(logits, peaks, sums, indices, row, items, sinks, recent, take, stride_logits, capacity, used, splits, KV_HEADS,
-                   QUERY_TOKENS, GROUP, SPLITS_PAD, MIDDLE)
-    elif LARGE > MIDDLE:
+    elif LARGE > SMALL:
         _rank_tile(logits, peaks, sums, indices, row, items, sinks, recent, take, stride_logits, capacity, used, splits, KV_HEADS,
                    QUERY_TOKENS, GROUP, SPLITS_PAD, LARGE)
     # fmt: on
@@ -206,33 +209,54 @@ def rank_resident_kernel(
 
 
 @triton.jit
-def _digit_cut(histogram, row, digit, remaining):
-    """The bin of a digit that holds the remaining-th largest key, and what remains inside it."""
-    bin_ = tl.arange(0, BINS)
-    count = tl.load(histogram + (row.to(tl.int64) * DIGITS + digit) * BINS + bin_)
-    from_here = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # keys in this bin or above
-    cut = tl.max(tl.where(from_here >= remaining, bin_, 0), 0)
-    above = tl.sum(tl.where(bin_ > cut, count, 0), 0)
-    return cut, remaining - above
+def _head_scores(
+    logits, row_stats, row, r, item, items, stride_logits, KV_HEADS: tl.constexpr, QUERY_TOKENS: tl.constexpr, GROUP: tl.constexpr
+):
+    """One query row's softmax from its stored (reference, scale); loads run to the end of the row's last 16 items."""
+    out_row = ((row // KV_HEADS) * QUERY_TOKENS + r // GROUP) * (KV_HEADS * GROUP) + (row % KV_HEADS) * GROUP + r % GROUP
+    safe = tl.load(row_stats + out_row * 2)
+    scale = tl.load(row_stats + out_row * 2 + 1)
+    logit = tl.load(logits + out_row.to(tl.int64) * stride_logits + item, mask=item < (items + 15) // 16 * 16, other=0.0)
+    # NaN and +inf come first.
+    return tl.where(logit < INF, tl.exp2((logit - safe) * LOG2E) * scale, INF)
 
 
 @triton.jit
-def _key_digit(key, DIGIT: tl.constexpr):
-    """31-bit keys split 7, 8, 8, 8."""
-    return (key >> ((DIGITS - 1 - DIGIT) * DIGIT_BITS)) & (BINS - 1)
-
-
-@triton.jit
-def rank_digit_kernel(
+def _group_keys(
     logits,
-    peaks,
+    row_stats,
+    row,
+    item,
+    items,
+    sinks,
+    recent,
+    stride_logits,
+    KV_HEADS: tl.constexpr,
+    QUERY_TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`_keys` from stored statistics; the loads of a usual group's heads are in flight together."""
+    score = tl.zeros(item.shape, tl.float32)
+    if QUERY_TOKENS * GROUP <= 8:
+        for r in tl.static_range(QUERY_TOKENS * GROUP):
+            score += _head_scores(logits, row_stats, row, r, item, items, stride_logits, KV_HEADS, QUERY_TOKENS, GROUP)
+    else:
+        for r in range(QUERY_TOKENS * GROUP):
+            score += _head_scores(logits, row_stats, row, r, item, items, stride_logits, KV_HEADS, QUERY_TOKENS, GROUP)
+    key = score.to(tl.int32, bitcast=True)
+    key = tl.where((item < sinks) | (item >= recent), FORCED, key)
+    return tl.where(item < items, key, -1)
+
+
+@triton.jit
+def rank_bound_kernel(
+    logits,  # [B, T, Hq, stride_logits]
+    peaks,  # [B * T * Hq, splits]
     sums,
-    seq_lens,
-    head_budget,
-    keys,  # [B * Hkv, stride_logits] int32
-    histogram,  # [B * Hkv, DIGITS, BINS] int32, zeros at first
-    state,  # [B * Hkv, DIGITS + 1, 2] int32: key prefix above a digit, and what remains to take below it
-    chunk_counts,  # [B * Hkv, chunks, 2] int32: keys above the cut, keys equal to it
+    seq_lens,  # [B]
+    head_budget,  # [Hkv] or None
+    row_stats,  # [B * T * Hq, 2] fp32
+    bounds,  # [B * Hkv] int32
     max_pages,
     token_budget,
     budget_fraction: tl.float64,
@@ -241,7 +265,6 @@ def rank_digit_kernel(
     stride_logits,
     capacity,
     splits,
-    chunks,
     dense_below,
     KV_HEADS: tl.constexpr,
     QUERY_TOKENS: tl.constexpr,
@@ -250,57 +273,112 @@ def rank_digit_kernel(
     UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
-    DIGIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+    MARGIN: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):
-    """Grid (B * Hkv, chunks), launched for DIGIT 0 .. DIGITS: the first launch makes keys, the last counts what each chunk will list."""
+    """Grid (B * Hkv): the softmax statistics of a row's heads, and from a sample a key that the k-th largest is hardly below."""
     row = tl.program_id(0)
-    chunk = tl.program_id(1)
     length, items, sinks, recent, take = _row_limits(
         seq_lens, head_budget, row, max_pages, token_budget, budget_fraction, sink_tokens, recent_tokens, capacity, KV_HEADS, PAGE, UNIT
     )
-    if (chunk * BLOCK >= items) | (length <= dense_below):
+    if length <= dense_below:
         return
-    item = chunk * BLOCK + tl.arange(0, BLOCK)
-    at = keys + row.to(tl.int64) * stride_logits + item
-    if DIGIT == 0:
-        used = (items + CHUNK - 1) // CHUNK
-        key = _keys(
-            logits, peaks, sums, row, item, items, sinks, recent, stride_logits, used, splits, KV_HEADS, QUERY_TOKENS, GROUP, SPLITS_PAD
-        )
-        tl.store(at, key, mask=item < items)
-        prefix = 0
-        remaining = take
-    else:
-        key = tl.load(at, mask=item < items, other=-1)
-        before = state + (row.to(tl.int64) * (DIGITS + 1) + DIGIT - 1) * 2
-        cut, remaining = _digit_cut(histogram, row, DIGIT - 1, tl.load(before + 1))
-        prefix = (tl.load(before) << DIGIT_BITS) | cut
-    if chunk == 0:
-        now = state + (row.to(tl.int64) * (DIGITS + 1) + DIGIT) * 2
-        tl.store(now, prefix)
-        tl.store(now + 1, remaining)
-    if DIGIT < DIGITS:
-        # A dead key is negative, so its shifted prefix never matches.
-        member = (item < items) & ((key >> ((DIGITS - DIGIT) * DIGIT_BITS % 32)) == prefix) if DIGIT > 0 else item < items
-        count = tl.histogram(_key_digit(key, DIGIT), BINS, mask=member)
-        bin_ = tl.arange(0, BINS)
-        tl.atomic_add(histogram + (row.to(tl.int64) * DIGITS + DIGIT) * BINS + bin_, count, mask=count > 0, sem="relaxed")
-    else:
-        out = chunk_counts + (row.to(tl.int64) * chunks + chunk) * 2
-        tl.store(out, tl.sum((key > prefix).to(tl.int32), 0))
-        tl.store(out + 1, tl.sum((key == prefix).to(tl.int32), 0))
+    used = (items + CHUNK - 1) // CHUNK
+    for r in range(QUERY_TOKENS * GROUP):
+        out_row = ((row // KV_HEADS) * QUERY_TOKENS + r // GROUP) * (KV_HEADS * GROUP) + (row % KV_HEADS) * GROUP + r % GROUP
+        _, safe, scale = softmax_row(peaks, sums, out_row, used, splits, SPLITS_PAD)
+        tl.store(row_stats + out_row * 2, safe)
+        tl.store(row_stats + out_row * 2 + 1, scale)
+    bound = 0
+    if items > 2 * SAMPLE:
+        tl.debug_barrier()
+        # Runs spread evenly over the row, each on a sector of its own.
+        runs: tl.constexpr = SAMPLE // RUN
+        local = tl.arange(0, SAMPLE)
+        run = ((local // RUN).to(tl.int64) * (items // RUN) // runs).to(tl.int32)
+        item = run * RUN + local % RUN
+        key = _group_keys(logits, row_stats, row, item, items, sinks, recent, stride_logits, KV_HEADS, QUERY_TOKENS, GROUP)
+        share = take.to(tl.float32) / items
+        wanted = (share + MARGIN * tl.sqrt_rn(share * (1.0 - share) / runs)) * SAMPLE
+        wanted = tl.minimum(wanted.to(tl.int32) + RUN, SAMPLE)
+        high = FORCED
+        # 1% of a score is as good as exact.
+        while high - bound > 65536:
+            middle = bound + (high - bound) // 2
+            if tl.sum((key >= middle).to(tl.int32), 0) >= wanted:
+                bound = middle
+            else:
+                high = middle
+    tl.store(bounds + row, bound)
 
 
 @triton.jit
-def rank_emit_kernel(
+def rank_filter_kernel(
+    logits,
+    seq_lens,
+    row_stats,
+    bounds,
+    keys,  # [B * Hkv, stride_logits] int32
+    places,  # [B * Hkv, stride_logits] int32
+    chunk_counts,  # [B * Hkv, chunks] int32
+    max_pages,
+    sink_tokens,
+    recent_tokens,
+    stride_logits,
+    chunks,
+    dense_below,
+    KV_HEADS: tl.constexpr,
+    QUERY_TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (B * Hkv, chunks): program (row, chunk) lists, from where its chunk begins, keys that reach the bound and their items."""
+    row = tl.program_id(0)
+    chunk = tl.program_id(1)
+    length = live_length(seq_lens, row // KV_HEADS, max_pages, PAGE)
+    items, sinks, recent = _forced_items(length, sink_tokens, recent_tokens, UNIT)
+    if (chunk * BLOCK >= items) | (length <= dense_below):
+        return
+    bound = tl.load(bounds + row)
+    item = chunk * BLOCK + in_order(BLOCK // 32)
+    key = _group_keys(logits, row_stats, row, item, items, sinks, recent, stride_logits, KV_HEADS, QUERY_TOKENS, GROUP)
+    taken = key >= bound
+    rank, count = rank_in_order(taken.to(tl.int32))
+    at = row.to(tl.int64) * stride_logits + chunk * BLOCK + rank
+    tl.store(keys + at, key, mask=taken)
+    tl.store(places + at, item, mask=taken)
+    tl.store(chunk_counts + row * chunks + chunk, count)
+
+
+@triton.jit
+def _count_list(keys, count, least, BLOCK: tl.constexpr):
+    """How many of the first `count` keys are at least `least`."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        # To the end of the last 16, in full vectors.
+        key = tl.load(keys + entry, mask=entry < (count + 15) // 16 * 16, other=-1)
+        found += ((key >= least) & (entry < count)).to(tl.int32)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def rank_list_kernel(
+    logits,
     seq_lens,
     head_budget,
+    row_stats,
+    bounds,
     keys,
-    state,
+    places,
     chunk_counts,
-    indices,
-    counts,
+    list_keys,  # [B * Hkv, room] int32 scratch
+    list_places,  # [B * Hkv, room] int32 scratch
+    indices,  # [B, Hkv, capacity]
+    counts,  # [B, Hkv]
     max_pages,
     token_budget,
     budget_fraction: tl.float64,
@@ -309,41 +387,99 @@ def rank_emit_kernel(
     stride_logits,
     capacity,
     chunks,
+    room,
     dense_below,
     KV_HEADS: tl.constexpr,
+    QUERY_TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     PAD: tl.constexpr,
 ):
-    """Grid (B * Hkv, chunks): program (row, chunk) lists the taken items of one chunk behind those of the chunks before it."""
+    """Grid (B * Hkv): one program joins what the chunks of a row listed, finds the k-th largest key, and lists the items from it on.
+
+    The bound was a guess. Where fewer than k keys reach it, or more than there is room for, the list is the whole row.
+    """
     row = tl.program_id(0)
-    chunk = tl.program_id(1)
-    length, items, _, _, take = _row_limits(
+    length, items, sinks, recent, take = _row_limits(
         seq_lens, head_budget, row, max_pages, token_budget, budget_fraction, sink_tokens, recent_tokens, capacity, KV_HEADS, PAGE, UNIT
     )
     if length <= dense_below:
         items = 0
         take = 0
-    if chunk == 0:
-        tl.store(counts + row, take)
+    chunk = tl.arange(0, CHUNKS_PAD)
+    listed = tl.load(chunk_counts + row * chunks + chunk, mask=chunk * CHUNK_BLOCK < items, other=0)
+    count = tl.sum(listed, 0)
+    base = row.to(tl.int64) * stride_logits
+    joined = (count >= take) & (count <= room)
+    if joined:
+        begin = tl.cumsum(listed, 0) - listed
+        width: tl.constexpr = max(BLOCK // CHUNKS_PAD, 32)
+        for start in range(0, tl.max(listed, 0), width):
+            entry = start + tl.arange(0, width)[None, :]
+            holds = entry < listed[:, None]
+            source = base + chunk[:, None] * CHUNK_BLOCK + entry
+            target = row.to(tl.int64) * room + begin[:, None] + entry
+            tl.store(list_keys + target, tl.load(keys + source, mask=holds, other=0), mask=holds)
+            tl.store(list_places + target, tl.load(places + source, mask=holds, other=0), mask=holds)
+        keys = list_keys + row.to(tl.int64) * room
+        places = list_places + row.to(tl.int64) * room
+    else:
+        count = items
+        for start in range(0, items, BLOCK):
+            item = start + tl.arange(0, BLOCK)
+            key = _group_keys(logits, row_stats, row, item, items, sinks, recent, stride_logits, KV_HEADS, QUERY_TOKENS, GROUP)
+            tl.store(keys + base + item, key, mask=item < items)
+            tl.store(places + base + item, item, mask=item < items)
+        keys = keys + base
+        places = places + base
+    tl.debug_barrier()
+
+    # At least `take` keys are >= low, fewer are >= high.
+    low = 0
+    if joined:
+        low = tl.load(bounds + row)
+    at_low = count
+    high = FORCED
+    top = _count_list(keys, count, FORCED, BLOCK)
+    if top >= take:
+        low = FORCED
+        at_low = top
+    while (high - low > 1) & (at_low > take):
+        middle = low + (high - low) // 2
+        reached = _count_list(keys, count, middle, BLOCK)
+        if reached >= take:
+            low = middle
+            at_low = reached
+        else:
+            high = middle
+    ties = take
+    if (at_low > take) & (low < FORCED):
+        ties = take - _count_list(keys, count, low + 1, BLOCK)
+    equal = tl.zeros([], tl.int32)
+    done = tl.zeros([], tl.int32)
+    for start in range(0, count, BLOCK):
+        entry = start + in_order(BLOCK // 32)
+        key = tl.load(keys + entry, mask=entry < count, other=-1)
+        tie = key == low
+        tie_rank, tie_count = rank_in_order(tie.to(tl.int32))
+        taken = (key > low) | (tie & (equal + tie_rank < ties))
+        place = tl.load(places + entry, mask=taken, other=0)
+        done += store_compacted(indices + row.to(tl.int64) * capacity, place, taken, done, capacity)
+        equal += tie_count
+    tl.store(counts + row, take)
     if PAD:
-        slot = chunk * BLOCK + tl.arange(0, BLOCK)
-        tl.store(indices + row.to(tl.int64) * capacity + slot, -1, mask=(slot >= take) & (slot < capacity))
-    if chunk * BLOCK >= items:
-        return
-    other = tl.arange(0, CHUNKS_PAD)
-    at = chunk_counts + (row.to(tl.int64) * chunks + other) * 2
-    above = tl.sum(tl.load(at, mask=other < chunk, other=0), 0)
-    equal = tl.sum(tl.load(at + 1, mask=other < chunk, other=0), 0)
-    now = state + (row.to(tl.int64) * (DIGITS + 1) + DIGITS) * 2
-    cut = tl.load(now)
-    ties = tl.load(now + 1)
-    item = chunk * BLOCK + in_order(BLOCK // 32)
-    key = tl.load(keys + row.to(tl.int64) * stride_logits + item, mask=item < items, other=-1)
-    taken = _cut_ties(key, cut, equal, ties)
-    store_compacted(indices + row.to(tl.int64) * capacity, item, taken, above + tl.minimum(equal, ties), capacity)
+        _pad_list(indices, row, take, capacity, 1024)
+
+
+def _list_room(num_items: int, capacity: int) -> int:
+    """Keys that a bound may leave over before the whole row is ranked instead: a deviation more than the bound's own margin."""
+    share = min(capacity / num_items, 1.0)
+    deviation = math.sqrt(share * (1.0 - share) * SAMPLE_RUN / BOUND.block)
+    return min(padded_row(num_items), padded_row(int(num_items * (share + (SAMPLE_MARGIN + 3.0) * deviation)) + BOUND.block))
 
 
 def rank(
@@ -394,56 +530,76 @@ def rank(
             **shape,
             **scores,
             SMALL=min(2048, large),
-            MIDDLE=min(8192, large),
             LARGE=large,
             PAD=pad,
             num_warps=max(4, min(RESIDENT.num_warps, large // 1024)),
             num_stages=RESIDENT.num_stages,
         )
         return
-    chunks = cdiv(num_items, WIDE.block)
-    keys = torch.empty((rows, stride), dtype=torch.int32, device=logits.device)
-    histogram = torch.zeros((rows, DIGITS.value, BINS.value), dtype=torch.int32, device=logits.device)
-    state = torch.empty((rows, DIGITS.value + 1, 2), dtype=torch.int32, device=logits.device)
-    chunk_counts = torch.empty((rows, chunks, 2), dtype=torch.int32, device=logits.device)
-    options = {**WIDE.options, "BLOCK": WIDE.block}
-    for digit in range(DIGITS.value + 1):
-        rank_digit_kernel[(rows, chunks)](
-            logits,
-            peaks,
-            sums,
-            seq_lens,
-            head_budget,
-            keys,
-            histogram,
-            state,
-            chunk_counts,
-            *budget,
-            capacity,
-            splits,
-            chunks,
-            dense_below,
-            **shape,
-            **scores,
-            DIGIT=digit,
-            **options,
-        )
-    rank_emit_kernel[(rows, chunks)](
+    chunks, room = cdiv(num_items, FILTER.block), _list_room(num_items, capacity)
+    row_stats = torch.empty((batch * query_tokens * heads, 2), dtype=torch.float32, device=logits.device)
+    bounds = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    keys = bounds.new_empty((rows, stride))
+    places = torch.empty_like(keys)
+    chunk_counts = bounds.new_empty((rows, chunks))
+    list_keys = bounds.new_empty((rows, room))
+    rank_bound_kernel[(rows,)](
+        logits,
+        peaks,
+        sums,
         seq_lens,
         head_budget,
+        row_stats,
+        bounds,
+        *budget,
+        capacity,
+        splits,
+        dense_below,
+        **shape,
+        **scores,
+        RUN=SAMPLE_RUN,
+        MARGIN=SAMPLE_MARGIN,
+        SAMPLE=BOUND.block,
+        **BOUND.options,
+    )
+    rank_filter_kernel[(rows, chunks)](
+        logits,
+        seq_lens,
+        row_stats,
+        bounds,
         keys,
-        state,
+        places,
         chunk_counts,
+        max_pages,
+        *budget[3:],
+        chunks,
+        dense_below,
+        **shape,
+        BLOCK=FILTER.block,
+        **FILTER.options,
+    )
+    rank_list_kernel[(rows,)](
+        logits,
+        seq_lens,
+        head_budget,
+        row_stats,
+        bounds,
+        keys,
+        places,
+        chunk_counts,
+        list_keys,
+        torch.empty_like(list_keys),
         indices,
         counts,
         *budget,
         capacity,
         chunks,
+        room,
         dense_below,
-        KV_HEADS=kv_heads,
-        PAGE=page_size,
-        UNIT=unit,
+        **shape,
         CHUNKS_PAD=next_power_of_2(chunks),
+        CHUNK_BLOCK=FILTER.block,
+        BLOCK=LIST.block,
         PAD=pad,
-        **options,
+        **LIST.options,
     )

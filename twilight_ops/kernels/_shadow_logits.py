@@ -11,9 +11,10 @@ from ._tiles import (
     INF,
     LOG2E,
     LOWEST,
+    code_scales,
     listed_slots,
     live_length,
-    physical_page,
+    nibble_order,
     power_of_two,
     row_word,
     scale_and_zero,
@@ -22,6 +23,55 @@ from ._tiles import (
     softmax_step,
     unpack_nibbles,
 )
+
+
+@triton.jit
+def _tokens_at(
+    indices,
+    page_table,
+    row,
+    batch,
+    slot,
+    last,
+    length,
+    num_pages,
+    max_pages,
+    capacity,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Positions that slots stand for, -1 where nothing is live, and their physical pages."""
+    token = slot_tokens(indices, row, slot, slot < last, capacity, UNIT, LISTED)
+    token = tl.where(token < length, token, -1)
+    page = tl.load(page_table + batch.to(tl.int64) * max_pages + token // PAGE, mask=token >= 0, other=0)
+    return token, tl.minimum(tl.maximum(page, 0), num_pages - 1)
+
+
+@triton.jit
+def _pages_of_chunk(
+    indices,
+    page_table,
+    row,
+    batch,
+    first,
+    last,
+    length,
+    num_pages,
+    max_pages,
+    capacity,
+    PAGE: tl.constexpr,
+    LISTED: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Logical pages that begin at slot `first`, -1 where nothing is live, and their physical pages."""
+    entry = first // PAGE + tl.arange(0, ENTRIES)
+    logical = entry
+    if LISTED:
+        logical = tl.load(indices + row.to(tl.int64) * (capacity // PAGE) + entry, mask=entry * PAGE < last, other=-1)
+    logical = tl.where((entry * PAGE < last) & (logical < (length + PAGE - 1) // PAGE), logical, -1)
+    page = tl.load(page_table + batch.to(tl.int64) * max_pages + logical, mask=logical >= 0, other=0)
+    return logical, tl.minimum(tl.maximum(page, 0), num_pages - 1)
 
 
 @triton.jit
@@ -34,7 +84,7 @@ def _range_logits(
     indices,  # [B, Hkv, capacity / UNIT]
     logits,  # [B, T, Hq, capacity]
     peaks,  # [B * T * Hq, splits]
-    sums,  # [B * T * Hq, splits]
+    sums,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -58,77 +108,120 @@ def _range_logits(
     PREFIX: tl.constexpr,
     UNIT: tl.constexpr,
     LISTED: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Slots first..last of one (sequence, KV head), of whose rows the leading BYTES bytes are read."""
+    """Slots first..last of one (sequence, KV head), of whose rows the leading BYTES bytes are read.
+
+    A matrix instruction has 8 columns. Where the group fills 4 of them, a row of the product holds two neighbouring slots, and the queries
+    stand on the diagonal of a 2 x 2 matrix of blocks: as many multiplications, half of everything that follows them.
+    """
     row = tl.program_id(0)
     batch = row // KV_HEADS
     head = row % KV_HEADS
     half: tl.constexpr = HEAD_DIM // 2
     dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
+    PAIR: tl.constexpr = 2 if ROWS_PAD == 4 else 1
+    COLUMNS: tl.constexpr = PAIR * ROWS_PAD
+    PAIRS: tl.constexpr = BLOCK // PAIR
 
     # Says to the compiler how wide the loads of a row may be.
     prefix_bytes = prefix_bytes // ALIGN * ALIGN
-    byte = tl.arange(0, BYTES)
+    byte = tl.arange(0, PAIR * BYTES) % BYTES
+    second = tl.arange(0, PAIR * BYTES) // BYTES == 1
     limit = half
     if PREFIX:
         limit = prefix_bytes
     in_row = byte < limit
-    r = tl.arange(0, ROWS_PAD)
+
+    column = tl.arange(0, COLUMNS)
+    r = column % ROWS_PAD
     in_rows = r < QUERY_TOKENS * GROUP
     query_token = r // GROUP
     query_head = head * GROUP + r % GROUP
     q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + query_head * stride_qh
-    even = tl.load(channel_order + head * HEAD_DIM + 2 * byte, mask=in_row, other=0)
-    odd = tl.load(channel_order + head * HEAD_DIM + 2 * byte + 1, mask=in_row, other=0)
-    q_mask = in_row[:, None] & in_rows[None, :]
+    coded = nibble_order(byte, dtype)
+    even = tl.load(channel_order + head * HEAD_DIM + 2 * coded, mask=in_row, other=0)
+    odd = tl.load(channel_order + head * HEAD_DIM + 2 * coded + 1, mask=in_row, other=0)
+    q_mask = (in_row[:, None] & in_rows[None, :]) & (second[:, None] == (column >= ROWS_PAD)[None, :])
     q_even = tl.load(q + q_row[None, :] + even[:, None], mask=q_mask, other=0.0).to(tl.float32)
     q_odd = tl.load(q + q_row[None, :] + odd[:, None], mask=q_mask, other=0.0).to(tl.float32)
     down, up = power_of_two(tl.max(tl.maximum(tl.abs(q_even), tl.abs(q_odd)), 0))
     q_even *= down[None, :]
     q_odd *= down[None, :]
     q_sum = tl.sum(q_even + q_odd, 0)
-    q_even = q_even.to(dtype)
-    q_odd = q_odd.to(dtype)
+    even_factor, odd_factor, product_factor = code_scales(dtype)
+    q_even = (q_even * even_factor).to(dtype)
+    q_odd = (q_odd * odd_factor).to(dtype)
     up *= sm_scale
     out_row = (batch * QUERY_TOKENS + query_token).to(tl.int64) * (KV_HEADS * GROUP) + query_head
     out = logits + out_row * capacity
 
     # Chunks and tiles begin on a page, so a slot's place in its page is the same in every tile, unless the list names single tokens.
     by_page: tl.constexpr = (not LISTED) or UNIT == PAGE
-    local = tl.arange(0, BLOCK)
+    local = tl.arange(0, PAIRS) * PAIR
     tail_bytes = half - prefix_bytes
-    reference = tl.zeros([ROWS_PAD], tl.float32)
-    peak = tl.full([BLOCK, ROWS_PAD], -INF, tl.float32)
-    total = tl.zeros([BLOCK, ROWS_PAD], tl.float32)
+    reference = tl.zeros([PAIRS, COLUMNS], tl.float32)
+    peak = tl.full([PAIRS, COLUMNS], -INF, tl.float32)
+    total = tl.zeros([PAIRS, COLUMNS], tl.float32)
+    lookup = (num_pages, max_pages, capacity)
+    # Where a tile's pages are is known before its loads are issued: a chunk's pages are fetched at once, single tokens one tile ahead.
+    if by_page:
+        logicals, pages = _pages_of_chunk(indices, page_table, row, batch, first, last, length, *lookup, PAGE, LISTED, CHUNK // PAGE)
+    else:
+        token, page = _tokens_at(indices, page_table, row, batch, first + local, last, length, *lookup, PAGE, UNIT, LISTED)
+        if PAIR == 2:
+            token_2, page_2 = _tokens_at(indices, page_table, row, batch, first + local + 1, last, length, *lookup, PAGE, UNIT, LISTED)
     for start in range(first, last, BLOCK):
         slot = start + local
-        inside = slot < last
         if by_page:
             place = local % PAGE
-            logical = start // PAGE + local // PAGE
+            entry = (start - first) // PAGE + local // PAGE
+            page = tl.gather(pages, entry, 0)
+            token = slot
             if LISTED:
-                logical = tl.load(indices + row.to(tl.int64) * (capacity // PAGE) + logical, mask=inside, other=-1)
-            token = logical * PAGE + place
-            live = inside & (logical >= 0) & (token < length)
+                logical = tl.gather(logicals, entry, 0)
+                token = tl.where(logical >= 0, logical * PAGE + place, -1)
+            token = tl.where((token < length) & (slot < last), token, -1)
         else:
-            token = slot_tokens(indices, row, slot, inside, capacity, UNIT, LISTED)
-            live = (token >= 0) & (token < length)
-            place = token % PAGE
-            logical = token // PAGE
-        block = physical_page(page_table, batch, logical, live, num_pages, max_pages) * KV_HEADS + head
-        offset = place[:, None] * prefix_bytes + byte[None, :]
-        if not PREFIX:
-            tail = prefix_bytes * (PAGE - 1) + place[:, None] * tail_bytes + byte[None, :]
-            offset = tl.where(byte[None, :] < prefix_bytes, offset, tail)
+            place = tl.maximum(token, 0) % PAGE
+        block = page.to(tl.int64) * KV_HEADS + head
+        live = token >= 0
         # A dead slot reads some valid row, which `word` disowns.
-        packed = tl.load((k_quant + block * (PAGE * half))[:, None] + offset, mask=in_row[None, :], other=0)
-        word = tl.broadcast_to(row_word(k_scale + (block * PAGE + place), live)[:, None], [BLOCK, ROWS_PAD])
-        scale, zero = scale_and_zero(word)
+        word = row_word(k_scale + (block * PAGE + place), live)
+        offset = place[:, None] * prefix_bytes + byte[None, :]
+        tail = prefix_bytes * (PAGE - 1) + place[:, None] * tail_bytes + byte[None, :]
+        base = (block * (PAGE * half))[:, None]
+        if PAIR == 2:
+            if by_page:
+                word_2 = row_word(k_scale + (block * PAGE + place + 1), live & (token + 1 < length) & (slot + 1 < last))
+                offset += tl.where(second, prefix_bytes, 0)[None, :]
+                tail += tl.where(second, tail_bytes, 0)[None, :]
+            else:
+                place_2 = tl.maximum(token_2, 0) % PAGE
+                block_2 = page_2.to(tl.int64) * KV_HEADS + head
+                word_2 = row_word(k_scale + (block_2 * PAGE + place_2), token_2 >= 0)
+                offset = tl.where(second[None, :], place_2[:, None], place[:, None]) * prefix_bytes + byte[None, :]
+                tail = prefix_bytes * (PAGE - 1) + tl.where(second[None, :], place_2[:, None], place[:, None]) * tail_bytes + byte[None, :]
+                base = tl.where(second[None, :], (block_2 * (PAGE * half))[:, None], base)
+        if not PREFIX:
+            offset = tl.where(byte[None, :] < prefix_bytes, offset, tail)
+        packed = tl.load(k_quant + base + offset, mask=in_row[None, :], other=0)
+
+        if not by_page:
+            next_slot = slot + BLOCK
+            next_token, page = _tokens_at(indices, page_table, row, batch, next_slot, last, length, *lookup, PAGE, UNIT, LISTED)
+            if PAIR == 2:
+                next_token_2, page_2 = _tokens_at(indices, page_table, row, batch, next_slot + 1, last, length, *lookup, PAGE, UNIT, LISTED)
+
         low, high = unpack_nibbles(packed, dtype)
         dot = tl.dot(low, q_even, input_precision="ieee")
         dot = tl.dot(high, q_odd, dot, input_precision="ieee")
-        logit = (dot * scale + q_sum[None, :] * zero) * up[None, :]
+        word = tl.broadcast_to(word[:, None], [PAIRS, COLUMNS])
+        if PAIR == 2:
+            word = tl.where((column >= ROWS_PAD)[None, :], word_2[:, None], word)
+        scale, zero = scale_and_zero(word)
+        logit = (dot * product_factor * scale + q_sum[None, :] * zero) * up[None, :]
 
         seen = word != DEAD
         if PREFIX:
@@ -136,30 +229,48 @@ def _range_logits(
             weighed = tl.where(seen & (logit < INF), logit, -INF)
         else:
             if QUERY_TOKENS > 1:
-                seen = seen & (token[:, None] <= (length - QUERY_TOKENS + query_token)[None, :])
+                place_in_row = token[:, None]
+                if PAIR == 2:
+                    if by_page:
+                        place_in_row += (column >= ROWS_PAD).to(tl.int32)[None, :]
+                    else:
+                        place_in_row = tl.where((column >= ROWS_PAD)[None, :], token_2[:, None], place_in_row)
+                seen = seen & (place_in_row <= (length - QUERY_TOKENS + query_token)[None, :])
             logit = tl.where(seen, tl.maximum(logit, LOWEST, propagate_nan=tl.PropagateNan.ALL), -INF)
             weighed = logit
         reference, peak, total = softmax_step(weighed, reference, peak, total, start == first)
-        tl.store(out[None, :] + slot[:, None], logit, mask=inside[:, None] & in_rows[None, :])
+        slots = slot[:, None] + (column // ROWS_PAD)[None, :]
+        tl.store(out[None, :] + slots, logit, mask=(slots < last) & in_rows[None, :])
+        if not by_page:
+            token = next_token
+            if PAIR == 2:
+                token_2 = next_token_2
 
     top, sum_, again = softmax_finish(reference, peak, total)
     if again:
         tl.debug_barrier()
-        total = tl.zeros([BLOCK, ROWS_PAD], tl.float32)
+        total = tl.zeros([PAIRS, COLUMNS], tl.float32)
         for start in range(first, last, BLOCK):
-            slot = start + local
-            logit = tl.load(out[None, :] + slot[:, None], mask=(slot < last)[:, None] & in_rows[None, :], other=-INF)
+            slots = (start + local)[:, None] + (column // ROWS_PAD)[None, :]
+            logit = tl.load(out[None, :] + slots, mask=(slots < last) & in_rows[None, :], other=-INF)
             weighed = logit
             if PREFIX:
                 weighed = tl.where(logit < INF, logit, -INF)
             total += tl.exp2((weighed - tl.where(top == -INF, 0.0, top)[None, :]) * LOG2E)
         sum_ = tl.sum(total, 0)
+    if PAIR == 2:
+        halves = tl.reshape(top, [PAIR, ROWS_PAD])
+        top = tl.max(halves, 0)
+        fade = tl.exp2((halves - tl.where(top == -INF, 0.0, top)[None, :]) * LOG2E)
+        sum_ = tl.sum(tl.where(halves == -INF, 0.0, tl.reshape(sum_, [PAIR, ROWS_PAD]) * fade), 0)
     # A NaN logit makes the whole row NaN, as +inf does.
     if not PREFIX:
         top = tl.where(sum_ == sum_, top, INF)
+    r = tl.arange(0, ROWS_PAD)
+    out_row = (batch * QUERY_TOKENS + r // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + r % GROUP
     at = out_row * splits + tl.program_id(1)
-    tl.store(peaks + at, top, mask=in_rows)
-    tl.store(sums + at, sum_, mask=in_rows)
+    tl.store(peaks + at, top, mask=r < QUERY_TOKENS * GROUP)
+    tl.store(sums + at, sum_, mask=r < QUERY_TOKENS * GROUP)
 
 
 @triton.jit
@@ -214,32 +325,35 @@ def shadow_logits_kernel(
         _range_logits(
             q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
             num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, 16, PREFIX, UNIT, LISTED, BLOCK,
+            ROWS_PAD, 16, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     elif PREFIX and BYTES_PAD > 32 and prefix_bytes <= 32:
         _range_logits(
             q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
             num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, 32, PREFIX, UNIT, LISTED, BLOCK,
+            ROWS_PAD, 32, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     elif not PREFIX and prefix_bytes % 16 == 0:
         _range_logits(
             q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
             num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, BLOCK,
+            ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     else:
         _range_logits(
             q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
             num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, BLOCK,
+            ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     # fmt: on
 
 
 # Tokens are the rows of the matrix product and the query rows its 8 columns: half the instructions of the transposed product, and codes go
 # from shared memory to the operand registers as bytes.
-LAUNCH = Launch(64, 2, 4, "H200, B64 L32k, 8192 candidates: 162 us against 189 with (128, 4, 3) and 306 with 8 warps")
+LAUNCH = Launch(64, 1, 3, "H200, B64 L32k, 8192 candidates: 147 us; two warps take 172, because one alone needs no barriers")
+PREFIX_LAUNCH = Launch(
+    128, 2, 3, "H200, B64 L32k, 16 bytes a token: 282 us with 168 registers, 235 with 128; 96 is the least that spills nothing there", 96
+)
 WAVES = 8
 
 
@@ -264,7 +378,8 @@ def shadow_logits(
     num_pages, kv_heads, page_size, _ = k_scale.shape
     capacity, max_pages = logits.shape[3], page_table.shape[1]
     rows = batch * kv_heads
-    chunk = chunk_size(rows, capacity, q, LAUNCH.block, WAVES)
+    launch = PREFIX_LAUNCH if prefix else LAUNCH
+    chunk = chunk_size(rows, capacity, q, launch.block, WAVES)
     splits = max(cdiv(capacity, chunk), 1)
     peaks = logits.new_empty((batch * query_tokens * heads, splits))
     sums = torch.empty_like(peaks)
@@ -294,13 +409,13 @@ def shadow_logits(
             GROUP=heads // kv_heads,
             HEAD_DIM=head_dim,
             PAGE=page_size,
-            ROWS_PAD=query_rows(query_tokens, heads // kv_heads, 8),
+            ROWS_PAD=query_rows(query_tokens, heads // kv_heads, 4),
             BYTES_PAD=next_power_of_2(head_dim // 2),
             PREFIX=prefix,
             UNIT=unit,
             LISTED=indices is not None,
             CHUNK=chunk,
-            BLOCK=LAUNCH.block,
-            **LAUNCH.options,
+            BLOCK=launch.block,
+            **launch.options,
         )
     return peaks, sums, chunk

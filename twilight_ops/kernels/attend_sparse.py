@@ -153,7 +153,14 @@ def attend_kernel(
             weight = tl.exp2((logit - safe[:, None]) * LOG2E)
             fade = tl.where(peak == new_peak, 1.0, tl.exp2((peak - safe) * LOG2E))
             total = total * fade + tl.sum(tl.where(logit == INF, 1.0, weight), 1)
-            out = tl.dot(weight.to(value.dtype), value, out * fade[:, None], input_precision="ieee")
+            out *= fade[:, None]
+            if QUERY_TOKENS > 1:
+                # 0 * NaN would reach query tokens that do not see this step's newer values: such values become NaN where they are seen.
+                broken = (live & (token > length - QUERY_TOKENS))[:, None] & ~(tl.abs(value.to(tl.float32)) < INF)
+                value = tl.where(broken, 0.0, value)
+                reached = tl.dot(seen.to(value.dtype), broken.to(value.dtype), input_precision="ieee")
+                out = tl.where(reached > 0.0, float("nan"), out)
+            out = tl.dot(weight.to(value.dtype), value, out, input_precision="ieee")
             peak = new_peak
 
         at = (program + row).to(tl.int64) * (QUERY_TOKENS * GROUP) + r

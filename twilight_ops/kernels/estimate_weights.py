@@ -7,7 +7,7 @@ from torch import Tensor
 from ..ops.estimate_weights import check_estimate_weights
 from ._launch import Launch, cdiv, next_power_of_2
 from ._shadow_logits import shadow_logits
-from ._tiles import estimated_weight, listed_slots, live_length, softmax_row
+from ._tiles import estimated_weight, listed_slots, live_length, softmax_row, weight_row
 
 NORMALISE = Launch(4096, 8, 1, "16 values a thread hide the latency of one read and one write")
 
@@ -42,9 +42,9 @@ def normalise_kernel(
     at = weights + out_row.to(tl.int64) * capacity + slot
     weight = tl.zeros([BLOCK], tl.float32)
     if tl.program_id(1) * BLOCK < slots:
-        top, safe, scale = softmax_row(peaks, sums, out_row, (slots + CHUNK - 1) // CHUNK, splits, SPLITS_PAD)
+        _, safe, scale = weight_row(softmax_row(peaks, sums, out_row, (slots + CHUNK - 1) // CHUNK, splits, SPLITS_PAD))
         logit = tl.load(at, mask=slot < slots, other=-float("inf"))
-        weight = estimated_weight(logit, top, safe, scale)
+        weight = estimated_weight(logit, safe, scale)
     tl.store(at, weight, mask=slot < capacity)
 
 

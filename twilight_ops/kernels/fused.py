@@ -21,32 +21,41 @@ SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
 # Bytes of FusedShared by (head_dim, padded rows); csrc/decode_attention.cuh asserts the same numbers.
-FIXED_BYTES = {(64, 1): 3712, (64, 4): 8512, (64, 8): 14928, (128, 1): 4736, (128, 4): 11840, (128, 8): 21328}
+FIXED_BYTES = {(64, 1): 4832, (64, 4): 7584, (64, 8): 11280, (128, 1): 5856, (128, 4): 10912, (128, 8): 17680}
 
 
 @dataclass(frozen=True)
 class ClusterRule:
-    """How many blocks share one (sequence, KV head): enough to fill the chip, and so many that no share is longer than `share_tokens`."""
+    """How many blocks share one (sequence, KV head).
+
+    Where one block a multiprocessor takes the whole grid, as many as fill the chip, but no share shorter than `least_tokens`. Otherwise
+    so many that no share is longer than `share_tokens`.
+    """
 
     share_tokens: int
+    least_tokens: int
     reason: str
 
 
-# Below this many blocks some multiprocessors idle: an H200 has 132.
+# Below this many blocks some multiprocessors idle; an H200 has 132, and a grid of no more has one for every block.
 FILL_BLOCKS = 128
-# A share below this is a few microseconds of barriers around nothing (H200, B 64, L 1k: one block 62 us, two 109 us).
-MIN_SHARE_TOKENS = 1024
+MULTIPROCESSORS = 132
 
-# H200, bf16, D 128, L 32k, development builds, microseconds a layer by cluster size; 32/8 heads are groups of four, 32/32 of one.
+# H200, bf16, D 128, microseconds a layer by cluster size; 32/8 heads are groups of four, 32/32 of one. Shares shorter than 4096 tokens
+# are barriers around nothing: 32/8 B 1 L 8k eight blocks 32, sixteen 39; B 8 L 8k one 51, two 39, four 65.
 CLUSTER_RULES = {
-    ("shadow_prefix", False): ClusterRule(16384, "32/32 B 64: one block 2680, two 1917, four 2287"),
-    ("shadow_prefix", True): ClusterRule(8192, "32/8 B 64: one block 930, two 900, four 693, eight 923"),
-    ("quest", False): ClusterRule(16384, "32/32 B 64: one block 1011, two 921"),
-    ("quest", True): ClusterRule(16384, "32/8 B 64: one block 589, two 398, four 451; B 8: two 101, four 108, eight 138"),
-    ("full", False): ClusterRule(16384, "as quest: its estimates are what full makes of every token"),
-    ("full", True): ClusterRule(8192, "shared memory holds 9k tokens of four rows in half a multiprocessor"),
-    ("dense", False): ClusterRule(2**30, "nothing is kept a token"),
-    ("dense", True): ClusterRule(2**30, "nothing is kept a token"),
+    ("shadow_prefix", False): ClusterRule(16384, 4096, "32/32 B 16 L 32k: one block 527, two 401"),
+    ("shadow_prefix", True): ClusterRule(
+        8192, 4096, "32/8 L 32k, B 64: two 675, four 614; B 8: two 89, four 124; B 1: eight 43, sixteen 45"
+    ),
+    ("quest", False): ClusterRule(32768, 4096, "32/32 B 16 L 32k: one block 217, two 272"),
+    ("quest", True): ClusterRule(
+        16384, 4096, "32/8 L 32k, B 64: one 570, two 369, four 446; B 8: two 71, four 92; B 1: eight 38, sixteen 42"
+    ),
+    ("full", False): ClusterRule(16384, 4096, "as quest: its estimates are what full makes of every token"),
+    ("full", True): ClusterRule(8192, 4096, "shared memory holds 9k tokens of four rows in half a multiprocessor"),
+    ("dense", False): ClusterRule(2**30, 128, "nothing is kept a token"),
+    ("dense", True): ClusterRule(2**30, 128, "L 1k, B 1: two blocks 12, four 9, eight 8; B 8: one 20, two 16, four 23"),
 }
 
 
@@ -89,7 +98,7 @@ def shared_bytes(
         (own_pages if by_page else own(max_tokens) // page_size if by_token else 0) * 4,  # pages
         max(own_candidates, own(listed_tokens) // page_size) * 8,  # candidates
         max(-(-own_items // 32), -(-slots // 32), 128) * 2 * 4,  # bitmaps
-        max(own_items * (1 if by_token else rows), slots * rows) * 4,  # scores and estimates
+        max(own_items * (-(-rows // 2) if by_token else rows), slots * rows) * 4,  # scores and estimates
     )
     end = FIXED_BYTES[head_dim, rows]
     for part in parts:
@@ -121,17 +130,18 @@ def cluster_size(
     """Blocks a (sequence, KV head); 0 where even the largest cluster's shared memory does not hold the selection."""
     max_tokens = max_pages * page_size
     rule = CLUSTER_RULES[selector, rows > 1]
+
+    def fits(size: int) -> bool:
+        needed = shared_bytes(selector, prunes, head_dim, rows, page_size, max_pages, capacity, dense_below, size)
+        return needed <= SHARED_LIMIT
+
     size = 1
-    while size < CLUSTER_SIZES[-1] and (
-        -(-max_tokens // size) > rule.share_tokens or (units * size < FILL_BLOCKS and max_tokens // size > MIN_SHARE_TOKENS // 2)
-    ):
+    while size < CLUSTER_SIZES[-1] and units * size < FILL_BLOCKS and max_tokens // size > rule.least_tokens:
         size *= 2
-    fits = [
-        c
-        for c in CLUSTER_SIZES
-        if c >= size and shared_bytes(selector, prunes, head_dim, rows, page_size, max_pages, capacity, dense_below, c) <= SHARED_LIMIT
-    ]
-    return fits[0] if fits else 0
+    if units * size > MULTIPROCESSORS:
+        while size < CLUSTER_SIZES[-1] and -(-max_tokens // size) > rule.share_tokens:
+            size *= 2
+    return next((c for c in CLUSTER_SIZES if c >= size and fits(c)), 0)
 
 
 def fused_supports(
@@ -164,6 +174,8 @@ def fused_supports(
         or max_pages == 0
     ):
         return 0
+    if max_pages * page_size <= dense_below:  # no row is long enough for anything else, as csrc/decode_attention.cu has it
+        selector = "dense"
     capacity = page_capacity if selector == "quest" else token_capacity
     items = capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
     prunes = selector != "dense" and (top_p < 1.0 or top_p_per_head is not None)

@@ -39,14 +39,18 @@ def append_kv(*arguments, **named) -> None:
     torch.ops.twilight._fused_append_kv(*call.values())
 
 
+def fused_arguments(arguments: tuple, named: dict) -> list:
+    """A call of decode_attention as `_fused_decode_attention` takes it, but for the cluster size."""
+    return [value for name, value in _bind_decode_attention(arguments, named).items() if name not in _STAGED_ONLY]
+
+
 def decode_attention(*arguments, **named) -> tuple[torch.Tensor, torch.Tensor]:
     call = _bind_decode_attention(arguments, named)
     check_decode_attention(**call)
     cluster_size = fused.fused_supports(**{name: call[name] for name in _SUPPORT_ARGUMENTS})
     if cluster_size == 0:
         return staged_decode_attention(**call)
-    fused_arguments = [value for name, value in call.items() if name not in _STAGED_ONLY]
-    return torch.ops.twilight._fused_decode_attention(*fused_arguments, cluster_size)
+    return torch.ops.twilight._fused_decode_attention(*fused_arguments((), call), cluster_size)
 
 
 KERNELS = {"append_kv": append_kv, "decode_attention": decode_attention}

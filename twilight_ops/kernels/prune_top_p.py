@@ -8,13 +8,14 @@ from torch import Tensor
 from ..ops.prune_top_p import check_prune_top_p
 from ._counters import count_row, mean_mass
 from ._launch import Launch, next_power_of_2, query_rows
-from ._tiles import INF, estimated_weight, in_order, listed_slots, slot_tokens, softmax_row, store_compacted
+from ._tiles import INF, estimated_weight, in_order, listed_slots, slot_tokens, softmax_row, store_compacted, weight_row
 
-RESIDENT = Launch(8192, 8, 1, "32 weights a thread stay in registers from sum to marks; two programs share a multiprocessor", 128)
+RESIDENT = Launch(4096, 8, 1, "H200, B64: 43 us for 4096 slots; 8192 in 128 registers took 124, and a looped row 72 for every 8192", 64)
 SHORT = Launch(2048, 4, 1, "16 weights a thread")
-LOOPED = Launch(4096, 8, 1, "longer rows are read three times: sum, survivors, marks")
-# Survivors of the cut are a few hundred to two thousand of 8192; up to LARGE of them are bisected in registers.
-SURVIVORS_SMALL, SURVIVORS_LARGE = 1024, 4096
+LOOPED = Launch(4096, 8, 1, "longer rows are read twice, for their sum and for the survivors; the second time from L2")
+# Survivors of the cut are a few hundred to two thousand of 8192.
+BISECT = Launch(2048, 4, 1, "16 weights a thread; a probe is one pass over registers and one sum over the threads")
+BISECT_SHORT = 512
 UNION = Launch(2048, 8, 1, "8 slots a thread and a scan; one program a KV head")
 
 # What an int32 position can be; the operator itself knows no page table.
@@ -22,9 +23,17 @@ MAX_TOKENS = 2**31 - 1
 
 MASS_UNIT_HALF = tl.constexpr(1048576.0)  # 2**20, twice: masses are in units of 2**-40
 HALF_BITS = tl.constexpr(20)
-# No weight below 2**-40 has any mass, and none counts as more than 1.
-LOWEST_KEY = tl.constexpr((127 - 40) << 23)
+# No weight counts as more than 1.
 HIGHEST_KEY = tl.constexpr((127 << 23) + 1)
+
+
+@triton.jit
+def _by_thread(COUNT: tl.constexpr, THREADS: tl.constexpr):
+    """0 .. COUNT - 1 as a tile [THREADS, COUNT / THREADS] whose rows each lie in one thread: sums and scans of them move nothing."""
+    rows: tl.constexpr = THREADS if THREADS < COUNT else COUNT
+    entry = tl.arange(0, rows)[:, None] + tl.arange(0, COUNT // rows)[None, :] * rows
+    # Hidden from the compiler, because vector loads would bring a layout of their own.
+    return tl.max_contiguous(entry, [1, 1])
 
 
 @triton.jit
@@ -43,12 +52,12 @@ def _slot_weight(
     LISTED: tl.constexpr,
     FROM_LOGITS: tl.constexpr,
 ):
-    """Live slots, live slots whose weight is NaN, and the weights clamped to 0..1, 0 elsewhere."""
+    """Weights clamped to 0..1, -1 where a slot is not live, and where a live slot's weight is NaN."""
     inside = slot < slots
     at = weights + out_row.to(tl.int64) * capacity + slot
     if FROM_LOGITS:
         logit = tl.load(at, mask=inside, other=-INF)
-        weight = estimated_weight(logit, softmax[0], softmax[1], softmax[2])
+        weight = estimated_weight(logit, softmax[1], softmax[2])
     else:
         weight = tl.load(at, mask=inside, other=0.0)
     if FROM_LOGITS and QUERY_TOKENS == 1:
@@ -58,22 +67,39 @@ def _slot_weight(
         token = slot_tokens(indices, row, slot, inside, capacity, UNIT, LISTED)
         live = (token >= 0) & (token < length)
     nan = live & (weight != weight)
-    weight = tl.where(live & (weight > 0.0), tl.minimum(weight, 1.0), 0.0)
-    return live, nan, weight
+    weight = tl.where(weight > 0.0, tl.minimum(weight, 1.0), 0.0)
+    return tl.where(live, weight, -1.0), nan
 
 
 @triton.jit
-def _mass(weight):
-    """trunc(weight * 2**40), from two 20-bit words that are both exact in fp32."""
-    scaled = weight * MASS_UNIT_HALF
+def _row_flags(weight, nan, top, QUERY_TOKENS: tl.constexpr, FROM_LOGITS: tl.constexpr):
+    """Bit 0: something is live. Bit 1: a live weight is NaN."""
+    if FROM_LOGITS and QUERY_TOKENS == 1:
+        flags = (top != -INF).to(tl.int32) + (top == INF).to(tl.int32) * 2
+    else:
+        bits = (weight >= 0.0).to(tl.int32) | nan.to(tl.int32) * 2
+        flags = tl.max(tl.max(bits & 1, 1), 0) | tl.max(tl.max(bits & 2, 1), 0)
+    return flags
+
+
+@triton.jit
+def _mass_words(weight):
+    """The high and low 20 bits of trunc(weight * 2**40), both exact in fp32."""
+    scaled = tl.maximum(weight, 0.0) * MASS_UNIT_HALF
     high = scaled.to(tl.int32)
     low = ((scaled - high.to(tl.float32)) * MASS_UNIT_HALF).to(tl.int32)
-    return (high.to(tl.int64) << HALF_BITS) + low.to(tl.int64)
+    return high, low
 
 
 @triton.jit
-def _sum64(masses):
-    return tl.sum(tl.sum(masses, 1), 0)
+def _thread_mass(high, low):
+    """Each row's sum of a `_by_thread` tile of masses: a thread's own words stay far below 2**31."""
+    return (tl.sum(high, 1).to(tl.int64) << HALF_BITS) + tl.sum(low, 1).to(tl.int64)
+
+
+@triton.jit
+def _mass_sum(high, low):
+    return tl.sum(_thread_mass(high, low), 0)
 
 
 @triton.jit
@@ -91,110 +117,43 @@ def _needed(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, tota
 
 
 @triton.jit
-def _single(at_low, at_high, low):
-    """Whether one weight at most lies in low..high: two would have at least twice the mass of `low`."""
-    one = low.to(tl.float32, bitcast=True).to(tl.float64) * (MASS_UNIT_HALF * MASS_UNIT_HALF)
-    return at_low - at_high < 2 * one.to(tl.int64)
-
-
-@triton.jit
-def _bisect_tile(survivors, count, need, TILE: tl.constexpr):
-    """The key of the lightest survivor to keep, and the mass kept: all survivors in registers."""
-    entry = in_order(TILE // 32)
-    weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
-    key = weight.to(tl.int32, bitcast=True)
-    masses = _mass(weight)
-    bottom = tl.full([], LOWEST_KEY, tl.int32)
-    ceiling = tl.full([], HIGHEST_KEY, tl.int32)
-    at_bottom = _sum64(masses)
-    at_ceiling = tl.zeros([], tl.int64)
-    # The mass at or above `bottom` reaches what is needed, that at or above `ceiling` does not.
-    while (ceiling - bottom > 1) and not _single(at_bottom, at_ceiling, bottom):
-        middle = bottom + (ceiling - bottom) // 2
-        reached = _sum64(tl.where(key >= middle, masses, 0))
-        if reached >= need:
-            bottom = middle
-            at_bottom = reached
-        else:
-            ceiling = middle
-            at_ceiling = reached
-    return tl.min(tl.min(tl.where(key >= bottom, key, HIGHEST_KEY), 1), 0), at_bottom
-
-
-@triton.jit
-def _probe_list(survivors, count, key, BLOCK: tl.constexpr):
-    """Mass of the survivors whose float bits are at least `key`, and the least such bits."""
-    reached = tl.zeros([], tl.int64)
-    least = tl.full([], HIGHEST_KEY, tl.int32)
-    for start in range(0, count, BLOCK):
-        entry = start + in_order(BLOCK // 32)
-        weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
-        own = weight.to(tl.int32, bitcast=True)
-        reached += _sum64(tl.where(own >= key, _mass(weight), 0))
-        least = tl.minimum(least, tl.min(tl.min(tl.where(own >= key, own, HIGHEST_KEY), 1), 0))
-    return reached, least
-
-
-@triton.jit
-def _bisect_list(survivors, count, need, BLOCK: tl.constexpr):
-    """`_bisect_tile` for any number of survivors, read again for each probe."""
-    bottom = tl.full([], LOWEST_KEY, tl.int32)
-    ceiling = tl.full([], HIGHEST_KEY, tl.int32)
-    at_bottom, lightest = _probe_list(survivors, count, bottom, BLOCK)
-    at_ceiling = tl.zeros([], tl.int64)
-    while (ceiling - bottom > 1) and not _single(at_bottom, at_ceiling, bottom):
-        middle = bottom + (ceiling - bottom) // 2
-        reached, least = _probe_list(survivors, count, middle, BLOCK)
-        if reached >= need:
-            bottom = middle
-            at_bottom = reached
-            lightest = least
-        else:
-            ceiling = middle
-            at_ceiling = reached
-    return lightest, at_bottom
-
-
-@triton.jit
-def _bisect(survivors, count, need, SMALL: tl.constexpr, LARGE: tl.constexpr):
-    # Survivors were written by other threads of this program.
-    tl.debug_barrier()
-    if count <= SMALL:
-        lightest, kept = _bisect_tile(survivors, count, need, SMALL)
-    elif count <= LARGE:
-        lightest, kept = _bisect_tile(survivors, count, need, LARGE)
-    else:
-        lightest, kept = _bisect_list(survivors, count, need, LARGE)
-    return lightest, kept
-
-
-@triton.jit
-def _store_marks(keep, at, live, weight, lightest, keep_all, inside):
-    kept = live & (keep_all | (weight.to(tl.int32, bitcast=True) >= lightest))
-    tl.store(keep + at, kept.to(tl.uint8), mask=inside)
-
-
-@triton.jit
 def _needed_and_cut(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total, flags, slots):
-    """Whether all is kept, the mass needed, and the cut: weights of at most that mass may be left out even all together."""
+    """Whether all is kept, the mass needed, and the least weight of a survivor: all lighter ones may be left out even together."""
     p, need = _needed(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total)
     keep_all = (flags >= 2) | (p >= 1.0) | (total == 0)
-    return keep_all, need, tl.maximum(total - need, 0) // tl.maximum(slots, 1)
+    # Weights of at most this mass are left out; the least fp32 of more mass is the next integer's, rounded up.
+    cut = tl.maximum(total - need, 0) // tl.maximum(slots, 1) + 1
+    exact = cut.to(tl.float64) / (MASS_UNIT_HALF * MASS_UNIT_HALF)
+    least = exact.to(tl.float32)
+    bits = least.to(tl.int32, bitcast=True) + tl.where(least.to(tl.float64) < exact, 1, 0)
+    return keep_all, need, tl.where(keep_all, HIGHEST_KEY, bits)
 
 
 @triton.jit
-def _store_mass(mass, out_row, flags, keep_all, kept, total):
-    share = (kept.to(tl.float64) / tl.maximum(total, 1).to(tl.float64)).to(tl.float32)
-    tl.store(mass + out_row, tl.where(flags > 0, tl.where(keep_all, 1.0, share), 0.0))
+def _list_survivors(survivors, places, slot, weight, cut, base):
+    """Appends weights whose bits are at least `cut`, with their slots, in any order; returns how many there are now."""
+    taken = weight.to(tl.int32, bitcast=True) >= cut
+    flag = taken.to(tl.int32)
+    own = tl.sum(flag, 1)
+    at = (base + tl.cumsum(own, 0) - own)[:, None] + tl.cumsum(flag, 1) - flag
+    tl.store(survivors + at, weight, mask=taken)
+    tl.store(places + at, slot, mask=taken)
+    return base + tl.sum(own, 0)
 
 
 @triton.jit
-def _threshold_tile(
+def _store_marks(keep, weight, slot, slots, keep_all):
+    """Marks everything live, or nothing."""
+    tl.store(keep + slot, (keep_all & (weight >= 0.0)).to(tl.uint8), mask=slot < slots)
+
+
+@triton.jit
+def _survivors_tile(
     weights,
     indices,
     survivors,
+    places,
     keep,
-    mass,
     top_p,
     top_p_per_head,
     row,
@@ -212,34 +171,29 @@ def _threshold_tile(
     LISTED: tl.constexpr,
     FROM_LOGITS: tl.constexpr,
     TILE: tl.constexpr,
-    SMALL: tl.constexpr,
-    LARGE: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """A whole row in registers. The survivors of the cut are listed, and the threshold is found among them."""
+    """A whole row in registers."""
     base = out_row.to(tl.int64) * capacity
-    entry = in_order(TILE // 32)
-    live, nan, weight = _slot_weight(
-        weights, indices, row, out_row, entry, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
+    slot = _by_thread(TILE, THREADS)
+    weight, nan = _slot_weight(
+        weights, indices, row, out_row, slot, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
     )
-    total = _sum64(_mass(weight))
-    flags = tl.max(tl.max(live.to(tl.int32) + nan.to(tl.int32) * 2, 1), 0)
+    high, low = _mass_words(weight)
+    total = _mass_sum(high, low)
+    flags = _row_flags(weight, nan, softmax[0], QUERY_TOKENS, FROM_LOGITS)
     keep_all, need, cut = _needed_and_cut(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total, flags, slots)
-    lightest = tl.full([], HIGHEST_KEY, tl.int32)
-    kept = total
-    if not keep_all:
-        count = store_compacted(survivors + base, weight, _mass(weight) > cut, 0, capacity)
-        lightest, kept = _bisect(survivors + base, count, need, SMALL, LARGE)
-    _store_marks(keep, base + entry, live, weight, lightest, keep_all, entry < slots)
-    _store_mass(mass, out_row, flags, keep_all, kept, total)
+    _store_marks(keep + base, weight, slot, slots, keep_all)
+    return total, flags, keep_all, need, cut, _list_survivors(survivors + base, places + base, slot, weight, cut, 0)
 
 
 @triton.jit
-def _threshold_looped(
+def _survivors_looped(
     weights,
     indices,
     survivors,
+    places,
     keep,
-    mass,
     top_p,
     top_p_per_head,
     row,
@@ -257,41 +211,35 @@ def _threshold_looped(
     LISTED: tl.constexpr,
     FROM_LOGITS: tl.constexpr,
     TILE: tl.constexpr,
-    SMALL: tl.constexpr,
-    LARGE: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """A row too long for registers: its weights are computed anew for each of three walks."""
+    """A row too long for registers: its weights are computed anew for the second walk."""
     base = out_row.to(tl.int64) * capacity
-    entry = in_order(TILE // 32)
-    total = tl.zeros([], tl.int64)
+    masses = tl.zeros([THREADS], tl.int64)
     flags = tl.zeros([], tl.int32)
     for start in range(0, slots, TILE):
-        live, nan, weight = _slot_weight(
-            weights, indices, row, out_row, start + entry, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
+        slot = start + _by_thread(TILE, THREADS)
+        weight, nan = _slot_weight(
+            weights, indices, row, out_row, slot, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
         )
-        total += _sum64(_mass(weight))
-        flags |= tl.max(tl.max(live.to(tl.int32) + nan.to(tl.int32) * 2, 1), 0)
+        high, low = _mass_words(weight)
+        masses += _thread_mass(high, low)
+        flags |= _row_flags(weight, nan, softmax[0], QUERY_TOKENS, FROM_LOGITS)
+    total = tl.sum(masses, 0)
     keep_all, need, cut = _needed_and_cut(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total, flags, slots)
-    lightest = tl.full([], HIGHEST_KEY, tl.int32)
-    kept = total
-    if not keep_all:
-        count = tl.zeros([], tl.int32)
-        for start in range(0, slots, TILE):
-            _, _, weight = _slot_weight(
-                weights, indices, row, out_row, start + entry, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
-            )
-            count += store_compacted(survivors + base, weight, _mass(weight) > cut, count, capacity)
-        lightest, kept = _bisect(survivors + base, count, need, SMALL, LARGE)
+    count = tl.zeros([], tl.int32)
     for start in range(0, slots, TILE):
-        live, _, weight = _slot_weight(
-            weights, indices, row, out_row, start + entry, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
+        slot = start + _by_thread(TILE, THREADS)
+        weight, _ = _slot_weight(
+            weights, indices, row, out_row, slot, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
         )
-        _store_marks(keep, base + start + entry, live, weight, lightest, keep_all, start + entry < slots)
-    _store_mass(mass, out_row, flags, keep_all, kept, total)
+        _store_marks(keep + base, weight, slot, slots, keep_all)
+        count = _list_survivors(survivors + base, places + base, slot, weight, cut, count)
+    return total, flags, keep_all, need, cut, count
 
 
 @triton.jit
-def threshold_kernel(
+def survivors_kernel(
     weights,  # [B, T, Hq, capacity]: weights, or logits with their partial maxima and sums
     peaks,  # [B * T * Hq, splits] or None
     sums,
@@ -299,7 +247,10 @@ def threshold_kernel(
     indices,  # [B, Hkv, capacity / UNIT] or None
     counts,  # [B, Hkv] or None
     top_p_per_head,  # [B or 1, Hq or 1] or None
-    survivors,  # [B, T, Hq, capacity] fp32, scratch
+    survivors,  # [B, T, Hq, capacity] fp32
+    places,  # [B, T, Hq, capacity] int32
+    masses,  # [B * T * Hq, 2] int64: needed, total
+    cuts,  # [B * T * Hq, 2] int32: survivors, bits of the least weight that may be one
     keep,  # [B, T, Hq, capacity] uint8
     mass,  # [B, T, Hq]
     top_p: tl.float64,
@@ -319,10 +270,12 @@ def threshold_kernel(
     TILE_SMALL: tl.constexpr,
     TILE_LARGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    SMALL: tl.constexpr,
-    LARGE: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """Grid (B * T * Hq): one program finds one query head's threshold by bisection on the float bits, and marks what it keeps."""
+    """Grid (B * T * Hq): one program sums one query head's mass and lists the weights that its threshold can be among.
+
+    What weighs so little that all of its like together could be left out is left out at once. Rows that keep everything are done here.
+    """
     out_row = tl.program_id(0)
     query_head = out_row % (KV_HEADS * GROUP)
     batch = out_row // (QUERY_TOKENS * KV_HEADS * GROUP)
@@ -333,18 +286,152 @@ def threshold_kernel(
         return
     softmax = (0.0, 0.0, 1.0)
     if peaks is not None:
-        softmax = softmax_row(peaks, sums, out_row, (slots + CHUNK - 1) // CHUNK, splits, SPLITS_PAD)
-    # fmt: off
+        softmax = weight_row(softmax_row(peaks, sums, out_row, (slots + CHUNK - 1) // CHUNK, splits, SPLITS_PAD))
+    arguments = (
+        weights,
+        indices,
+        survivors,
+        places,
+        keep,
+        top_p,
+        top_p_per_head,
+        row,
+        out_row,
+        batch,
+        query_head,
+        slots,
+        length,
+        capacity,
+        softmax,
+        stride_pb,
+        stride_ph,
+    )
     if slots <= TILE_SMALL:
-        _threshold_tile(weights, indices, survivors, keep, mass, top_p, top_p_per_head, row, out_row, batch, query_head, slots, length,
-                        capacity, softmax, stride_pb, stride_ph, QUERY_TOKENS, UNIT, LISTED, peaks is not None, TILE_SMALL, SMALL, LARGE)
-    elif TILE_LARGE > TILE_SMALL and slots <= TILE_LARGE:
-        _threshold_tile(weights, indices, survivors, keep, mass, top_p, top_p_per_head, row, out_row, batch, query_head, slots, length,
-                        capacity, softmax, stride_pb, stride_ph, QUERY_TOKENS, UNIT, LISTED, peaks is not None, TILE_LARGE, SMALL, LARGE)
-    elif BLOCK > 0:
-        _threshold_looped(weights, indices, survivors, keep, mass, top_p, top_p_per_head, row, out_row, batch, query_head, slots, length,
-                          capacity, softmax, stride_pb, stride_ph, QUERY_TOKENS, UNIT, LISTED, peaks is not None, BLOCK, SMALL, LARGE)
-    # fmt: on
+        total, flags, keep_all, need, cut, count = _survivors_tile(
+            *arguments, QUERY_TOKENS, UNIT, LISTED, peaks is not None, TILE_SMALL, THREADS
+        )
+    elif BLOCK == 0 or slots <= TILE_LARGE:
+        total, flags, keep_all, need, cut, count = _survivors_tile(
+            *arguments, QUERY_TOKENS, UNIT, LISTED, peaks is not None, TILE_LARGE, THREADS
+        )
+    else:
+        total, flags, keep_all, need, cut, count = _survivors_looped(
+            *arguments, QUERY_TOKENS, UNIT, LISTED, peaks is not None, BLOCK, THREADS
+        )
+    tl.store(masses + out_row * 2, need)
+    tl.store(masses + out_row * 2 + 1, total)
+    tl.store(cuts + out_row * 2, count)
+    tl.store(cuts + out_row * 2 + 1, cut)
+    if keep_all:
+        tl.store(mass + out_row, tl.where(flags > 0, 1.0, 0.0))
+
+
+@triton.jit
+def _single(at_low, at_high, low):
+    """Whether one weight at most lies in low..high: two would have at least twice the mass of `low`."""
+    one = low.to(tl.float32, bitcast=True).to(tl.float64) * (MASS_UNIT_HALF * MASS_UNIT_HALF)
+    return at_low - at_high < 2 * one.to(tl.int64)
+
+
+@triton.jit
+def _bisect_tile(survivors, places, keep, count, need, cut, TILE: tl.constexpr, THREADS: tl.constexpr):
+    """Marks the heaviest survivors that reach the mass needed, and returns their mass: all survivors in registers."""
+    entry = _by_thread(TILE, THREADS)
+    weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
+    key = weight.to(tl.int32, bitcast=True)
+    high, low = _mass_words(weight)
+    bottom = cut
+    ceiling = tl.full([], HIGHEST_KEY, tl.int32)
+    at_bottom = _mass_sum(high, low)
+    at_ceiling = tl.zeros([], tl.int64)
+    # The mass at or above `bottom` reaches what is needed, that at or above `ceiling` does not.
+    while (ceiling - bottom > 1) and not _single(at_bottom, at_ceiling, bottom):
+        middle = bottom + (ceiling - bottom) // 2
+        above = key >= middle
+        reached = _mass_sum(tl.where(above, high, 0), tl.where(above, low, 0))
+        if reached >= need:
+            bottom = middle
+            at_bottom = reached
+        else:
+            ceiling = middle
+            at_ceiling = reached
+    kept = (key >= bottom) & (entry < count)
+    tl.store(keep + tl.load(places + entry, mask=kept, other=0), 1, mask=kept)
+    return at_bottom
+
+
+@triton.jit
+def _probe_list(survivors, count, key, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """Mass of the survivors whose float bits are at least `key`."""
+    reached = tl.zeros([], tl.int64)
+    for start in range(0, count, BLOCK):
+        entry = start + _by_thread(BLOCK, THREADS)
+        weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
+        high, low = _mass_words(tl.where(weight.to(tl.int32, bitcast=True) >= key, weight, 0.0))
+        reached += _mass_sum(high, low)
+    return reached
+
+
+@triton.jit
+def _bisect_list(survivors, places, keep, count, need, cut, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """`_bisect_tile` for any number of survivors, read again for each probe."""
+    bottom = cut
+    ceiling = tl.full([], HIGHEST_KEY, tl.int32)
+    at_bottom = _probe_list(survivors, count, bottom, BLOCK, THREADS)
+    at_ceiling = tl.zeros([], tl.int64)
+    while (ceiling - bottom > 1) and not _single(at_bottom, at_ceiling, bottom):
+        middle = bottom + (ceiling - bottom) // 2
+        reached = _probe_list(survivors, count, middle, BLOCK, THREADS)
+        if reached >= need:
+            bottom = middle
+            at_bottom = reached
+        else:
+            ceiling = middle
+            at_ceiling = reached
+    for start in range(0, count, BLOCK):
+        entry = start + _by_thread(BLOCK, THREADS)
+        weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
+        kept = (weight.to(tl.int32, bitcast=True) >= bottom) & (entry < count)
+        tl.store(keep + tl.load(places + entry, mask=kept, other=0), 1, mask=kept)
+    return at_bottom
+
+
+@triton.jit
+def threshold_kernel(
+    seq_lens,  # [B]
+    survivors,  # [B, T, Hq, capacity] fp32
+    places,  # [B, T, Hq, capacity] int32
+    masses,  # [B * T * Hq, 2] int64
+    cuts,  # [B * T * Hq, 2] int32
+    keep,  # [B, T, Hq, capacity] uint8
+    mass,  # [B, T, Hq]
+    rows_a_sequence,  # T * Hq
+    max_tokens,
+    capacity,
+    dense_below,
+    SMALL: tl.constexpr,
+    LARGE: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Grid (B * T * Hq): one program finds one query head's threshold by bisection on the float bits, and marks what it keeps."""
+    out_row = tl.program_id(0)
+    length = tl.minimum(tl.maximum(tl.load(seq_lens + out_row // rows_a_sequence), 0), max_tokens)
+    if length <= dense_below:
+        return
+    count = tl.load(cuts + out_row * 2)
+    # A row without survivors keeps everything, and is done.
+    if count > 0:
+        cut = tl.load(cuts + out_row * 2 + 1)
+        need = tl.load(masses + out_row * 2)
+        base = out_row.to(tl.int64) * capacity
+        if count <= SMALL:
+            kept = _bisect_tile(survivors + base, places + base, keep + base, count, need, cut, SMALL, THREADS)
+        elif count <= LARGE:
+            kept = _bisect_tile(survivors + base, places + base, keep + base, count, need, cut, LARGE, THREADS)
+        else:
+            kept = _bisect_list(survivors + base, places + base, keep + base, count, need, cut, LARGE, THREADS)
+        total = tl.load(masses + out_row * 2 + 1)
+        tl.store(mass + out_row, (kept.to(tl.float64) / total.to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
@@ -446,41 +533,69 @@ def thresholds(
     strides = (0, 0)
     if top_p_per_head is not None:
         strides = tuple(0 if size == 1 else stride for size, stride in zip(top_p_per_head.shape, top_p_per_head.stride(), strict=True))
-    padded = next_power_of_2(max(capacity, 64))
+    rows = batch * query_tokens * heads
+    # Tiles of one entry a thread crash Triton 3.6 while it removes layout conversions.
+    padded = next_power_of_2(max(capacity, 512))
     large = min(padded, RESIDENT.block)
-    survivors_large = min(SURVIVORS_LARGE, padded)
-    if batch * query_tokens * heads:
-        threshold_kernel[(batch * query_tokens * heads,)](
-            weights,
-            peaks,
-            sums,
-            seq_lens,
-            indices,
-            counts,
-            top_p_per_head,
-            torch.empty_like(weights),
-            keep,
-            mass,
-            top_p,
-            *strides,
-            max_tokens,
-            capacity,
-            splits,
-            dense_below,
-            KV_HEADS=kv_heads,
-            QUERY_TOKENS=query_tokens,
-            GROUP=heads // kv_heads,
-            UNIT=unit,
-            LISTED=indices is not None,
-            CHUNK=chunk,
-            SPLITS_PAD=next_power_of_2(splits),
-            TILE_SMALL=min(SHORT.block, large),
-            TILE_LARGE=large,
-            BLOCK=LOOPED.block if padded > large else 0,
-            SMALL=min(SURVIVORS_SMALL, survivors_large),
-            LARGE=survivors_large,
-            **(RESIDENT if padded > SHORT.block else SHORT).options,
-        )
+    launch = RESIDENT if padded > SHORT.block else SHORT
+    survivors = torch.empty_like(weights)
+    places = torch.empty_like(weights, dtype=torch.int32)
+    masses = torch.empty((rows, 2), dtype=torch.int64, device=weights.device)
+    cuts = places.new_empty((rows, 2))
+    if rows * capacity == 0:
+        mass.zero_()
+        return keep
+    survivors_kernel[(rows,)](
+        weights,
+        peaks,
+        sums,
+        seq_lens,
+        indices,
+        counts,
+        top_p_per_head,
+        survivors,
+        places,
+        masses,
+        cuts,
+        keep,
+        mass,
+        top_p,
+        *strides,
+        max_tokens,
+        capacity,
+        splits,
+        dense_below,
+        KV_HEADS=kv_heads,
+        QUERY_TOKENS=query_tokens,
+        GROUP=heads // kv_heads,
+        UNIT=unit,
+        LISTED=indices is not None,
+        CHUNK=chunk,
+        SPLITS_PAD=next_power_of_2(splits),
+        TILE_SMALL=min(SHORT.block, large),
+        TILE_LARGE=large,
+        BLOCK=LOOPED.block if padded > large else 0,
+        THREADS=32 * launch.num_warps,
+        **launch.options,
+    )
+    bisect_large = min(BISECT.block, padded)
+    threshold_kernel[(rows,)](
+        seq_lens,
+        survivors,
+        places,
+        masses,
+        cuts,
+        keep,
+        mass,
+        query_tokens * heads,
+        max_tokens,
+        capacity,
+        dense_below,
+        SMALL=min(BISECT_SHORT, bisect_large),
+        LARGE=bisect_large,
+        THREADS=32 * BISECT.num_warps,
+        **BISECT.options,
+    )
     return keep
 
 

@@ -11,6 +11,7 @@ from ._rank import rank
 from ._tiles import (
     INF,
     LOG2E,
+    code_scales,
     live_length,
     physical_page,
     power_of_two,
@@ -88,13 +89,17 @@ def page_logits_kernel(
     negative *= down[None, :]
     positive *= down[None, :]
     q_sum = tl.sum(negative + positive, 0)
+    if bounds_scale is not None:
+        query_factor, _, product_factor = code_scales(dtype)
+        negative *= query_factor
+        positive *= query_factor
     negative = negative.to(dtype)
     positive = positive.to(dtype)
     up *= sm_scale
     out_row = (batch * QUERY_TOKENS + query_token).to(tl.int64) * (KV_HEADS * GROUP) + query_head
     out = logits + out_row * stride_logits
 
-    reference = tl.zeros([ROWS_PAD], tl.float32)
+    reference = tl.zeros([BLOCK, ROWS_PAD], tl.float32)
     peak = tl.full([BLOCK, ROWS_PAD], -INF, tl.float32)
     total = tl.zeros([BLOCK, ROWS_PAD], tl.float32)
     local = tl.arange(0, BLOCK)
@@ -114,7 +119,7 @@ def page_logits_kernel(
         bound = tl.dot(high, positive, bound, input_precision="ieee")
         if bounds_scale is not None:
             scale, zero = scale_and_zero(tl.broadcast_to(tl.load(bounds_scale + block)[:, None], [BLOCK, ROWS_PAD]))
-            bound = bound * scale + q_sum[None, :] * zero
+            bound = bound * product_factor * scale + q_sum[None, :] * zero
         logit = bound * up[None, :]
         weighed = tl.where(live[:, None] & (logit < INF), logit, -INF)
         reference, peak, total = softmax_step(weighed, reference, peak, total, start == first)

@@ -15,6 +15,8 @@ def group_scores(logits: Tensor, live: Tensor) -> Tensor:
     live = live[:, None, :, None]
     broken = live & (logits.isnan() | (logits == math.inf))
     logits = logits.masked_fill(~live | broken, -math.inf)
+    if logits.shape[-1] == 0:
+        return logits.sum(dim=(1, 3))
     peak = logits.amax(-1, keepdim=True)
     weights = (logits - peak.masked_fill(peak == -math.inf, 0.0)).exp()
     total = weights.sum(-1, keepdim=True)

@@ -27,7 +27,7 @@ def attend_sparse(
     every = all_tokens(page_table, kv_heads, page_size)
     tokens, live = candidate_tokens(indices, counts, tokens_per_index, every, seq_lens)
     keys = gather_tokens(k_cache, page_table, tokens).to(dtype)  # [B, Hkv, N, D]
-    values = gather_tokens(v_cache, page_table, tokens).to(dtype).masked_fill(~live[..., None], 0.0)
+    values = gather_tokens(v_cache, page_table, tokens).to(dtype)
     grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)
     logits = torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale
 
@@ -35,5 +35,9 @@ def attend_sparse(
     logits = logits.masked_fill(~seen, -math.inf)
     lse = logits.logsumexp(-1)
     weights = (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp().masked_fill(~seen, 0.0)
-    out = torch.einsum("bthgn,bhnd->bthgd", weights, values)
+    # A value that a query token does not see must not reach it, not even as 0 * NaN.
+    rows = [
+        torch.einsum("bhgn,bhnd->bhgd", weights[:, t], values.masked_fill(~seen[:, t, :, 0, :, None], 0.0)) for t in range(query_tokens)
+    ]
+    out = torch.stack(rows, dim=1)
     return out.reshape(q.shape).to(q.dtype).contiguous(), lse.reshape(batch, query_tokens, heads).float().contiguous()

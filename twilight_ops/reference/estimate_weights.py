@@ -36,6 +36,8 @@ def estimate_weights(
 
     seen = visible(tokens, live, seq_lens, query_tokens)[:, :, :, None]  # [B, T, Hkv, 1, N]
     logits = logits.masked_fill(~seen, -math.inf)
+    if logits.shape[-1] == 0:
+        return logits.view(batch, query_tokens, heads, 0)
     peak = logits.amax(-1, keepdim=True)
     weights = (logits - peak.masked_fill(peak == -math.inf, 0.0)).exp().masked_fill(~seen, 0.0)
     total = weights.sum(-1, keepdim=True)

@@ -21,6 +21,9 @@ def prune_top_p(
     recent_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, query_tokens, heads, slots = weights.shape
+    if slots == 0:
+        lists = weights.new_empty((batch, num_kv_heads, 0), dtype=torch.int32)
+        return lists, lists.new_zeros((batch, num_kv_heads)), weights.new_zeros(weights.shape[:3])
     seq_lens = seq_lens.long().clamp(min=0)
     every = torch.arange(slots, device=weights.device).expand(batch, num_kv_heads, -1)
     tokens, live = candidate_tokens(indices, counts, tokens_per_index, every, seq_lens)

@@ -1,0 +1,430 @@
+"""The benches' own parts: what is built, counted, checked and plotted. The GPU's flow runs on stand-ins of what only a GPU has."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import bench_decode_attention as bench  # noqa: E402
+import peers  # noqa: E402
+import plot_decode_attention as plots  # noqa: E402
+import runner  # noqa: E402
+import speed_of_light  # noqa: E402
+import timing  # noqa: E402
+import workload  # noqa: E402
+from timing import Sizes, buffer_sets  # noqa: E402
+
+from twilight_ops import Quest, ShadowPrefix, TwilightConfig, kernels, ops  # noqa: E402
+
+SMALL = Sizes(2, 1, 8, 2, 128, 16, 1024, torch.float32)
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def data():
+    with torch.inference_mode():
+        return workload.build(SMALL, "cpu", 2)
+
+
+def configured(data, selector) -> dict:
+    layer = data.layers(TwilightConfig(selector=selector, top_p=0.85, dense_layers=0, dense_below=0))[1]
+    return workload.decode_arguments(data.queries[1], layer, data.paging, data.sm_scale)
+
+
+def kept_of(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, max_pages = arguments["page_table"].shape
+    _, kv_heads, page_size, _ = arguments["k_cache"].shape
+    kept = torch.empty(batch, kv_heads, max_pages * page_size, dtype=torch.int32)
+    counts = torch.empty(batch, kv_heads, dtype=torch.int32)
+    ops.decode_attention(**arguments, kept_indices=kept, kept_counts=counts)
+    return kept, counts
+
+
+def chunk_bytes(chunk: speed_of_light.Chunks) -> list[torch.Tensor]:
+    """What the reader loads, one [count, size] uint8 tensor a unit; an address outside the tensor is an error here."""
+    memory = chunk.base.contiguous().view(torch.uint8).flatten()
+    assert chunk.base.is_contiguous()
+    found = []
+    for offsets, count in zip(chunk.offsets, chunk.counts.tolist(), strict=True):
+        assert (offsets[:count] % speed_of_light.VECTOR_BYTES == 0).all()
+        found.append(memory[offsets[:count, None] + torch.arange(chunk.size)])
+    return found
+
+
+def test_buffer_sets_share_layers_and_leave_the_data_as_it_was(data):
+    first, second = data.cache.layers
+    assert first.k_cache.data_ptr() != second.k_cache.data_ptr()
+    for a, b in zip(first.tensors(), second.tensors(), strict=True):
+        assert torch.equal(a, b)
+    pages = data.cache.page_table[1].long()
+    keys = first.k_cache[pages].transpose(1, 2).flatten(0, 1)  # [M * S, Hkv, D]
+    assert torch.equal(keys[: SMALL.length], data.keys[1])
+    assert not torch.equal(data.queries[0], data.queries[1])
+
+
+def test_dense_copies_are_contiguous_and_taken_in_turn(data):
+    sets = data.dense_copies()
+    assert len(sets) == len(data.queries)
+    assert len({k.data_ptr() for k, _ in sets}) == data.copies
+    for k, v in sets:
+        assert k.is_contiguous() and v.is_contiguous()
+        assert torch.equal(k.transpose(1, 2), data.keys) and torch.equal(v.transpose(1, 2), data.values)
+
+
+def test_exact_is_sdpa(data):
+    out, lse = data.exact(1)
+    k, v = data.dense_copies()[1]
+    torch.testing.assert_close(out, peers.sdpa_gqa(data.queries[1], k, v, data.sm_scale))
+    config = TwilightConfig(dense_layers=2)
+    ours, our_lse = ops.decode_attention(**workload.decode_arguments(data.queries[1], data.layers(config)[1], data.paging, data.sm_scale))
+    torch.testing.assert_close(ours, out)
+    torch.testing.assert_close(our_lse, lse)
+
+
+def test_a_spread_of_logits_is_the_one_asked_for():
+    wide = workload.build(Sizes(1, 1, 2, 2, 64, 16, 4096, torch.float32), "cpu", 1, spread=2.0)
+    logits = torch.einsum("bthd,blhd->bhl", wide.queries[0], wide.keys) * wide.sm_scale
+    assert torch.allclose(logits.std(-1), torch.tensor(2.0), atol=0.2)
+
+
+@pytest.mark.parametrize("memory", [None, 150 * 10**9, 141 * 10**9, 80 * 10**9])
+@pytest.mark.parametrize("heads", [8, 32])
+def test_buffer_sets_fit_the_memory_and_empty_the_l2(heads, memory):
+    for batch, length, _ in bench.GPU_CELLS:
+        sizes = Sizes(batch, 1, 32, heads, 128, 16, length, torch.bfloat16)
+        paged, dense = buffer_sets(sizes, "cuda", memory)
+        used = paged * sizes.paged_bytes + dense * sizes.kv_bytes
+        if memory is not None:
+            assert used <= memory
+        if paged == 0:
+            assert dense == 0 and sizes.paged_bytes + sizes.kv_bytes + timing.RESERVED_BYTES > memory
+        elif memory is None:
+            assert paged >= 2 and paged * sizes.kv_bytes > 4 * 60e6  # four times an H200's L2
+            assert paged == timing.MAX_SETS or paged * sizes.touched_bytes >= min(timing.COLD_TOUCHED_BYTES, 2 * sizes.touched_bytes)
+            assert dense >= 1 and dense * sizes.kv_bytes >= min(GIB, paged * sizes.kv_bytes)
+
+
+def test_the_largest_cell_of_the_targets_fits_an_h200_and_the_next_does_not():
+    bf16 = torch.bfloat16
+    assert buffer_sets(Sizes(64, 1, 32, 32, 128, 16, 32768, bf16), "cuda", 150 * 10**9) == (2, 1)
+    assert buffer_sets(Sizes(64, 1, 32, 32, 128, 16, 131072, bf16), "cuda", 150 * 10**9) == (0, 0)
+
+
+def test_a_cell_that_does_not_fit_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 140 * GIB))
+    with pytest.raises(MemoryError, match=r"B64 .* need 77 GiB, 10 GiB are free"):
+        workload.build(Sizes(64, 1, 32, 32, 128, 16, 32768, torch.bfloat16), "cuda")
+
+
+def test_the_grid_has_every_cell_once_and_the_targets_first():
+    assert len(bench.GPU_CELLS) == len(set(bench.GPU_CELLS)) == 32
+    assert tuple(bench.GPU_CELLS[: len(bench.GPU_FIRST)]) == bench.GPU_FIRST
+    assert set(bench.GPU_FIRST) <= set(bench.GPU_GRID)
+
+
+def test_speed_of_light_reads_the_kept_rows_of_k_and_v(data):
+    for selector in (Quest(token_budget=256), ShadowPrefix(token_budget=128, budget_fraction=0.0, prefix_channels=32)):
+        arguments = configured(data, selector)
+        kept, counts = kept_of(arguments)
+        candidates = torch.zeros(2, 2, 1, dtype=torch.int32), torch.ones(2, 2, dtype=torch.int32)
+        *_, keys, values = speed_of_light.decode_chunks(arguments, candidates, (kept, counts))
+        for chunk, expected in ((keys, data.keys), (values, data.values)):
+            for unit, got in enumerate(chunk_bytes(chunk)):
+                b, h = divmod(unit, SMALL.num_kv_heads)
+                rows = expected[b, kept[b, h, : counts[b, h]].long(), h].contiguous()
+                assert torch.equal(got.view(torch.float32), rows)
+
+
+def test_speed_of_light_reads_whole_pages_bounds_and_shadow_for_quest(data):
+    arguments = configured(data, Quest(token_budget=256))
+    pages, counts = ops.select_pages(
+        arguments["q"], arguments["page_bounds"], arguments["bounds_scale"], *data.paging, 16, 256, 0.0, data.sm_scale
+    )
+    bounds, bounds_scale, codes, scales, *_ = speed_of_light.decode_chunks(arguments, (pages, counts), kept_of(arguments))
+    table = data.cache.page_table.long()
+    for unit in range(SMALL.lists):
+        b, h = divmod(unit, SMALL.num_kv_heads)
+        listed = table[b, pages[b, h, : counts[b, h]].long()]
+        assert torch.equal(chunk_bytes(bounds)[unit], arguments["page_bounds"][table[b], h].flatten(1))
+        assert torch.equal(chunk_bytes(codes)[unit], arguments["k_quant"][listed, h])
+        assert torch.equal(chunk_bytes(scales)[unit].view(torch.bfloat16), arguments["k_scale"][listed, h].flatten(1))
+        # A scale of 4 bytes lies in the 16 that are read for it.
+        wanted = arguments["bounds_scale"][table[b], h].contiguous().view(torch.uint8)
+        windows = chunk_bytes(bounds_scale)[unit].unfold(1, 4, 4)
+        assert (windows == wanted[:, None]).all(-1).any(-1).all()
+
+
+@pytest.mark.parametrize("prefix", [32, 64, 80])
+def test_speed_of_light_reads_prefixes_and_tails_for_the_shadow_prefix(data, prefix):
+    arguments = configured(data, ShadowPrefix(token_budget=128, budget_fraction=0.0, prefix_channels=32))
+    arguments["prefix_channels"] = torch.full_like(arguments["prefix_channels"], prefix)
+    tokens = torch.arange(3, 1003, 11, dtype=torch.int32).expand(2, 2, -1).contiguous()
+    counts = torch.tensor([[91, 0], [17, 90]], dtype=torch.int32)
+    codes, scales, tails, *_ = speed_of_light.decode_chunks(arguments, (tokens, counts), kept_of(arguments))
+    table, tail = data.cache.page_table.long(), (128 - prefix) // 2
+    for unit in range(SMALL.lists):
+        b, h = divmod(unit, SMALL.num_kv_heads)
+        block = arguments["k_quant"][table[b], h]  # [M, S * D / 2]
+        assert torch.equal(chunk_bytes(codes)[unit], block[:, : 16 * prefix // 2])
+        assert torch.equal(chunk_bytes(scales)[unit].view(torch.bfloat16), arguments["k_scale"][table[b], h].flatten(1))
+        rows = block[:, 16 * prefix // 2 :].reshape(-1, tail)[tokens[b, h, : counts[b, h]].long()]
+        windows = chunk_bytes(tails)[unit].unfold(1, tail, 4)  # a tail starts at a multiple of 4 bytes
+        assert (windows == rows[:, None]).all(-1).any(-1).all()
+    assert tails.nbytes == int(counts.sum()) * tails.size
+
+
+def test_speed_of_light_reads_all_of_k_and_v_for_dense(data):
+    arguments = configured(data, Quest())
+    arguments["selector"] = "dense"
+    chunks = speed_of_light.decode_chunks(arguments)
+    assert sum(c.nbytes for c in chunks) == SMALL.kv_bytes
+    keys = torch.stack(chunk_bytes(chunks[0])).view(torch.float32).view(2, 2, -1, 128)
+    assert torch.equal(keys, data.keys.transpose(1, 2))
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 256, 4096])
+def test_the_reciprocal_divides_exactly(size):
+    chunk = speed_of_light.Chunks(torch.zeros(1), torch.zeros(1, 1), torch.ones(1, dtype=torch.int32), size)
+    vectors = size // speed_of_light.VECTOR_BYTES
+    for index in [*range(5000), *range(2**21 - 2000, 2**21)]:  # 32 MiB of a unit's vectors
+        assert (index if chunk.reciprocal == 0 else index * chunk.reciprocal >> 32) == index // vectors
+
+
+def row(method: str, us: float, batch: int = 1, length: int = 32768, heads: tuple[int, int] = (32, 8), **columns) -> dict:
+    shape = {"B": batch, "T": 1, "Hq": heads[0], "Hkv": heads[1], "D": 128, "S": 16, "L": length}
+    return {"device": "cuda", "shape": shape, "dtype": "bfloat16", "method": method, "median_us": us} | columns
+
+
+def test_ratios_are_to_what_the_same_cell_measured():
+    cell = bench.Cell(SMALL, {"torch_fa2": 50.0, "cudnn_sdpa": 40.0, "speed_of_light_quest": 5.0, "speed_of_light_dense": 32.0})
+    cell.dense_peers = ("torch_fa2", "cudnn_sdpa", "flex_attention")
+    assert cell.best_dense == 40.0
+    cell.medians |= {"twilight_quest": 10.0, "twilight_dense": 40.0}
+    sparse, dense = row("twilight_quest", 10.0, takes_dense_path=False), row("twilight_dense", 40.0, takes_dense_path=True)
+    bench.compare(cell, sparse)
+    bench.compare(cell, dense)
+    assert sparse["ratio_to_fa2"] == 5.0 and sparse["share_of_speed_of_light"] == 0.5
+    assert dense["ratio_to_fa2"] == 1.25 and dense["share_of_speed_of_light"] == 0.8
+
+
+def test_wrong_results_are_refused(data):
+    exact, lse = data.exact(0)
+    assert bench.exact_check(exact)(exact) is None
+    assert "differs" in bench.exact_check(exact)(exact * 1.1)
+    assert "differs" in bench.exact_check(exact)(torch.full_like(exact, torch.nan))
+    check = bench.sparse_check(lse, 0.85)
+    assert check((exact, lse - 0.15)) is None
+    assert "not finite" in check((torch.full_like(exact, torch.nan), lse))
+    assert "exceeds" in check((exact, lse + 0.1))
+    assert "captures only" in check((exact, lse - 1.0))
+
+
+@pytest.mark.parametrize("text", ["64:32k", "64:32k:32", "a:32k:32/8", "64:32k:32/5", "0:1k:32/8", "::"])
+def test_a_malformed_cell_is_refused(text):
+    with pytest.raises(Exception, match="expected batch:length:heads"):
+        bench.cell_of(text)
+
+
+def test_a_cell_is_batch_length_and_heads():
+    assert bench.cell_of("64:32k:32/8") == (64, 32768, "32/8")
+    assert bench.cell_of("1:1000:32/32") == (1, 1000, "32/32")
+
+
+class Replayed:
+    """Stands in for a captured graph: runs the calls."""
+
+    def __init__(self, calls):
+        self.calls, self.outputs = calls, [call() for call in calls]
+
+    def __call__(self):
+        for kept, call in zip(self.outputs, self.calls, strict=True):
+            for old, new in zip(timing.tensors_of(kept), timing.tensors_of(call()), strict=True):
+                old.copy_(new)
+
+    def sample(self, samples):
+        return [10.0 + i for i in range(samples)]
+
+
+@pytest.fixture
+def gpu_stand_ins(monkeypatch):
+    """What the GPU's flow touches of a GPU. Peers: one right, one wrong, one that fails, one that is not installed."""
+    build = workload.build
+    monkeypatch.setattr(workload, "build", lambda sizes, device, sets=None, **named: build(sizes, "cpu", sets or 2, **named))
+    monkeypatch.setattr(timing, "Replay", Replayed)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
+    monkeypatch.setattr(kernels, "STAGES", {"decode_attention": ops.decode_attention})
+    monkeypatch.setattr(speed_of_light, "reader", lambda chunks, cluster_size: lambda: [chunk_bytes(c) for c in chunks] and None)
+
+    def fails(data):
+        raise RuntimeError("no kernel\nand a long trace")
+
+    found = (
+        peers.Peer("cudnn_sdpa", ("cuda",), peers.contiguous(peers.sdpa_gqa)),
+        peers.Peer(peers.FA2, ("cuda",), peers.contiguous(peers.sdpa_folded)),
+        peers.Peer("flex_attention", ("cuda",), peers.contiguous(lambda q, k, v, scale: 2 * peers.sdpa_gqa(q, k, v, scale))),
+        peers.Peer("flashinfer", ("cuda",), fails),
+        peers.Peer("flashinfer_tensor_cores", ("cuda",), fails, lambda: "not installed"),
+    )
+    monkeypatch.setattr(peers, "PEERS", found)
+
+
+CELL = ["--device", "cuda", "--cells", "2:1k:8/2", "--head-dim", "64", "--dtype", "bf16", "--seconds", "0.001"]
+
+
+def test_the_gpu_flow_measures_every_method_and_explains_the_others(gpu_stand_ins, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert bench.main([*CELL, "--dense-below", "512", "--json", str(path)]) == 1  # 1: some methods failed
+    rows = {r["method"]: r for r in timing.read_rows(path)}
+    assert set(rows) == {
+        "cudnn_sdpa",
+        "torch_fa2",
+        "flex_attention",
+        "flashinfer",
+        *(f"{family}_{name}" for family in ("twilight", "speed_of_light") for name in ("dense", "quest", "shadow_prefix_eighth")),
+        *(f"stages_{name}" for name in ("quest", "shadow_prefix_eighth")),
+    }
+    assert "differs from exact attention" in rows["flex_attention"]["error"]
+    assert rows["flashinfer"]["error"] == "RuntimeError: no kernel"
+    assert "flashinfer_tensor_cores: left out, not installed" in capsys.readouterr().out
+    quest = rows["twilight_quest"]
+    assert quest["token_budget"] == 256 and quest["candidates"] == 256 and not quest["takes_dense_path"]
+    assert 0.5 < quest["captured_mass"] <= 1 and 1 < quest["kept_tokens"] <= 256
+    assert {"ratio_to_best_dense", "ratio_to_fa2", "share_of_speed_of_light", "served_by", "bytes", "spread"} <= set(quest)
+    assert quest["kept_tokens"] == rows["stages_quest"]["kept_tokens"]
+    assert rows["speed_of_light_quest"]["us_by_cluster_size"].keys() == {"1", "2", "4", "8", "16"}
+    assert rows["twilight_dense"]["takes_dense_path"] and rows["twilight_dense"]["captured_mass"] == pytest.approx(1, abs=0.01)
+    sizes = runner.sizes_of(bench.parser().parse_args(CELL), 2, 1024, "8/2", "bf16")
+    assert rows["cudnn_sdpa"]["bytes"] == rows["speed_of_light_dense"]["bytes"] == sizes.kv_bytes
+    # The reader's windows of 16 bytes around scales of 4 make it read somewhat more than the least.
+    assert 1 <= rows["speed_of_light_quest"]["bytes"] / quest["bytes"] < 1.2
+
+
+def test_a_call_on_the_dense_path_is_checked_and_compared_as_one(gpu_stand_ins, tmp_path):
+    path = tmp_path / "rows.json"
+    bench.main([*CELL, "--dense-below", "4096", "--methods", "torch_fa2", "twilight_quest", "speed_of_light_*", "--json", str(path)])
+    rows = {r["method"]: r for r in timing.read_rows(path)}
+    assert set(rows) == {"torch_fa2", "twilight_quest", "speed_of_light_dense"}
+    assert rows["twilight_quest"]["takes_dense_path"] and "share_of_speed_of_light" in rows["twilight_quest"]
+
+
+def test_a_resumed_run_measures_what_is_missing_against_what_is_there(gpu_stand_ins, tmp_path):
+    path = tmp_path / "rows.json"
+    bench.main([*CELL, "--methods", "torch_fa2", "cudnn_sdpa", "--json", str(path)])
+    lines = path.read_text().splitlines()
+    known = json.loads(lines[0]) | {"median_us": 1000.0}
+    path.write_text(json.dumps(known) + "\n")
+    assert bench.main([*CELL, "--methods", "torch_fa2", "cudnn_sdpa", "twilight_dense", "--resume", "--json", str(path)]) == 0
+    rows = timing.read_rows(path)
+    assert [r["method"] for r in rows] == ["cudnn_sdpa", "torch_fa2", "twilight_dense"]
+    assert rows[0] == known
+    # 1000 us of the first run is the slower of the two dense peers.
+    assert rows[2]["ratio_to_best_dense"] == pytest.approx(rows[1]["median_us"] / rows[2]["median_us"], rel=1e-3)
+
+
+def test_a_lost_device_ends_the_run_and_leaves_its_reason(gpu_stand_ins, tmp_path, monkeypatch):
+    path, synchronize = tmp_path / "rows.json", torch.cuda.synchronize
+    lost = []
+
+    def breaks(data):
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def raise_when_lost():
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        synchronize()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", raise_when_lost)
+    monkeypatch.setattr(peers, "PEERS", (peers.PEERS[0], peers.Peer("flex_attention", ("cuda",), breaks), peers.PEERS[1]))
+    assert bench.main([*CELL, "--json", str(path)]) == 3
+    rows = {r["method"]: r for r in timing.read_rows(path)}
+    assert set(rows) == {"cudnn_sdpa", "flex_attention"} and "illegal memory access" in rows["flex_attention"]["error"]
+    lost.clear()
+    assert bench.main([*CELL, "--methods", "torch_fa2", "flex_attention", "--resume", "--json", str(path)]) == 0
+    assert [r["method"] for r in timing.read_rows(path)][-1] == "torch_fa2"
+
+
+def test_time_limits_leave_methods_and_cells_out_aloud(gpu_stand_ins, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    two = ["--device", "cuda", "--cells", "1:1k:8/2", "2:1k:8/2", "--head-dim", "64", "--seconds", "0.001", "--methods", "torch_fa2"]
+    assert bench.main([*two, "--method-time-limit", "0", "--json", str(path)]) == 0
+    assert len(timing.read_rows(path)) == 1 and "torch_fa2: left out, it has used" in capsys.readouterr().out
+    assert bench.main([*two, "--time-limit", "-1", "--json", str(path)]) == 0
+    assert not path.exists() and capsys.readouterr().out.count("the time limit of -1 s has passed") == 2
+
+
+def test_served_by_names_the_stages_where_no_fused_kernel_serves(data):
+    assert bench.served_by(configured(data, Quest(token_budget=256))) == "stages"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_agrees_with_sdpa_uncompiled(data, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    calls = peers.flex_calls(data)
+    torch.testing.assert_close(calls[1](), data.exact(1)[0])
+
+
+def example_rows() -> list[dict]:
+    rows = []
+    for heads in ((32, 8), (32, 32)):
+        for batch in (1, 64):
+            for length in (1024, 32768):
+                base = batch * length / 100
+                rows += [
+                    row(name, base * share, batch, length, heads, token_budget=length // 4, budget_fraction=0.0, takes_dense_path=False)
+                    for name, share in (("torch_fa2", 2.0), ("cudnn_sdpa", 1.0), ("twilight_quest", 0.25), ("stages_quest", 0.5))
+                ]
+    rows.append({k: v for k, v in row("flex_attention", 0.0).items() if k != "median_us"} | {"error": "did not compile"})
+    return rows
+
+
+def stage_rows() -> list[dict]:
+    parts = zip(plots.STAGES, (30.0, 40.0, 20.0, 10.0), strict=True)
+    found = [{k: v for k, v in row("", us).items() if k != "method"} | {"stage": stage, "selector": "quest:8192"} for stage, us in parts]
+    dense = {k: v for k, v in row("", 99.0).items() if k != "method"} | {"stage": "dense: torch FA2", "selector": ""}
+    return [*found, dense]
+
+
+def test_speedups_are_over_fa2_of_the_same_cell():
+    found = plots.speedups([*example_rows(), row("twilight_quest", 5.0, batch=8)])
+    assert len(found) == 8  # the lone row has nothing to be compared with
+    assert found[64, 32, 8, 32768] == {"cudnn_sdpa": 2.0, "twilight_quest": 8.0, "stages_quest": 4.0}
+
+
+def test_the_breakdown_pairs_stages_with_the_call_of_the_same_budget():
+    other = row("twilight_shadow_prefix_eighth", 7.0, token_budget=512, budget_fraction=0.125, takes_dense_path=False)
+    ((label, parts, whole),) = plots.breakdown([*example_rows(), other, *stage_rows()])
+    assert "quest, 8192 of 32k" in label and sum(parts.values()) == 100.0
+    assert whole == 32768 / 100 * 0.25
+    assert plots.breakdown(stage_rows()[:3]) == []
+
+
+def test_plots_show_a_bar_a_method_and_cell(tmp_path):
+    figure = plots.plot_speedup(example_rows())
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert len(panels) == 4
+    for ax in panels:
+        heights = sorted(round(p.get_height(), 3) for p in ax.patches)
+        assert heights == [2.0, 2.0, 4.0, 4.0, 8.0, 8.0]
+    (ax,) = [ax for ax in plots.plot_breakdown([*example_rows(), *stage_rows()]).axes if ax.get_visible()]
+    assert sorted(round(p.get_height(), 2) for p in ax.patches) == [10.0, 20.0, 30.0, 40.0, 81.92]
+
+
+def test_the_plot_command_writes_what_the_rows_suffice_for(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(r) + "\n" for r in example_rows()))
+    assert plots.main([str(path), "-o", str(tmp_path)]) == 1
+    assert (tmp_path / plots.SPEEDUP).stat().st_size > 10_000 and not (tmp_path / plots.BREAKDOWN).exists()
+    assert f"{plots.BREAKDOWN}: not written" in capsys.readouterr().out
+    stages = tmp_path / "stages.json"
+    stages.write_text("".join(json.dumps(r) + "\n" for r in stage_rows()))
+    assert plots.main([str(path), str(stages), "-o", str(tmp_path)]) == 0
+    assert (tmp_path / plots.BREAKDOWN).stat().st_size > 5_000

@@ -1,0 +1,49 @@
+"""What no estimate can beat: top-p by exact attention weights over every token, for the ablation only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops import prune_top_p
+from ..selectors import Candidates, Selector
+from ..selectors._paged import read_keys
+from ..selectors._rank import group_query, live_tokens
+from ..selectors.base import stored_bytes
+
+
+@dataclass(frozen=True)
+class ExactTopP(Selector):
+    """Proposes what `prune_top_p` keeps of the exact weights, so run it without the pruner.
+
+    Args:
+        token_budget, budget_fraction: unused; the set is as large as p makes it.
+        mass: p.
+    """
+
+    token_budget: int = 1
+    budget_fraction: float = 1.0
+    mass: float = 1.0
+
+    name: ClassVar[str] = "exact_top_p"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.mass <= 1.0:
+            raise ValueError(f"ExactTopP: mass: expected 0 < mass <= 1, got {self.mass}")
+
+    def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
+        kv_heads = layer.k_cache.shape[1]
+        keys = read_keys(layer, page_table).float()
+        logits = torch.einsum("bthgd,bhnd->bthgn", group_query(q, kv_heads), keys) * sm_scale
+        live = live_tokens(seq_lens, kv_heads, keys.shape[2])
+        weights = logits.masked_fill(~live[:, None, :, None], -torch.inf).softmax(-1).flatten(2, 3)  # [B, T, Hq, N]
+        indices, counts, _ = prune_top_p(weights, seq_lens, None, None, 1, kv_heads, self.mass)
+        return Candidates(indices, counts, 1)
+
+    def scan_bytes(self, layer) -> list[float]:
+        _, kv_heads, _, head_dim = layer.k_cache.shape
+        return [float(head_dim * stored_bytes(layer.k_cache))] * kv_heads
