@@ -1,4 +1,5 @@
 # make venv | test | demo | demo-tp | lint | bench-cpu | clean
+# On an sm_90 machine whose GPU_PYTHON holds a CUDA build of PyTorch: make gpu-install | gpu-test | gpu-sanitize | gpu-bench
 VENV := .venv
 PY := $(VENV)/bin/python
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -6,7 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 
-.PHONY: venv test demo demo-tp lint format bench-cpu clean
+.PHONY: venv test demo demo-tp lint format bench-cpu clean gpu-install gpu-test gpu-sanitize gpu-bench
 
 venv: $(VENV)/.installed
 
@@ -57,6 +58,26 @@ format: venv
 
 bench-cpu: venv
 	$(PY) bench/bench_decode_attention.py --device cpu --json bench/results/cpu_decode_attention.json
+
+GPU_PYTHON ?= python3
+GPU_WORKERS ?= 8
+GPU_RESULTS ?= bench/results
+
+gpu-install:
+	TWILIGHT_NATIVE=required $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
+
+gpu-test:
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu --durations=15 tests
+
+gpu-sanitize:
+	for tool in memcheck racecheck synccheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -p no:xdist -m "gpu and sanitize" tests || exit 1; \
+	done
+
+gpu-bench:
+	$(GPU_PYTHON) bench/bench_stages.py --json $(GPU_RESULTS)/h200_stages.json
+	$(GPU_PYTHON) bench/bench_decode_attention.py --device cuda --json $(GPU_RESULTS)/h200_decode_attention.json
+	$(GPU_PYTHON) bench/plot_decode_attention.py $(GPU_RESULTS)/h200_decode_attention.json $(GPU_RESULTS)/h200_stages.json -o $(GPU_RESULTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info twilight_ops/*.so .pytest_cache .ruff_cache .hypothesis

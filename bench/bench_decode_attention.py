@@ -350,7 +350,8 @@ class Run:
         cell = Cell(sizes, {row["method"]: row["median_us"] for row in done if "median_us" in row})
         cell.dense_peers = tuple(peer.name for peer in peers_on(self.options.device))
         start = time.monotonic()
-        data = workload.build(sizes, self.options.device, self.options.sets, spread=self.options.spread)
+        options = self.options
+        data = workload.build(sizes, options.device, options.sets, spread=options.spread, page_order=options.page_order)
         if self.options.device == "cuda":
             torch.cuda.synchronize()
         self.console.print(f"{sizes}: {runner.describe_sets(data)}; built in {time.monotonic() - start:.1f} s", highlight=False)
@@ -445,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.time_limit = limits[0] if options.time_limit is None else options.time_limit
     options.method_time_limit = limits[1] if options.method_time_limit is None else options.method_time_limit
     console, where = runner.announce(options, NOTES)
-    where["logit_std"] = options.spread
+    where |= {"logit_std": options.spread, "page_order": options.page_order}
     for peer in peers_on(options.device):
         if (why := peer.missing()) is not None:
             console.print(f"{peer.name}: left out, {why}")

@@ -47,6 +47,7 @@ def parser(description: str, lengths: Sequence[int]) -> argparse.ArgumentParser:
     p.add_argument("--query-tokens", type=int, default=1)
     p.add_argument("--token-budget", type=int, default=8192, help="candidates in tokens")
     p.add_argument("--top-p", type=float, default=0.85)
+    p.add_argument("--page-order", choices=workload.PAGE_ORDERS, default="shuffled", help="where a sequence's pages lie in the pool")
     p.add_argument("--spread", type=float, default=workload.SPREAD, help="standard deviation of the logits, natural-log units")
     p.add_argument("--seconds", type=float, default=None, help="sampling time a method and shape; default: 2, or 0.15 on a GPU")
     p.add_argument(
@@ -150,7 +151,7 @@ def announce(options: argparse.Namespace, notes: str) -> tuple[Console, dict[str
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     where = environment(options.device)
     console.print(f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['backend']}, commit {where['commit']}")
-    console.print(f"data: {workload.assumptions(options.spread)}")
+    console.print(f"data: {workload.assumptions(options.spread, options.page_order)}")
     if notes:
         console.print(notes)
     return console, where
@@ -168,7 +169,7 @@ def main(options: argparse.Namespace, methods: Callable[[Workload, argparse.Name
     console, _ = announce(options, notes)
     rows: list[dict] = []
     for sizes in shapes(options):
-        data = workload.build(sizes, options.device, options.sets, spread=options.spread)
+        data = workload.build(sizes, options.device, options.sets, spread=options.spread, page_order=options.page_order)
         console.print(describe_sets(data))
         with torch.inference_mode():
             measured = rows_of(sizes, methods(data, options), options)

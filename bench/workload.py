@@ -24,11 +24,15 @@ ENERGY_DECAY = 0.25
 FILL_CHUNK = 4096
 
 
-def assumptions(spread: float = SPREAD) -> str:
+# Where a sequence's pages lie: at random in the whole pool, as in a server that has run for long, or as a fresh cache hands them out.
+PAGE_ORDERS = {"shuffled": "shuffled pages", "allocated": "pages in the order of allocation"}
+
+
+def assumptions(spread: float = SPREAD, page_order: str = "shuffled") -> str:
     return (
         f"logits of standard deviation {spread} in every row, {PAGE_COHERENCE:.0%} of a key's variance shared by its page, channel "
         f"contributions decaying over {ENERGY_DECAY:.0%} of the head, channels in that order, independent query heads, "
-        "shuffled pages, full length live"
+        f"{PAGE_ORDERS[page_order]}, full length live"
     )
 
 
@@ -136,7 +140,9 @@ def budget_means(layers: list[PagedKVLayer]) -> tuple[float, float]:
     return int(total[COUNTER_CANDIDATES]) / rows, int(total[COUNTER_KEPT]) / rows
 
 
-def build(sizes: Sizes, device: str, sets: int | None = None, seed: int = 0, spread: float = SPREAD) -> Workload:
+def build(
+    sizes: Sizes, device: str, sets: int | None = None, seed: int = 0, spread: float = SPREAD, page_order: str = "shuffled"
+) -> Workload:
     """Allocates and fills the buffer sets; `sets` None rotates enough of them for cold caches, or what the device's memory holds.
 
     Raises:
@@ -177,8 +183,8 @@ def build(sizes: Sizes, device: str, sets: int | None = None, seed: int = 0, spr
 
     config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_layers=0)
     cache = PagedKVCache(config, sets, sizes.num_qo_heads, kv_heads, dim, batch, length, sizes.dtype, device)
-    shuffled = torch.randperm(cache.page_table.numel(), generator=rng, device=device)
-    cache.page_table.copy_(shuffled.view_as(cache.page_table))
+    if page_order == "shuffled":
+        cache.page_table.copy_(torch.randperm(cache.page_table.numel(), generator=rng, device=device).view_as(cache.page_table))
     prefix = max(8, dim // 4 // 8 * 8)
     first = cache.layers[0]
     first.channel_order.copy_(profile.argsort(dim=-1, descending=True))

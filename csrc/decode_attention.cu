@@ -144,16 +144,17 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   p.sink_tokens = clamped(sink_tokens);
   p.recent_tokens = clamped(recent_tokens);
 
+  const int grid = batch * kv_heads * static_cast<int>(cluster_size);
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  p.evens_out = grid > multiprocessors;
   const int shared_bytes = lay_out(p, head_dim, rows, cluster_size);
   if (shared_bytes > kSharedLimit) {
     throw std::runtime_error("twilight::_fused_decode_attention: page_table: expected at most " +
                              std::to_string(kSharedLimit) + " bytes of shared memory a block, got " +
                              std::to_string(shared_bytes));
   }
-  const int grid = batch * kv_heads * static_cast<int>(cluster_size);
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  if (p.selector == FusedSelector::kDense && grid <= multiprocessors) p.selector = FusedSelector::kDenseAhead;
+  if (p.selector == FusedSelector::kDense && !p.evens_out) p.selector = FusedSelector::kDenseAhead;
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const Launcher launcher = q.scalar_type() == ScalarType::Half

@@ -15,11 +15,11 @@ namespace twilight {
 // kDenseAhead is kDense for grids that leave every block a multiprocessor of its own.
 enum class FusedSelector : int { kDense, kFull, kQuest, kShadowPrefix, kDenseAhead };
 
-constexpr int kTileTokens = 16;    // rows of one tensor-core product
-constexpr int kBlockTokens = 128;  // a block's share of a sequence is a multiple of this
-constexpr int kScoreBins = 2048;   // of candidate scores
-constexpr int kMassBins = 1024;    // of estimated weights, where a row is solved from all of them
-constexpr int kWeightList = 2048;  // weights a block lists for the rows it solves; a row with more is solved from all
+constexpr int kTileTokens = 16;      // rows of one tensor-core product
+constexpr int kBlockTokens = 128;    // a block's share of a sequence is a multiple of this
+constexpr int kScoreBins = 2048;     // of candidate scores
+constexpr int kMassBins = 1024;      // of estimated weights, where a row is solved from all of them
+constexpr int kWeightList = 2048;    // weights a block lists for the rows it solves; a row with more is solved from all
 constexpr int kBoundaryList = 256;   // keys that share the threshold's bin and are ranked one by one
 constexpr int kScratchLists = 8192;  // bytes before the lists in scratch: the histograms
 constexpr int kUnsharedSlots = 1024;  // a block with so few slots attends to its own survivors: evening out costs more
@@ -56,6 +56,9 @@ struct FusedParams {
   int token_budget, capacity;  // tokens; items
   int dense_below, sink_tokens, recent_tokens;
   // Shared memory, bytes from the start of the dynamic part and elements.
+  // Whether blocks hand each other even shares of the candidates, and of long lists of survivors. A grid of one block a
+  // multiprocessor keeps its own: an even share is not worth the barrier there.
+  int evens_out;
   int scratch_at, pages_at, candidates_at, bitmap_at, state_at;
   int bitmap_words, slot_capacity;
 };
@@ -100,7 +103,7 @@ struct FusedShared {
   int rank_first[kMaxClusterSize + 1];  // candidates before each block
   int rank_ties[kMaxClusterSize];
   int rank_offset[kMaxClusterSize + 1];
-  int published_kept;  // read by the cluster
+  int published_slots, published_kept;  // read by the cluster
   int kept_first[kMaxClusterSize + 1];
   unsigned long long mass_above, mass_captured;
   uint32_t mass_key;
@@ -118,11 +121,11 @@ constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   if (head_dim == 64) {
     return padded_rows == 1   ? checked_bytes<64, 1, 4832>()
            : padded_rows == 4 ? checked_bytes<64, 4, 7584>()
-                              : checked_bytes<64, 8, 11280>();
+                              : checked_bytes<64, 8, 11296>();
   }
   return padded_rows == 1   ? checked_bytes<128, 1, 5856>()
          : padded_rows == 4 ? checked_bytes<128, 4, 10912>()
-                            : checked_bytes<128, 8, 17680>();
+                            : checked_bytes<128, 8, 17696>();
 }
 
 // Lays out the dynamic shared memory behind FusedShared and returns its size in bytes. kernels/fused.py holds the same
@@ -134,7 +137,9 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
   const int own_tokens = share_of_tokens(max_tokens, cluster_size);
   const int own_pages = share_of_pages(p.max_pages, cluster_size);
   const int own_items = by_page ? own_pages : by_token ? own_tokens : 0;
-  const int own_candidates = by_page || by_token ? blocks_of(cluster_size, p.capacity) : 0;
+  const int own_candidates = !by_page && !by_token ? 0
+                             : p.evens_out         ? blocks_of(cluster_size, p.capacity)
+                                                   : std::min(own_items, p.capacity);
   const int slots = by_page ? own_candidates * page_size : by_token ? own_candidates : own_tokens;
   p.slot_capacity = p.prunes ? round_up(slots, 4) : 0;
   p.bitmap_words = std::max({blocks_of(32, own_items), blocks_of(32, p.slot_capacity), kBoundaryList / 2});
@@ -170,8 +175,8 @@ struct FusedDecode {
   static constexpr bool kByPage = kSelector == FusedSelector::kQuest;
   static constexpr bool kSelects = kByPage || kSelector == FusedSelector::kShadowPrefix;
   static constexpr int kWords = D / 8;  // 32-bit words of codes a row
-  // Tokens scored by several rows keep each row's logit in 16 bits until the rows' softmax norms are known. That settles
-  // which items are chosen but for a narrow band around the boundary, whose scores are computed again.
+  // Tokens scored by several rows keep each row's logit in 16 bits until the rows' softmax norms are known. That
+  // settles which items are chosen but for a narrow band around the boundary, whose scores are computed again.
   static constexpr bool kLevels = !kByPage && RP > 1;
   static constexpr int kScoreStride = kLevels ? RP / 2 : RP;
   static constexpr int kCopies =
@@ -217,9 +222,9 @@ struct FusedDecode {
   __device__ __forceinline__ uint32_t* pages() const { return part<uint32_t>(p.pages_at); }
   // (first row, first position) of every 2^unit_shift slots.
   __device__ __forceinline__ uint2* candidates() const { return part<uint2>(p.candidates_at); }
-  // Bitmaps.
+  // Bitmaps: of items (above the boundary, inside it), later of survivors.
+  __device__ __forceinline__ uint2* marks() const { return part<uint2>(p.bitmap_at); }
   __device__ __forceinline__ uint32_t* chosen() const { return part<uint32_t>(p.bitmap_at); }
-  __device__ __forceinline__ uint32_t* tied() const { return chosen() + p.bitmap_words; }
   // Base-2 logits: of items as [items][kScoreStride], then their keys; of candidates as [RP][slot_capacity]. Then the
   // slots of survivors.
   __device__ __forceinline__ float* scores() const { return part<float>(p.state_at); }
@@ -282,11 +287,14 @@ struct FusedDecode {
     int order = tid();
     if (reads_codes && p.channel_order != nullptr && tid() < D) order = p.channel_order[head * D + tid()];
     if (scores_items) {
+      // Entries behind the last page repeat it, so that whole tiles can be read.
       const int begin = kByPage ? first : first >> p.log2_page_size;
       const int count = kByPage ? owned : blocks_of(page_size(), owned);
+      const int filled = kByPage ? round_up(owned, kTileTokens) : round_up(owned, kBlockTokens) >> p.log2_page_size;
 #pragma unroll 1
-      for (int i = tid(); i < count; i += kThreads) {
-        pages()[i] = kByPage ? page_block(begin + i) : page_block(begin + i) << p.log2_page_size;
+      for (int i = tid(); i < filled; i += kThreads) {
+        const uint32_t block = page_block(begin + min(i, count - 1));
+        pages()[i] = kByPage ? block : block << p.log2_page_size;
       }
     }
 #pragma unroll
@@ -391,8 +399,7 @@ struct FusedDecode {
 
   // Row of one of this block's tokens; of the last page's for tokens behind it.
   __device__ __forceinline__ uint32_t token_row(int token) const {
-    const int last_page = blocks_of(page_size(), owned) - 1;
-    return pages()[min(token >> p.log2_page_size, last_page)] + slot_in_page(token);
+    return pages()[token >> p.log2_page_size] + slot_in_page(token);
   }
 
   static constexpr int kTiles = kBlockTokens / kTileTokens;
@@ -402,14 +409,17 @@ struct FusedDecode {
     return st * kCopies + (RP == 1 ? 2 * t + k : 2 * t / RP);
   }
 
-  // Four words a row of the leading codes of 128 tokens.
+  // Four words a row of the leading codes of 128 tokens. A thread behind a row's last word reads that: its queries are
+  // 0.
   __device__ __forceinline__ void load_tiles(uint32_t (&x)[kTiles], uint32_t (&y)[kTiles], int base, int w0) const {
-    const bool on = w0 + t < lead_words;
+    const uint32_t* codes = reinterpret_cast<const uint32_t*>(p.k_quant);
+    const uint32_t own = g * lead_words + min(w0 + t, max(lead_words, 1) - 1);
 #pragma unroll
     for (int u = 0; u < kTiles; ++u) {
-      const uint32_t word = lead_word(token_row(base + u * kTileTokens)) + g * lead_words + t + w0;
-      x[u] = on ? load_codes(word) : 0;
-      y[u] = on ? load_codes(word + 8 * lead_words) : 0;
+      const int token = base + u * kTileTokens;
+      const uint32_t word = pages()[token >> p.log2_page_size] * kWords + slot_in_page(token) * lead_words + own;
+      x[u] = __ldg(codes + word);
+      y[u] = __ldg(codes + (word + 8 * lead_words));
     }
   }
   __device__ __forceinline__ void load_tile_scales(uint32_t (&packed)[RP][kScales], int base) const {
@@ -418,21 +428,33 @@ struct FusedDecode {
 #pragma unroll
       for (int e = 0; e < kScales; e += 2) {
         const uint32_t row = token_row(base + tile_of(st, e >> 1) * kTileTokens) + g;
-        packed[st][e] = load_scale(row);
-        packed[st][e + 1] = load_scale(row + 8);
+        const uint32_t* scale = reinterpret_cast<const uint32_t*>(p.k_scale) + row;
+        packed[st][e] = __ldg(scale);
+        packed[st][e + 1] = __ldg(scale + 8);
       }
     }
   }
   __device__ __forceinline__ uint4 queries_of(int w0) const {
     return w0 + t < lead_words ? s.q_codes[w0 + t][g % RP] : make_uint4(0, 0, 0, 0);
   }
-  __device__ __forceinline__ void multiply_tiles(float (&acc)[RP][4], const uint32_t (&x)[kTiles],
+  // Tiles whose columns end up in one accumulator are added in several: a chain of products waits for each other.
+  static constexpr int kSums = RP == 1 ? 4 : RP;
+  __device__ __forceinline__ void multiply_tiles(float (&acc)[kSums][4], const uint32_t (&x)[kTiles],
                                                  const uint32_t (&y)[kTiles], uint4 q) const {
 #pragma unroll
     for (int u = 0; u < kTiles; ++u) {
       const bool mine = g / RP == u % kCopies;
-      mma_codes4(acc[u / kCopies], x[u], y[u],
+      mma_codes4(acc[RP == 1 ? u % kSums : u / kCopies], x[u], y[u],
                  make_uint4(mine ? q.x : 0, mine ? q.y : 0, mine ? q.z : 0, mine ? q.w : 0));
+    }
+  }
+  // Of a tile's columns only its own are not zero, so that sums of tiles add up.
+  template <int kCount>
+  __device__ __forceinline__ void fold(float (&acc)[kCount][4]) const {
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) acc[0][c] += acc[i][c];
     }
   }
 
@@ -454,7 +476,7 @@ struct FusedDecode {
 
   // Keeps the logits of 128 tokens, and adds them to the sums.
   template <bool kWhole>
-  __device__ __forceinline__ void keep_logits(const float (&acc)[RP][4], const uint32_t (&packed)[RP][kScales],
+  __device__ __forceinline__ void keep_logits(const float (&acc)[kSums][4], const uint32_t (&packed)[RP][kScales],
                                               int base, const float (&gain)[2], const float (&zero_gain)[2],
                                               float (&z)[2], uint32_t& outside) {
     constexpr float kLevelOffset = 12582912.0f + (kReference - kLowestLevel) * kLevelsPerUnit;
@@ -499,19 +521,20 @@ struct FusedDecode {
       zero_gain[k] = s.q_sum_prefix[row_of_column(k)];
     }
     uint32_t x[kTiles], y[kTiles], packed[RP][kScales];
-    float acc[RP][4];
+    float acc[kSums][4];
     int base = 0, words = -1;  // of the step whose codes are in x and y; none yet
     int next = warp * kBlockTokens, next_words = 0;
 #pragma unroll 1
     while (words < 0 || base < owned) {
       if (words == 0) {
 #pragma unroll
-        for (int i = 0; i < 4 * RP; ++i) acc[i / 4][i % 4] = 0.0f;
+        for (int i = 0; i < 4 * kSums; ++i) acc[i / 4][i % 4] = 0.0f;
       }
       if (words >= 0) multiply_tiles(acc, x, y, queries_of(words));
       if (next < owned) load_tiles(x, y, next, next_words);
       const bool done = words >= 0 && next_words == 0;
       if (done) {
+        if (RP == 1) fold(acc);
         if (base + kBlockTokens <= owned) {
           keep_logits<true>(acc, packed, base, gain, zero_gain, z, outside);
         } else {
@@ -561,7 +584,7 @@ struct FusedDecode {
 #pragma unroll 1
     for (int base = warp * kBlockTokens; base < owned; base += kWarps * kBlockTokens) {
       uint32_t x[kTiles], y[kTiles], packed[RP][kScales];
-      float acc[RP][4] = {};
+      float acc[kSums][4] = {};
       load_tile_scales(packed, base);
 #pragma unroll 1
       for (int w0 = 0; w0 < lead_words; w0 += 4) {
@@ -628,7 +651,7 @@ struct FusedDecode {
     uint32_t scale[2];
   };
   __device__ __forceinline__ void load_bounds(PageBounds& page, int base) const {
-    const uint32_t block[2] = {pages()[min(base + g, owned - 1)], pages()[min(base + g + 8, owned - 1)]};
+    const uint32_t block[2] = {pages()[base + g], pages()[base + g + 8]};
     const uint4* bounds = reinterpret_cast<const uint4*>(p.page_bounds) + t;
     const uint32_t* scales = reinterpret_cast<const uint32_t*>(p.bounds_scale);
 #pragma unroll
@@ -691,11 +714,12 @@ struct FusedDecode {
 
   __device__ __forceinline__ uint32_t rank_key(float score, int item, int2 competing) const {
     const uint32_t key = score < infinity() ? __float_as_uint(score) : kInfinityKey;
-    return item < competing.x || item >= competing.y ? kForcedKey : key;
+    const uint32_t distance = item - competing.x, span = max(competing.y - competing.x, 0);
+    return distance < span ? key : kForcedKey;
   }
 
   // Sortable score of one owned item: the sum over the rows of its softmax. It replaces the first of the item's logits.
-  __device__ __forceinline__ uint32_t score_key(int item, int2 competing) const {
+  __device__ __forceinline__ uint32_t score_key(int item, int2 competing, const float (&lowered)[RP]) const {
     float score = 0.0f;
     if (kLevels) {
       uint32_t pair[kScoreStride];
@@ -705,11 +729,11 @@ struct FusedDecode {
       for (int r = 0; r < RP; ++r) {
         const uint32_t bits = kLevelBits | (r & 1 ? pair[r / 2] >> 16 : pair[r / 2] & 0xffffu);
         const float level = __uint_as_float(bits) - 12582912.0f;
-        score += exp2_fast(fmaf(level, 1.0f / kLevelsPerUnit, kLowestLevel - s.score_norm[r]));
+        score += exp2_fast(fmaf(level, 1.0f / kLevelsPerUnit, lowered[r]));
       }
     } else {
 #pragma unroll
-      for (int r = 0; r < RP; ++r) score += exp2_fast(scores()[item * RP + r] - s.score_norm[r]);
+      for (int r = 0; r < RP; ++r) score += exp2_fast(scores()[item * RP + r] + lowered[r]);
     }
     return rank_key(score, item, competing);
   }
@@ -723,18 +747,20 @@ struct FusedDecode {
   __device__ void count_keys(bool makes_keys, uint32_t low_key, int log2_width, int shift) {
     constexpr int kBatch = 4;  // loads in flight before the first atomic, which the compiler moves no load across
     const int2 competing = competing_items();
-#pragma unroll 1
-    for (int base = tid(); base < owned; base += kBatch * kThreads) {
+    float lowered[RP];  // what turns a logit into a log-weight
+#pragma unroll
+    for (int r = 0; r < RP; ++r) lowered[r] = (kLevels ? kLowestLevel : 0.0f) - s.score_norm[r];
+    const auto count = [&](int base, bool whole) {
       uint32_t key[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int item = base + u * kThreads;
-        if (item < owned) key[u] = makes_keys ? score_key(item, competing) : stored_key(item);
+        if (whole || item < owned) key[u] = makes_keys ? score_key(item, competing, lowered) : stored_key(item);
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int item = base + u * kThreads;
-        if (item >= owned) continue;
+        if (!whole && item >= owned) continue;
         if (makes_keys) stored_key(item) = key[u];
         if (log2_width == 32) {
           atomicAdd(&histogram()[ScoreBins::of(key[u])], 1u);
@@ -742,44 +768,49 @@ struct FusedDecode {
           atomicAdd(&histogram()[(key[u] - low_key) >> shift], 1u);
         }
       }
-    }
+    };
+    int base = tid();
+#pragma unroll 1
+    for (; base - tid() + kBatch * kThreads <= owned; base += kBatch * kThreads) count(base, true);
+    if (base - tid() < owned) count(base, false);
   }
 
-  // Bitmaps and numbers of this block's items above the boundary [low_key, low_key + width) and inside it; a `ranked`
-  // boundary is listed item by item.
+  // Bitmaps (above, inside) and numbers of this block's items above the boundary [low_key, low_key + width) and inside
+  // it; a `ranked` boundary is listed item by item.
   __device__ void mark_items(uint32_t low_key, uint32_t width, bool ranked) {
     constexpr int kBatch = 4;
-    const int word_count = blocks_of(32, owned);
-    int above = 0, inside_count = 0;
-#pragma unroll 1
-    for (int start = warp; start < word_count; start += kBatch * kWarps) {
+    const uint32_t end_key = low_key + width;
+    int above = 0, inside = 0;
+    const auto mark = [&](int start, bool whole) {
       uint32_t key[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int item = (start + u * kWarps) * 32 + lane;
-        key[u] = item < owned ? stored_key(item) : 0u;
+        key[u] = whole || item < owned ? stored_key(item) : 0u;
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int word = start + u * kWarps, item = word * 32 + lane;
-        const bool inside = item < owned && key[u] - low_key < width;
-        const uint32_t above_bits = __ballot_sync(~0u, item < owned && !inside && key[u] > low_key);
-        const uint32_t inside_bits = __ballot_sync(~0u, inside);
-        above += __popc(above_bits);
-        inside_count += __popc(inside_bits);
-        if (lane == 0 && word < word_count) {
-          chosen()[word] = above_bits;
-          tied()[word] = inside_bits;
-        }
-        if (ranked && inside) {
-          const uint32_t at = atomicAdd(&s.local_boundary, 1u);
+        const bool is_above = key[u] >= end_key, is_inside = key[u] - low_key < width && (whole || item < owned);
+        const uint32_t above_bits = __ballot_sync(~0u, is_above), inside_bits = __ballot_sync(~0u, is_inside);
+        above += is_above;
+        inside += is_inside;
+        if (lane == 0 && (whole || word * 32 < owned)) marks()[word] = make_uint2(above_bits, inside_bits);
+        if (ranked && inside_bits != 0) {
+          const uint32_t at = is_inside ? atomicAdd(&s.local_boundary, 1u) : kBoundaryList;
           if (at < kBoundaryList) boundary_keys()[at] = item;
         }
       }
-    }
+    };
+    int start = warp;
+#pragma unroll 1
+    for (; (start + (kBatch - 1) * kWarps + 1) * 32 <= owned; start += kBatch * kWarps) mark(start, true);
+    if (start * 32 < owned) mark(start, false);
+    above = warp_sum(above);
+    inside = warp_sum(inside);
     if (lane == 0) {
       atomicAdd(&s.published_above, static_cast<uint32_t>(above));
-      atomicAdd(&s.published_boundary, static_cast<uint32_t>(inside_count));
+      atomicAdd(&s.published_boundary, static_cast<uint32_t>(inside));
     }
     __syncthreads();
   }
@@ -963,17 +994,18 @@ struct FusedDecode {
     return true;
   }
 
-  // Sends the chosen items, in order, to the block whose even share they fall into. Of the items in the boundary bin,
-  // those above the boundary key are chosen, and as many of its ties as this block's share; or all of them.
+  // Sends the chosen items, in order, to the block whose even share they fall into, or keeps them. Of the items in the
+  // boundary bin, those above the boundary key are chosen, and as many of its ties as this block's share; or all of
+  // them.
   __device__ void deal_candidates(bool ranked, bool whole_bin, int wanted) {
-    const int share = blocks_of(cluster.size, wanted), word_count = blocks_of(32, owned);
+    const int share = p.evens_out ? blocks_of(cluster.size, wanted) : INT32_MAX, word_count = blocks_of(32, owned);
     const uint32_t boundary = s.boundary_key;
-    int ties_left = s.rank_ties[cluster.rank], position = s.rank_first[cluster.rank];
+    int ties_left = s.rank_ties[cluster.rank], position = p.evens_out ? s.rank_first[cluster.rank] : 0;
 #pragma unroll 1
     for (int start = 0; start < word_count; start += kThreads) {
       const int word = start + tid();
-      uint32_t bits = word < word_count ? chosen()[word] : 0;
-      uint32_t ties = word < word_count ? tied()[word] : 0;
+      const uint2 marked = word < word_count ? marks()[word] : make_uint2(0, 0);
+      uint32_t bits = marked.x, ties = marked.y;
       if (whole_bin) {
         bits |= ties;
         ties = 0;
@@ -995,8 +1027,8 @@ struct FusedDecode {
       ties_left -= total;
       int to = position + block_exclusive_scan<uint32_t>(__popc(bits), s.scan_totals_small, total);
       position += total;
-      int owner = to / share;
-      to -= owner * share;
+      int owner = p.evens_out ? to / share : cluster.rank;
+      if (p.evens_out) to -= owner * share;
 #pragma unroll 1
       for (; bits != 0; bits &= bits - 1) {
         const int item = word * 32 + __ffs(bits) - 1;
@@ -1014,8 +1046,8 @@ struct FusedDecode {
 
   static constexpr int kEstimateTiles = 4;
   static constexpr int kChunks = D / 32;  // words of codes a row that one thread reads
-  // Codes of 64 candidate slots: of four tiles, rows g and g + 8. With leading codes in whole quarters of a row a thread
-  // reads one quarter of each, else every fourth word.
+  // Codes of 64 candidate slots: of four tiles, rows g and g + 8. With leading codes in whole quarters of a row a
+  // thread reads one quarter of each, else every fourth word.
   template <bool kQuarters>
   __device__ __forceinline__ void load_candidates(uint32_t (&words)[kEstimateTiles][2][kChunks], int base) const {
 #pragma unroll
@@ -1052,6 +1084,7 @@ struct FusedDecode {
   __device__ void estimate() {
     constexpr int kColumns = kCopies < kEstimateTiles ? kCopies : kEstimateTiles;
     constexpr int kSupertiles = kEstimateTiles / kColumns;
+    constexpr int kEstimateSums = RP == 1 ? kEstimateTiles : kSupertiles;
     constexpr int kStep = kWarps * kEstimateTiles * kTileTokens;
     SoftmaxSum sum[2];
     uint32_t words[kEstimateTiles][2][kChunks];
@@ -1072,18 +1105,19 @@ struct FusedDecode {
           position[st][e] = slot < slot_count ? static_cast<int>(entry.y) : INT32_MAX;
         }
       }
-      float acc[kSupertiles][4] = {};
+      float acc[kEstimateSums][4] = {};
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
         const uint4 q = s.q_codes[kQuarters ? kChunks * t + j : 4 * j + t][g % RP];
 #pragma unroll
         for (int u = 0; u < kEstimateTiles; ++u) {
           const bool mine = g / RP == u % kColumns;
-          mma_codes4(acc[u / kColumns], words[u][0][j], words[u][1][j],
+          mma_codes4(acc[u * kEstimateSums / kEstimateTiles], words[u][0][j], words[u][1][j],
                      make_uint4(mine ? q.x : 0, mine ? q.y : 0, mine ? q.z : 0, mine ? q.w : 0));
         }
       }
       if (base + kStep < slot_count) load_candidates<kQuarters>(words, base + kStep);
+      if (RP == 1) fold(acc);
       float value[2][2 * kSupertiles];
 #pragma unroll
       for (int st = 0; st < kSupertiles; ++st) {
@@ -1148,8 +1182,8 @@ struct FusedDecode {
   __device__ __forceinline__ int part_capacity() const { return kWeightList / (solved_rows() * row_parts()); }
 
   // Adds up this block's masses, a warp one row, and sends the weights that can be thresholds to the row's solver. The
-  // lists start at four times the floor, which leaves them short; should they not reach p, or not fit, the row is solved
-  // from all estimates.
+  // lists start at four times the floor, which leaves them short; should they not reach p, or not fit, the row is
+  // solved from all estimates.
   __device__ void list_weights(int total_slots) {
     const int row = warp % RP, part = warp / RP, solver = row % cluster.size;
     const int index = (row / cluster.size * cluster.size + cluster.rank) * kRowWarps + part;
@@ -1217,7 +1251,7 @@ struct FusedDecode {
   // Thresholds of this block's rows: the largest weight whose mass, with everything above, reaches p. The block's warps
   // divide among its rows. Each round narrows a row down to one of its bins, then to 1/256 of that, until 32 lanes hold
   // what is left, or it is all the same.
-  __device__ void solve_rows(int slot_share, int total_slots) {
+  __device__ void solve_rows(int total_slots) {
     const int team = kWarps / solved_rows(), local = warp / team, member = warp - local * team;
     const int row = local * cluster.size + cluster.rank;
     const int first_part = local * row_parts(), end_part = first_part + row_parts();
@@ -1301,7 +1335,7 @@ struct FusedDecode {
     }
 #pragma unroll 1
     for (int r = cluster.rank; r < rows; r += cluster.size) {
-      if (s.from_all[r]) solve_row_from_all(r, slot_share, total_slots);
+      if (s.from_all[r]) solve_row_from_all(r, total_slots);
     }
   }
 
@@ -1329,14 +1363,15 @@ struct FusedDecode {
   }
 
   // The same from all estimates of the cluster, by the whole block.
-  __device__ void solve_row_from_all(int row, int slot_share, int total_slots) {
+  __device__ void solve_row_from_all(int row, int total_slots) {
     const float norm = s.weight_norm[row];
     const double top_p = row_top_p(row);
     const float floor = floor_weight(top_p, total_slots);
     const int parts = row_parts(), first_part = row / cluster.size * parts;
     unsigned long long total = 0;
     for (int i = 0; i < parts; ++i) total += s.part_mass[first_part + i];
-    const unsigned long long need = max(static_cast<unsigned long long>(ceil(top_p * static_cast<double>(total))), 1ull);
+    const unsigned long long need =
+        max(static_cast<unsigned long long>(ceil(top_p * static_cast<double>(total))), 1ull);
     uint32_t low_key = 0;
     int log2_width = 32;
     unsigned long long above = 0;
@@ -1349,17 +1384,19 @@ struct FusedDecode {
       const int shift = max(0, log2_width - 10);
       // Of the first round every weight that can matter by its bin, then those of one bin, which are listed too.
 #pragma unroll 1
-      for (int i = tid(); i < total_slots; i += kThreads) {
-        const int owner = i / slot_share;
-        const float* estimate = estimates() + row * p.slot_capacity + (i - owner * slot_share);
-        const float w = weight(cluster.read(estimate, owner), norm);
-        const uint32_t key = __float_as_uint(w);
-        if (first_round) {
-          if (w >= floor) atomicAdd(&mass_histogram()[WeightBins::of(key)], mass_of(w));
-        } else if (key >= low_key && (key - low_key) >> log2_width == 0) {
-          const uint32_t at = atomicAdd(&s.local_boundary, 1u);
-          if (at < kBoundaryList) boundary_list()[at] = w;
-          atomicAdd(&mass_histogram()[(key - low_key) >> shift], mass_of(w));
+      for (int owner = 0; owner < cluster.size; ++owner) {
+        const int slots = cluster.read(&s.published_slots, owner);
+#pragma unroll 1
+        for (int i = tid(); i < slots; i += kThreads) {
+          const float w = weight(cluster.read(estimates() + row * p.slot_capacity + i, owner), norm);
+          const uint32_t key = __float_as_uint(w);
+          if (first_round) {
+            if (w >= floor) atomicAdd(&mass_histogram()[WeightBins::of(key)], mass_of(w));
+          } else if (key >= low_key && (key - low_key) >> log2_width == 0) {
+            const uint32_t at = atomicAdd(&s.local_boundary, 1u);
+            if (at < kBoundaryList) boundary_list()[at] = w;
+            atomicAdd(&mass_histogram()[(key - low_key) >> shift], mass_of(w));
+          }
         }
       }
       __syncthreads();
@@ -1398,8 +1435,9 @@ struct FusedDecode {
     if (count > kBoundaryList) {
       const unsigned long long mass =
           above + static_cast<unsigned long long>(count) * mass_of(__uint_as_float(low_key));
-      if (warp == 0) publish_threshold(row, __uint_as_float(low_key),
-                        static_cast<float>(static_cast<double>(mass) / static_cast<double>(total)));
+      if (warp == 0)
+        publish_threshold(row, __uint_as_float(low_key),
+                          static_cast<float>(static_cast<double>(mass) / static_cast<double>(total)));
       return;
     }
     const float* list = boundary_list();
@@ -1412,8 +1450,9 @@ struct FusedDecode {
     __syncthreads();
     if (tid() < count && __float_as_uint(list[tid()]) == s.mass_key) atomicExch(&s.mass_captured, reached);
     __syncthreads();
-    if (warp == 0) publish_threshold(row, __uint_as_float(s.mass_key),
-                      static_cast<float>(static_cast<double>(s.mass_captured) / static_cast<double>(total)));
+    if (warp == 0)
+      publish_threshold(row, __uint_as_float(s.mass_key),
+                        static_cast<float>(static_cast<double>(s.mass_captured) / static_cast<double>(total)));
     __syncthreads();
   }
 
@@ -1583,8 +1622,10 @@ struct FusedDecode {
         for (int c = 0; c < 4; ++c) o[j][c] *= scale[c & 1];
         // Row g of product j is channel 8g + j; row g + 8 the same of the other half, or four channels further.
         const int e = kHalves == 2 ? j : j + 4, h = kHalves - 1;
-        const uint32_t a0 = channel_pair(values[b][0][0], values[b][1][0], j), a2 = channel_pair(values[b][2][0], values[b][3][0], j);
-        const uint32_t a1 = channel_pair(values[b][0][h], values[b][1][h], e), a3 = channel_pair(values[b][2][h], values[b][3][h], e);
+        const uint32_t a0 = channel_pair(values[b][0][0], values[b][1][0], j),
+                       a2 = channel_pair(values[b][2][0], values[b][3][0], j);
+        const uint32_t a1 = channel_pair(values[b][0][h], values[b][1][h], e),
+                       a3 = channel_pair(values[b][2][h], values[b][3][h], e);
         mma(o[j], a0, a1, a2, a3, upper[0], upper[1], T());
         mma(o[j], a0, a1, a2, a3, lower[0], lower[1], T());
       }
@@ -1796,17 +1837,13 @@ struct FusedDecode {
     const bool scores_items = wanted < items;
     unit_shift = p.log2_page_size;
     slot_count = owned;
-    int slot_share = share, total_slots = items;
+    int first_slot = first, total_slots = items;
     if (!selects) list_pages(first >> p.log2_page_size, blocks_of(page_size(), owned));
     load_query(!dense, scores_items, prefix);
     if (selects) {
-      const int candidate_share = blocks_of(cluster.size, wanted);
-      const int begin = cluster.rank * candidate_share;
-      const int mine = min(max(wanted - begin, 0), candidate_share);
       if (!kByPage) unit_shift = 0;
-      slot_count = mine << unit_shift;
-      slot_share = candidate_share << unit_shift;
-      total_slots = wanted << unit_shift;
+      const int candidate_share = blocks_of(cluster.size, wanted);
+      int begin = cluster.rank * candidate_share, mine = min(max(wanted - begin, 0), candidate_share);
       if (scores_items) {
         if (kByPage) {
           score_pages();
@@ -1815,7 +1852,13 @@ struct FusedDecode {
         } else {
           select_tokens(wanted);
         }
-        cluster.sync();
+        if (p.evens_out) {
+          cluster.sync();
+        } else {
+          begin = s.rank_first[cluster.rank];
+          mine = (cluster.rank + 1 < cluster.size ? s.rank_first[cluster.rank + 1] : wanted) - begin;
+          __syncthreads();
+        }
       } else if (kByPage) {
         list_pages(begin, mine);
         __syncthreads();
@@ -1827,14 +1870,18 @@ struct FusedDecode {
         }
         __syncthreads();
       }
+      first_slot = begin << unit_shift;
+      slot_count = mine << unit_shift;
+      total_slots = wanted << unit_shift;
     }
+    if (tid() == 0) s.published_slots = slot_count;
     // The page of the newest token is always a candidate: the tokens it lacks are not.
     const int missing = by_page ? items * page_size() - live : 0;
     const int candidate_tokens = total_slots - missing;
 
     int kept_tokens = candidate_tokens;
     const bool estimated = p.prunes && !dense;
-    int start = 0, count = slot_count, list_start = cluster.rank * slot_share;
+    int start = 0, count = slot_count, list_start = first_slot;
     Entries entries = Entries::kCandidates;
     if (estimated) {
       if (lead_words % kChunks == 0) {
@@ -1846,10 +1893,10 @@ struct FusedDecode {
       read_norms(s.weight_stat, s.weight_norm);
       list_weights(total_slots);
       cluster.sync();
-      solve_rows(slot_share, total_slots);
+      solve_rows(total_slots);
       cluster.sync();
       list_survivors();
-      if (cluster.size > 1 && p.slot_capacity > kUnsharedSlots) {
+      if (cluster.size > 1 && p.evens_out && p.slot_capacity > kUnsharedSlots) {
         entries = Entries::kSharedSurvivors;
         cluster.sync();
         kept_tokens = count_survivors();

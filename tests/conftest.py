@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 import twilight_ops
 from twilight_ops import backends
+
+# Workers that all use every core slow each other down many times over.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

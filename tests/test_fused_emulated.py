@@ -50,7 +50,7 @@ class FusedParams(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "selector prunes query_tokens group_size kv_heads log2_page_size max_pages num_pages token_budget capacity dense_below "
-                "sink_tokens recent_tokens scratch_at pages_at candidates_at bitmap_at state_at bitmap_words slot_capacity"
+                "sink_tokens recent_tokens evens_out scratch_at pages_at candidates_at bitmap_at state_at bitmap_words slot_capacity"
             ).split()
         ],
     ]
@@ -109,6 +109,7 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     p.query_tokens, p.group_size, p.kv_heads = query_tokens, heads // kv_heads, kv_heads
     p.log2_page_size, p.max_pages, p.num_pages = page_size.bit_length() - 1, max_pages, num_pages
     p.capacity = counted(max_pages, page_size, query_tokens, p.token_budget, p.budget_fraction, p.sink_tokens, p.recent_tokens)
+    p.evens_out = seed // 2 % 2
     shared = emulator.emulate_fused_decode(ctypes.byref(p), batch, head_dim, q.dtype == torch.float16, cluster_size, seed)
     predicted = fused.shared_bytes(
         a["selector"],
@@ -120,6 +121,7 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
         p.capacity,
         p.dense_below,
         cluster_size,
+        bool(p.evens_out),
     )
     assert shared == predicted, "kernels/fused.py and lay_out disagree"
     return out, lse

@@ -116,3 +116,14 @@ def test_presets_keep_the_selector_and_other_settings():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_recent_tokens_are_the_selectors_unless_the_configuration_or_an_override_says_how_many():
+    def recent(layer=0, **settings):
+        return TwilightConfig(**settings).layer_plan(layer, "cpu", 1).recent_tokens
+
+    assert recent() == ShadowPrefix.recent_tokens == 32
+    assert recent(selector=Quest()) == 0
+    assert recent(recent_tokens=0) == 0 and recent(recent_tokens=5, selector=Quest()) == 5
+    overrides = {0: LayerOverride(selector=Quest()), 1: LayerOverride(recent_tokens=7), 2: LayerOverride(selector="dense")}
+    assert [recent(layer, overrides=overrides) for layer in range(4)] == [0, 7, 0, 32]

@@ -68,7 +68,7 @@ class TwilightConfig:
         dense_below: sequences no longer than this, in tokens, attend to everything; None takes the measured break-even of the device, the
             batch size and the KV heads.
         sink_tokens: the first tokens of a sequence that are always kept.
-        recent_tokens: the newest tokens of a sequence that are always kept.
+        recent_tokens: the newest tokens of a sequence that are always kept; None takes what the selector asks for.
         overrides: what single layers do differently, by layer index.
     """
 
@@ -78,7 +78,7 @@ class TwilightConfig:
     dense_layers: int = 0
     dense_below: int | None = None
     sink_tokens: int = 0
-    recent_tokens: int = 0
+    recent_tokens: int | None = None
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,13 +108,16 @@ class TwilightConfig:
             value = getattr(override, name)
             return getattr(self, name) if value is None else value
 
+        recent_tokens = pick("recent_tokens")
+        if recent_tokens is None:
+            recent_tokens = 0 if selector is None else selector.recent_tokens
         dense_below = BREAK_EVEN[device_type].tokens(kv_rows) if self.dense_below is None else self.dense_below
         return LayerPlan(
             selector=selector,
             top_p=pick("top_p"),
             dense_below=dense_below,
             sink_tokens=pick("sink_tokens"),
-            recent_tokens=pick("recent_tokens"),
+            recent_tokens=recent_tokens,
             head_token_budget=override.head_token_budget,
             head_top_p=override.head_top_p,
         )

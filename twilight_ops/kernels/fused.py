@@ -21,7 +21,7 @@ SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
 # Bytes of FusedShared by (head_dim, padded rows); csrc/decode_attention.cuh asserts the same numbers.
-FIXED_BYTES = {(64, 1): 4832, (64, 4): 7584, (64, 8): 11280, (128, 1): 5856, (128, 4): 10912, (128, 8): 17680}
+FIXED_BYTES = {(64, 1): 4832, (64, 4): 7584, (64, 8): 11296, (128, 1): 5856, (128, 4): 10912, (128, 8): 17696}
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def shared_bytes(
     capacity: int,
     dense_below: int,
     cluster_size: int,
+    evens_out: bool,
 ) -> int:
     """Shared memory of one block: the twin of `lay_out` in csrc/decode_attention.cu."""
     rows = padded_rows(rows)
@@ -89,7 +90,8 @@ def shared_bytes(
 
     own_pages = _round_up(-(-max_pages // cluster_size), 16)
     own_items = own_pages if by_page else own(max_tokens) if by_token else 0
-    own_candidates = -(-capacity // cluster_size) if by_page or by_token else 0
+    own_candidates = -(-capacity // cluster_size) if evens_out else min(own_items, capacity)
+    own_candidates = own_candidates if by_page or by_token else 0
     slots = own_candidates * page_size if by_page else own_candidates if by_token else own(max_tokens)
     slots = _round_up(slots, 4) if prunes else 0
     listed_tokens = min(max_tokens, dense_below) if by_page or by_token else max_tokens
@@ -132,7 +134,8 @@ def cluster_size(
     rule = CLUSTER_RULES[selector, rows > 1]
 
     def fits(size: int) -> bool:
-        needed = shared_bytes(selector, prunes, head_dim, rows, page_size, max_pages, capacity, dense_below, size)
+        evens_out = units * size > MULTIPROCESSORS
+        needed = shared_bytes(selector, prunes, head_dim, rows, page_size, max_pages, capacity, dense_below, size, evens_out)
         return needed <= SHARED_LIMIT
 
     size = 1

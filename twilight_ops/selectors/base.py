@@ -44,6 +44,7 @@ class Selector:
     kernel: ClassVar[str] = "given"  # the `selector` argument of decode_attention; "given": `select` is called first
     uses_page_bounds: ClassVar[bool] = False
     uses_shadow: ClassVar[bool] = False  # even where nothing is pruned
+    recent_tokens: ClassVar[int] = 0  # always kept where the configuration does not say how many
 
     def __post_init__(self) -> None:
         if self.token_budget < 1:

@@ -33,6 +33,9 @@ class ShadowPrefix(Selector):
     name: ClassVar[str] = "shadow_prefix"
     kernel: ClassVar[str] = "shadow_prefix"
     uses_shadow: ClassVar[bool] = True
+    # A prefix ranks the newest tokens badly, probably as heads that look back a few tokens do it with the fast channels of the position
+    # encoding. SmolLM2, 7.5k tokens, eight documents: KL .0096 without these and .0060 with them, for 0.1% of the bytes; 4 sinks: nothing.
+    recent_tokens: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
