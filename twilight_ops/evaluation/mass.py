@@ -34,7 +34,7 @@ class MassProbe:
         heads = q.shape[2]
         shadow = (layer.k_quant, layer.k_scale, layer.channel_order, layer.prefix_channels)
         weights = ops.estimate_weights(q, *shadow, page_table, seq_lens, None, None, 1, sm_scale)
-        true = _exact_weights(q, layer, page_table, seq_lens, sm_scale)  # [B, Hq, N]
+        true = exact_weights(q, layer, page_table, seq_lens, sm_scale)  # [B, Hq, N]
         self.rows += true.shape[0] * heads
         for p in self.top_ps:
             # One group a query head, so that each head's own set comes back and not the union.
@@ -65,7 +65,7 @@ def _add(sums: dict[float, float], p: float, value: Tensor) -> None:
     sums[p] = sums.get(p, 0.0) + float(value)
 
 
-def _exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
+def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
     """Attention weights of one query token over the cache in fp64, [B, Hq, M * S]."""
     keys = layer.k_cache[page_table.long()].transpose(1, 2).flatten(2, 3).double()  # [B, Hkv, N, D]
     grouped = q[:, 0].double().unflatten(1, (keys.shape[1], -1))
@@ -95,7 +95,7 @@ AttentionInterface.register("twilight_probe", _probing_attention)
 
 
 @contextmanager
-def _probing(model, probe: MassProbe):
+def probing(model, probe: MassProbe):
     _PROBE.append(probe)
     try:
         with attention(model, "twilight_probe"):
@@ -112,7 +112,7 @@ def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[
     cache = cache_of(model, config, prefills, forced.shape[1])
     probe = MassProbe(top_ps)
     position = cache.live_seq_lens.long()[:, None].clone()
-    with _probing(model, probe):
+    with probing(model, probe):
         for t in range(forced.shape[1]):
             model(input_ids=forced[:, t : t + 1], position_ids=position + t, past_key_values=cache, use_cache=True)
     return probe.result()
