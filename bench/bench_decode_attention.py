@@ -106,10 +106,9 @@ def configurations(data: Workload, options: argparse.Namespace) -> dict[str, Twi
 def served_by(arguments: dict) -> str:
     """Which CUDA kernels `decode_attention` runs for these arguments."""
     from twilight_ops import backends
-    from twilight_ops.kernels import fused, native
+    from twilight_ops.kernels import native
 
-    call = native._bind_decode_attention((), arguments)
-    blocks = fused.fused_supports(**{name: call[name] for name in native._SUPPORT_ARGUMENTS})
+    blocks = native.fused_cluster_size(native.bind_decode_attention((), arguments))
     return f"fused, {blocks} a KV head" if backends.CUDA.name == "native" and blocks > 0 else "stages"
 
 

@@ -1,8 +1,8 @@
 // One launch a layer: candidate scores, exact top-k, 4-bit estimate, exact top-p, attention on the survivors, merge.
 //
-// Grid: a cluster of C blocks a (sequence, KV head). In every phase each block owns an even share: of the sequence
-// while scoring, of the candidates while estimating, of the survivors while attending; shares are handed over through
-// distributed shared memory.
+// Grid: a cluster of C blocks a (sequence, KV head). Each block owns an even share of the sequence while scoring. Of
+// the candidates while estimating and of the survivors while attending it owns an even share too, handed over through
+// distributed shared memory, or what its own tokens gave (FusedParams::evens_out).
 #pragma once
 
 #include <algorithm>
@@ -55,10 +55,10 @@ struct FusedParams {
   int log2_page_size, max_pages, num_pages;
   int token_budget, capacity;  // tokens; items
   int dense_below, sink_tokens, recent_tokens;
-  // Shared memory, bytes from the start of the dynamic part and elements.
   // Whether blocks hand each other even shares of the candidates, and of long lists of survivors. A grid of one block a
   // multiprocessor keeps its own: an even share is not worth the barrier there.
   int evens_out;
+  // Shared memory, bytes from the start of the dynamic part and elements.
   int scratch_at, pages_at, candidates_at, bitmap_at, state_at;
   int bitmap_words, slot_capacity;
 };
@@ -164,7 +164,6 @@ namespace {
 
 using ScoreBins = FloatBins<79, kScoreBins - 1>;   // full resolution down to 2^-48 of the largest possible score
 using WeightBins = FloatBins<100, kMassBins - 1>;  // down to 2^-27; 1.0 lands in bin 964
-constexpr float kMassUnit = 1099511627776.0f;      // 2^40: masses are integers, so any order adds up to the same
 
 #ifdef __CUDACC__
 extern __shared__ __align__(16) char dynamic_shared[];
@@ -174,6 +173,8 @@ template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedDecode {
   static constexpr bool kByPage = kSelector == FusedSelector::kQuest;
   static constexpr bool kSelects = kByPage || kSelector == FusedSelector::kShadowPrefix;
+  static constexpr bool kAhead = kSelector == FusedSelector::kDenseAhead;
+  static constexpr bool kOnlyDense = kAhead || kSelector == FusedSelector::kDense;
   static constexpr int kWords = D / 8;  // 32-bit words of codes a row
   // Tokens scored by several rows keep each row's logit in 16 bits until the rows' softmax norms are known. That
   // settles which items are chosen but for a narrow band around the boundary, whose scores are computed again.
@@ -1146,9 +1147,6 @@ struct FusedDecode {
   __device__ __forceinline__ float weight(float logit, float norm) const {
     return fminf(exp2_fast(logit - norm), 1.0f);
   }
-  __device__ __forceinline__ unsigned long long mass_of(float w) const {
-    return static_cast<unsigned long long>(w * kMassUnit);
-  }
 
   // p of one query row, at least 0; 1 keeps everything.
   __device__ __forceinline__ double row_top_p(int row) const {
@@ -1164,7 +1162,8 @@ struct FusedDecode {
     return floor < 0x1p-30f ? 0.0f : floor;
   }
 
-  // floor(w * 2^40) of a weight as its upper and its lower 20 bits.
+  // The mass of a weight, floor(w * 2^40), as its upper and its lower 20 bits: integers add up to the same in any
+  // order.
   __device__ __forceinline__ uint2 split_mass(float w) const {
     const float high = fma_rz(w, 0x1p20f, 0x1p23f);
     const float low = fma_rz(fmaf(w, 0x1p20f, 0x1p23f - high), 0x1p20f, 0x1p23f);
@@ -1173,6 +1172,7 @@ struct FusedDecode {
   __device__ __forceinline__ unsigned long long joined_mass(uint2 mass) const {
     return (static_cast<unsigned long long>(mass.x) << 20) + mass.y;
   }
+  __device__ __forceinline__ unsigned long long mass_of(float w) const { return joined_mass(split_mass(w)); }
 
   // Row r is solved by block r % cluster.size, as the (r / cluster.size)-th of its rows; kRowWarps warps of every block
   // list weights for it.
@@ -1343,10 +1343,10 @@ struct FusedDecode {
   __device__ void finish_row(int row, uint32_t low_key, int count, const uint32_t* found, unsigned long long above,
                              unsigned long long need, unsigned long long total) {
     if (count > 32) {
-      above += count * joined_mass(split_mass(__uint_as_float(low_key)));
+      above += count * mass_of(__uint_as_float(low_key));
     } else {
       const uint32_t key = lane < count ? found[lane] : 0;
-      const unsigned long long mass = lane < count ? joined_mass(split_mass(__uint_as_float(key))) : 0;
+      const unsigned long long mass = lane < count ? mass_of(__uint_as_float(key)) : 0;
       unsigned long long reached = above;
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
@@ -1540,7 +1540,6 @@ struct FusedDecode {
     constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
     constexpr int kHalves = D / 64;    // and of a value
     constexpr int kProducts = D / 16;
-    constexpr bool kAhead = kSelector == FusedSelector::kDenseAhead;
     constexpr int kBuffers = kAhead ? 2 : 1;
     float peak[2] = {kEmptyPeak, kEmptyPeak}, z[2] = {};
     float o[kProducts][4] = {};
@@ -1585,7 +1584,7 @@ struct FusedDecode {
       // What selects has no registers left for keys and values at a time; a dense row has the keys of a tile to come on
       // their way while it weighs this one, and its values after that.
       const int next = base + kBuffers * kStep;
-      if (kSelects || kSelector == FusedSelector::kFull) load_values(b);
+      if (!kOnlyDense) load_values(b);
       if (kAhead && next < count) load_keys(b, next);
       float weights[2][2], scale[2];  // of token g + 8 i and row 2t + k
 #pragma unroll
@@ -1643,7 +1642,7 @@ struct FusedDecode {
 #pragma unroll 1
     for (int base = first_tile; base < count; base += kBuffers * kStep) {
       if (!kAhead) load_keys(0, base);
-      if (!kAhead && kSelector == FusedSelector::kDense) load_values(0);
+      if (!kAhead && kOnlyDense) load_values(0);
 #pragma unroll
       for (int b = 0; b < kBuffers; ++b) {
         if (base + b * kStep < count) attend_tile(b, base + b * kStep);
@@ -1823,7 +1822,6 @@ struct FusedDecode {
       if (p.kept_indices != nullptr) write_kept(Entries::kCandidates, 0, 0, 0, 0);
       return;
     }
-    constexpr bool kOnlyDense = kSelector == FusedSelector::kDense || kSelector == FusedSelector::kDenseAhead;
     const bool dense = kOnlyDense || live <= p.dense_below || (!kSelects && !p.prunes);
     const bool selects = kSelects && !dense;
     const bool by_page = selects && kByPage;

@@ -18,11 +18,7 @@ pytestmark = [
 
 def run_with(cluster_size: int):
     """Calls the private operator with decode_attention's arguments."""
-
-    def run(arguments: dict):
-        return torch.ops.twilight._fused_decode_attention(*native.fused_arguments((), arguments), cluster_size)
-
-    return run
+    return lambda arguments: native.run_fused(native.bind_decode_attention((), arguments), cluster_size)
 
 
 @pytest.mark.sanitize

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..selectors import Candidates, Selector
-from ..selectors._paged import read_keys
-from ..selectors._rank import best_tokens, group_query, live_tokens
+from ..selectors._rank import best_tokens, exact_logits
 from ..selectors.base import stored_bytes
 
 AGGREGATIONS = ("softmax_sum", "softmax_max", "logit_max", "logit_mean")
@@ -37,10 +36,7 @@ class ExactTopK(Selector):
             raise ValueError(f"ExactTopK: aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}")
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        kv_heads = layer.k_cache.shape[1]
-        keys = read_keys(layer, page_table).float()
-        logits = torch.einsum("bthgd,bhnd->bthgn", group_query(q, kv_heads), keys) * sm_scale
-        live = live_tokens(seq_lens, kv_heads, keys.shape[2])
+        logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)
         masked = logits.masked_fill(~live[:, None, :, None], torch.finfo(logits.dtype).min)
         kind, _, reduction = self.aggregation.partition("_")
         # exp of a mean or maximum of logits ranks like the logits themselves and is never negative.

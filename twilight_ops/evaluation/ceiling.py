@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..ops import prune_top_p
 from ..selectors import Candidates, Selector
-from ..selectors._paged import read_keys
-from ..selectors._rank import group_query, live_tokens
+from ..selectors._rank import exact_logits
 from ..selectors.base import stored_bytes
 
 
@@ -36,12 +35,9 @@ class ExactTopP(Selector):
             raise ValueError(f"ExactTopP: mass: expected 0 < mass <= 1, got {self.mass}")
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        kv_heads = layer.k_cache.shape[1]
-        keys = read_keys(layer, page_table).float()
-        logits = torch.einsum("bthgd,bhnd->bthgn", group_query(q, kv_heads), keys) * sm_scale
-        live = live_tokens(seq_lens, kv_heads, keys.shape[2])
+        logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)
         weights = logits.masked_fill(~live[:, None, :, None], -torch.inf).softmax(-1).flatten(2, 3)  # [B, T, Hq, N]
-        indices, counts, _ = prune_top_p(weights, seq_lens, None, None, 1, kv_heads, self.mass)
+        indices, counts, _ = prune_top_p(weights, seq_lens, None, None, 1, layer.k_cache.shape[1], self.mass)
         return Candidates(indices, counts, 1)
 
     def scan_bytes(self, layer) -> list[float]:

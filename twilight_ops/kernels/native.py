@@ -24,14 +24,14 @@ def _binder(kernel: Callable) -> Callable[[tuple, dict], dict]:
     return bind
 
 
-_bind_append_kv = _binder(staged_append_kv)
-_bind_decode_attention = _binder(staged_decode_attention)
+bind_append_kv = _binder(staged_append_kv)
+bind_decode_attention = _binder(staged_decode_attention)
 _SUPPORT_ARGUMENTS = tuple(inspect.signature(fused.fused_supports).parameters)
 _STAGED_ONLY = ("candidates", "candidate_counts", "tokens_per_candidate")
 
 
 def append_kv(*arguments, **named) -> None:
-    call = _bind_append_kv(arguments, named)
+    call = bind_append_kv(arguments, named)
     if call["k"].dtype == torch.float32 or not fused.available():
         staged_append_kv(**call)
         return
@@ -39,18 +39,22 @@ def append_kv(*arguments, **named) -> None:
     torch.ops.twilight._fused_append_kv(*call.values())
 
 
-def fused_arguments(arguments: tuple, named: dict) -> list:
-    """A call of decode_attention as `_fused_decode_attention` takes it, but for the cluster size."""
-    return [value for name, value in _bind_decode_attention(arguments, named).items() if name not in _STAGED_ONLY]
+def fused_cluster_size(call: dict) -> int:
+    """Blocks a KV head with which the fused kernel serves a bound call of decode_attention, or 0 where it does not."""
+    return fused.fused_supports(**{name: call[name] for name in _SUPPORT_ARGUMENTS})
+
+
+def run_fused(call: dict, cluster_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bound call of decode_attention on the fused kernel, unchecked."""
+    arguments = [value for name, value in call.items() if name not in _STAGED_ONLY]
+    return torch.ops.twilight._fused_decode_attention(*arguments, cluster_size)
 
 
 def decode_attention(*arguments, **named) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _bind_decode_attention(arguments, named)
+    call = bind_decode_attention(arguments, named)
     check_decode_attention(**call)
-    cluster_size = fused.fused_supports(**{name: call[name] for name in _SUPPORT_ARGUMENTS})
-    if cluster_size == 0:
-        return staged_decode_attention(**call)
-    return torch.ops.twilight._fused_decode_attention(*fused_arguments((), call), cluster_size)
+    cluster_size = fused_cluster_size(call)
+    return run_fused(call, cluster_size) if cluster_size > 0 else staged_decode_attention(**call)
 
 
 KERNELS = {"append_kv": append_kv, "decode_attention": decode_attention}

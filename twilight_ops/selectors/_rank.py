@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..capacity import token_capacity
+from ._paged import read_keys
 from .base import Candidates, Selector
 
 
@@ -34,6 +35,14 @@ def live_tokens(seq_lens: Tensor, num_kv_heads: int, max_tokens: int) -> Tensor:
     """[B, Hkv, N] bool: positions below the sequence's length."""
     positions = torch.arange(max_tokens, device=seq_lens.device)
     return (positions < seq_lens[:, None])[:, None].expand(-1, num_kv_heads, -1)
+
+
+def exact_logits(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
+    """Scaled q . k of every position in the cache, fp32 [B, T, Hkv, G, N], and which of them are live, [B, Hkv, N]."""
+    keys = read_keys(layer, page_table).float()  # [B, Hkv, N, D]
+    kv_heads = keys.shape[1]
+    logits = torch.einsum("bthgd,bhnd->bthgn", group_query(q, kv_heads), keys) * sm_scale
+    return logits, live_tokens(seq_lens, kv_heads, keys.shape[2])
 
 
 def row_budget(selector: Selector, layer, seq_lens: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._paged import allocate_rows, physical_pages, read_keys, read_rows
-from ._rank import best_tokens, group_query, live_tokens, sum_of_softmax
+from ._paged import allocate_rows, physical_pages, read_rows
+from ._rank import best_tokens, exact_logits, sum_of_softmax
 from .base import Candidates, Selector, stored_bytes
 
 
@@ -43,13 +43,11 @@ class Tidal(Selector):
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         flags = layer.selector_state["tidal_selected"]  # [P + 1, Hkv, S, 1]
-        pages, kv_heads, page_size, _ = layer.k_cache.shape
+        pages, _, page_size, _ = layer.k_cache.shape
         if layer.index not in self.selection_layers:
             selected = read_rows(flags, page_table)[..., 0]  # [B, Hkv, N]
             return best_tokens(selected.float(), selected, self, layer, page_table, seq_lens, q.shape[1])
-        keys = read_keys(layer, page_table).float()  # [B, Hkv, N, D]
-        logits = torch.einsum("bthgd,bhnd->bthgn", group_query(q, kv_heads), keys) * sm_scale
-        live = live_tokens(seq_lens, kv_heads, keys.shape[2])
+        logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)
         scores = sum_of_softmax(logits, live)
         if self.across_heads:
             scores = scores.sum(1, keepdim=True).expand_as(scores)
