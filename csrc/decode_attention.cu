@@ -47,7 +47,6 @@ void launch(const FusedParams& p, int grid, int cluster_size, int shared_bytes, 
 template <typename T, int D, int RP>
 Launcher launcher_for_selector(FusedSelector selector) {
   if (selector == FusedSelector::kDense) return launch<T, D, RP, FusedSelector::kDense>;
-  if (selector == FusedSelector::kDenseAhead) return launch<T, D, RP, FusedSelector::kDenseAhead>;
   if (selector == FusedSelector::kQuest) return launch<T, D, RP, FusedSelector::kQuest>;
   if (selector == FusedSelector::kShadowPrefix) return launch<T, D, RP, FusedSelector::kShadowPrefix>;
   return launch<T, D, RP, FusedSelector::kFull>;
@@ -148,13 +147,16 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   p.evens_out = grid > multiprocessors;
-  const int shared_bytes = lay_out(p, head_dim, rows, cluster_size);
+  int shared_bytes = lay_out(p, head_dim, rows, cluster_size);
+  if (shared_bytes > kSharedLimit && !p.evens_out) {
+    p.evens_out = 1;
+    shared_bytes = lay_out(p, head_dim, rows, cluster_size);
+  }
   if (shared_bytes > kSharedLimit) {
     throw std::runtime_error("twilight::_fused_decode_attention: page_table: expected at most " +
                              std::to_string(kSharedLimit) + " bytes of shared memory a block, got " +
                              std::to_string(shared_bytes));
   }
-  if (p.selector == FusedSelector::kDense && !p.evens_out) p.selector = FusedSelector::kDenseAhead;
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const Launcher launcher = q.scalar_type() == ScalarType::Half

@@ -12,18 +12,17 @@
 
 namespace twilight {
 
-// kDenseAhead is kDense for grids that leave every block a multiprocessor of its own.
-enum class FusedSelector : int { kDense, kFull, kQuest, kShadowPrefix, kDenseAhead };
+enum class FusedSelector : int { kDense, kFull, kQuest, kShadowPrefix };
 
-constexpr int kTileTokens = 16;      // rows of one tensor-core product
-constexpr int kBlockTokens = 128;    // a block's share of a sequence is a multiple of this
-constexpr int kScoreBins = 2048;     // of candidate scores
-constexpr int kMassBins = 1024;      // of estimated weights, where a row is solved from all of them
-constexpr int kWeightList = 2048;    // weights a block lists for the rows it solves; a row with more is solved from all
-constexpr int kBoundaryList = 256;   // keys that share the threshold's bin and are ranked one by one
-constexpr int kScratchLists = 8192;  // bytes before the lists in scratch: the histograms
+constexpr int kTileTokens = 16;       // rows of one tensor-core product
+constexpr int kBlockTokens = 128;     // a block's share of a sequence is a multiple of this
+constexpr int kScoreBins = 2048;      // of candidate scores
+constexpr int kMassBins = 1024;       // of estimated weights, where a row is solved from all of them
+constexpr int kBoundaryList = 256;    // keys that share the threshold's bin and are ranked one by one
+constexpr int kScratchLists = 8192;   // bytes before the lists in scratch: the histograms
 constexpr int kUnsharedSlots = 1024;  // a block with so few slots attends to its own survivors: evening out costs more
 constexpr int kMaxClusterSize = 16;
+constexpr int kStreamSlots = 3;                      // tiles of keys or of values that a warp holds or has on their way
 constexpr int kMaxParts = kMaxClusterSize * kWarps;  // listing warps of a cluster
 
 struct FusedParams {
@@ -56,11 +55,12 @@ struct FusedParams {
   int token_budget, capacity;  // tokens; items
   int dense_below, sink_tokens, recent_tokens;
   // Whether blocks hand each other even shares of the candidates, and of long lists of survivors. A grid of one block a
-  // multiprocessor keeps its own: an even share is not worth the barrier there.
+  // multiprocessor keeps its own where they fit: an even share is not worth the barrier there.
   int evens_out;
   // Shared memory, bytes from the start of the dynamic part and elements.
   int scratch_at, pages_at, candidates_at, bitmap_at, state_at;
   int bitmap_words, slot_capacity;
+  int list_capacity;  // weights a block lists for the rows it solves; a row with more is solved from all
 };
 
 // What one block of the cluster owns of a sequence with `items` tokens or pages.
@@ -77,8 +77,9 @@ struct FusedShared {
   uint2 q_bounds[D / 2]
                 [RP];  // channels 4w..4w+3: negative part against the minima, then positive part against the maxima
   uint4 q_rows[RP][D / 8];  // as the model made them
-  float out_rows[RP][D];
-  float2 out_stat[RP];
+  // Partial results that the cluster's blocks leave for the outputs written here: [blocks][RP * D / blocks].
+  float out_parts[RP * D];
+  float2 out_stat[kMaxClusterSize][RP];
   float2 warp_stat[kWarps][RP];
   float2 score_stat[RP], weight_stat[RP];
   float score_norm[RP], weight_norm[RP];
@@ -87,7 +88,7 @@ struct FusedShared {
   alignas(16) float rescale[kWarps][RP];
   unsigned long long scan_totals[kWarps];
   // What every listing warp of the cluster found for the rows solved here.
-  unsigned long long part_mass[kMaxParts], part_listed_mass[kMaxParts];
+  unsigned long long part_mass[kMaxParts];
   int part_size[kMaxParts];
   int horizon[RP];    // the last position a row sees
   bool from_all[RP];  // rows whose lists do not settle them
@@ -103,7 +104,8 @@ struct FusedShared {
   int rank_first[kMaxClusterSize + 1];  // candidates before each block
   int rank_ties[kMaxClusterSize];
   int rank_offset[kMaxClusterSize + 1];
-  int published_slots, published_kept;  // read by the cluster
+  int published_slots;              // read by the cluster
+  int kept_count[kMaxClusterSize];  // of every block
   int kept_first[kMaxClusterSize + 1];
   unsigned long long mass_above, mass_captured;
   uint32_t mass_key;
@@ -119,13 +121,13 @@ constexpr int checked_bytes() {
 
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   if (head_dim == 64) {
-    return padded_rows == 1   ? checked_bytes<64, 1, 4832>()
-           : padded_rows == 4 ? checked_bytes<64, 4, 7584>()
-                              : checked_bytes<64, 8, 11296>();
+    return padded_rows == 1   ? checked_bytes<64, 1, 3984>()
+           : padded_rows == 4 ? checked_bytes<64, 4, 7104>()
+                              : checked_bytes<64, 8, 11280>();
   }
-  return padded_rows == 1   ? checked_bytes<128, 1, 5856>()
-         : padded_rows == 4 ? checked_bytes<128, 4, 10912>()
-                            : checked_bytes<128, 8, 17696>();
+  return padded_rows == 1   ? checked_bytes<128, 1, 5008>()
+         : padded_rows == 4 ? checked_bytes<128, 4, 10432>()
+                            : checked_bytes<128, 8, 17680>();
 }
 
 // Lays out the dynamic shared memory behind FusedShared and returns its size in bytes. kernels/fused.py holds the same
@@ -142,6 +144,9 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
                                                    : std::min(own_items, p.capacity);
   const int slots = by_page ? own_candidates * page_size : by_token ? own_candidates : own_tokens;
   p.slot_capacity = p.prunes ? round_up(slots, 4) : 0;
+  // Of 16,384 candidates about 1,700 weights a row are listed, by up to 32 warps and not evenly.
+  const int candidate_tokens = by_page ? p.capacity * page_size : by_token ? p.capacity : max_tokens;
+  p.list_capacity = padded_rows > 1 && candidate_tokens > 8192 ? 4096 : 2048;
   p.bitmap_words = std::max({blocks_of(32, own_items), blocks_of(32, p.slot_capacity), kBoundaryList / 2});
 
   int end = fused_shared_bytes(head_dim, padded_rows);
@@ -150,13 +155,19 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
     end = at + bytes;
     return at;
   };
-  p.scratch_at = take(std::max(kScratchLists + kWeightList * 4, kWarps * padded_rows * head_dim * 4));
-  const int listed_tokens = by_page || by_token ? std::min(max_tokens, p.dense_below) : max_tokens;
-  p.pages_at = take((by_page ? own_pages : by_token ? own_tokens / page_size : 0) * 4);
+  end = round_up(end, 128);  // streamed tiles: lines of global memory become whole lines here
+  p.scratch_at = take(std::max(kScratchLists + p.list_capacity * 4, kWarps * padded_rows * head_dim * 4));
+  const int listed_tokens = p.selector == FusedSelector::kFull ? max_tokens : 0;
+  p.pages_at = take(by_page ? own_pages * 4 : by_token ? own_tokens / kTileTokens * 4 : 0);
   p.candidates_at = take(std::max(own_candidates, share_of_tokens(listed_tokens, cluster_size) / page_size) * 8);
   p.bitmap_at = take(p.bitmap_words * 2 * 4);
   const int score_stride = by_token ? blocks_of(2, padded_rows) : padded_rows;
   p.state_at = take(std::max(own_items * score_stride, p.slot_capacity * padded_rows) * 4);
+
+  // A dense row streams its pages through all of this.
+  if (p.dense_below > 0 || (!by_page && !by_token && !p.prunes)) {
+    end = std::max(end, p.scratch_at + kStreamSlots * kWarps * kTileTokens * head_dim * 2);
+  }
   return end;
 }
 
@@ -173,8 +184,7 @@ template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedDecode {
   static constexpr bool kByPage = kSelector == FusedSelector::kQuest;
   static constexpr bool kSelects = kByPage || kSelector == FusedSelector::kShadowPrefix;
-  static constexpr bool kAhead = kSelector == FusedSelector::kDenseAhead;
-  static constexpr bool kOnlyDense = kAhead || kSelector == FusedSelector::kDense;
+  static constexpr bool kOnlyDense = kSelector == FusedSelector::kDense;
   static constexpr int kWords = D / 8;  // 32-bit words of codes a row
   // Tokens scored by several rows keep each row's logit in 16 bits until the rows' softmax norms are known. That
   // settles which items are chosen but for a narrow band around the boundary, whose scores are computed again.
@@ -219,8 +229,9 @@ struct FusedDecode {
   __device__ __forceinline__ float* weight_list() const { return part<float>(p.scratch_at + kScratchLists); }
   // This block's, read by the cluster; behind them those of the whole cluster.
   __device__ __forceinline__ uint32_t* boundary_keys() const { return part<uint32_t>(p.scratch_at + kScratchLists); }
-  // Of this block's share: page * kv_heads + head for Quest, else the first row.
+  // Of this block's share: page * kv_heads + head of every page, or the first row of every tile of 16 tokens.
   __device__ __forceinline__ uint32_t* pages() const { return part<uint32_t>(p.pages_at); }
+  __device__ __forceinline__ uint32_t* tiles() const { return part<uint32_t>(p.pages_at); }
   // (first row, first position) of every 2^unit_shift slots.
   __device__ __forceinline__ uint2* candidates() const { return part<uint2>(p.candidates_at); }
   // Bitmaps: of items (above the boundary, inside it), later of survivors.
@@ -244,7 +255,7 @@ struct FusedDecode {
   __device__ __forceinline__ uint32_t slot_in_page(uint32_t row) const { return row & (page_size() - 1); }
   // First words of a row's leading and of its other codes, counted from the start of k_quant.
   __device__ __forceinline__ uint32_t lead_word(uint32_t row) const {
-    return row * lead_words + (row - slot_in_page(row)) * (kWords - lead_words);
+    return row * kWords - slot_in_page(row) * (kWords - lead_words);
   }
   __device__ __forceinline__ uint32_t rest_word(uint32_t row) const {
     return (row - slot_in_page(row) + page_size()) * lead_words + row * (kWords - lead_words);
@@ -269,6 +280,9 @@ struct FusedDecode {
     }
   }
 
+  // Where the queries of word w of a page's bounds lie: what the threads of a row read at a time is together.
+  __device__ static __forceinline__ int bounds_place(int w) { return (w & ~15) | (w & 3) << 2 | (w >> 2 & 3); }
+
   // The query rows as they are, and, where codes are read, as fp16 operands scaled by a power of two (so that bf16 fits
   // too). Every global load of the prologue is in flight before the first is used.
   __device__ void load_query(bool reads_codes, bool scores_items, int prefix) {
@@ -288,14 +302,16 @@ struct FusedDecode {
     int order = tid();
     if (reads_codes && p.channel_order != nullptr && tid() < D) order = p.channel_order[head * D + tid()];
     if (scores_items) {
-      // Entries behind the last page repeat it, so that whole tiles can be read.
-      const int begin = kByPage ? first : first >> p.log2_page_size;
-      const int count = kByPage ? owned : blocks_of(page_size(), owned);
-      const int filled = kByPage ? round_up(owned, kTileTokens) : round_up(owned, kBlockTokens) >> p.log2_page_size;
+      // Entries behind the last repeat it, so that whole tiles, or whole steps of a warp, can be read.
+      const int filled = kByPage ? round_up(owned, kTileTokens) : round_up(owned, kBlockTokens) / kTileTokens;
 #pragma unroll 1
       for (int i = tid(); i < filled; i += kThreads) {
-        const uint32_t block = page_block(begin + min(i, count - 1));
-        pages()[i] = kByPage ? block : block << p.log2_page_size;
+        if (kByPage) {
+          pages()[i] = page_block(first + min(i, owned - 1));
+        } else {
+          const int token = first + (min(i * kTileTokens, owned - 1) & -kTileTokens);
+          tiles()[i] = (page_block(token >> p.log2_page_size) << p.log2_page_size) + slot_in_page(token);
+        }
       }
     }
 #pragma unroll
@@ -330,8 +346,9 @@ struct FusedDecode {
       for (int d = lane; kByPage && d < D; d += 32) {
         const float x = scale * to_float(rows_out[row * D + d]);
         const int at = (d & 1) * 2 + ((d & 3) >> 1);
-        reinterpret_cast<__half*>(&s.q_bounds[d / 4][row])[at] = __float2half_rn(x > 0.0f ? 0.0f : x);
-        reinterpret_cast<__half*>(&s.q_bounds[(D + d) / 4][row])[at] = __float2half_rn(x < 0.0f ? 0.0f : x);
+        reinterpret_cast<__half*>(&s.q_bounds[bounds_place(d / 4)][row])[at] = __float2half_rn(x > 0.0f ? 0.0f : x);
+        reinterpret_cast<__half*>(&s.q_bounds[bounds_place((D + d) / 4)][row])[at] =
+            __float2half_rn(x < 0.0f ? 0.0f : x);
       }
       if (lane == 0) {
         s.gain[row] = log2_scale() * __uint_as_float(static_cast<uint32_t>(127 + 24 - shift) << 23);
@@ -398,9 +415,9 @@ struct FusedDecode {
     return valid && x < infinity() ? x : -infinity();
   }
 
-  // Row of one of this block's tokens; of the last page's for tokens behind it.
+  // Row of one of this block's tokens; of the last tile's for tokens behind it.
   __device__ __forceinline__ uint32_t token_row(int token) const {
-    return pages()[token >> p.log2_page_size] + slot_in_page(token);
+    return tiles()[token / kTileTokens] + token % kTileTokens;
   }
 
   static constexpr int kTiles = kBlockTokens / kTileTokens;
@@ -413,14 +430,15 @@ struct FusedDecode {
   // Four words a row of the leading codes of 128 tokens. A thread behind a row's last word reads that: its queries are
   // 0.
   __device__ __forceinline__ void load_tiles(uint32_t (&x)[kTiles], uint32_t (&y)[kTiles], int base, int w0) const {
-    const uint32_t* codes = reinterpret_cast<const uint32_t*>(p.k_quant);
-    const uint32_t own = g * lead_words + min(w0 + t, max(lead_words, 1) - 1);
+    const uint32_t* codes =
+        reinterpret_cast<const uint32_t*>(p.k_quant) + g * lead_words + min(w0 + t, max(lead_words, 1) - 1);
+    const uint32_t* later = codes + 8 * lead_words;
+    const uint32_t* tile = tiles() + base / kTileTokens;
 #pragma unroll
     for (int u = 0; u < kTiles; ++u) {
-      const int token = base + u * kTileTokens;
-      const uint32_t word = pages()[token >> p.log2_page_size] * kWords + slot_in_page(token) * lead_words + own;
+      const uint32_t word = lead_word(tile[u]);
       x[u] = __ldg(codes + word);
-      y[u] = __ldg(codes + (word + 8 * lead_words));
+      y[u] = __ldg(later + word);
     }
   }
   __device__ __forceinline__ void load_tile_scales(uint32_t (&packed)[RP][kScales], int base) const {
@@ -428,8 +446,8 @@ struct FusedDecode {
     for (int st = 0; st < RP; ++st) {
 #pragma unroll
       for (int e = 0; e < kScales; e += 2) {
-        const uint32_t row = token_row(base + tile_of(st, e >> 1) * kTileTokens) + g;
-        const uint32_t* scale = reinterpret_cast<const uint32_t*>(p.k_scale) + row;
+        const uint32_t row = tiles()[base / kTileTokens + tile_of(st, e >> 1)];
+        const uint32_t* scale = reinterpret_cast<const uint32_t*>(p.k_scale) + g + row;
         packed[st][e] = __ldg(scale);
         packed[st][e + 1] = __ldg(scale + 8);
       }
@@ -481,6 +499,8 @@ struct FusedDecode {
                                               int base, const float (&gain)[2], const float (&zero_gain)[2],
                                               float (&z)[2], uint32_t& outside) {
     constexpr float kLevelOffset = 12582912.0f + (kReference - kLowestLevel) * kLevelsPerUnit;
+    const int first_token = base + tile_of(0, 0) * kTileTokens + g;
+    uint32_t* levels = part<uint32_t>(p.state_at) + first_token * kScoreStride + row_of_column(0) / 2;
 #pragma unroll
     for (int st = 0; st < RP; ++st) {
 #pragma unroll
@@ -502,10 +522,9 @@ struct FusedDecode {
             scores()[token] = logit;
           }
         }
-        const int token = base + tile_of(st, 0) * kTileTokens + g + 8 * half;
-        if (kLevels && (kWhole || token < owned)) {
-          part<uint32_t>(p.state_at)[token * kScoreStride + row_of_column(0) / 2] =
-              (level[0] & 0xffffu) | (level[1] << 16);
+        const int behind = st * kCopies * kTileTokens + 8 * half;  // the first token
+        if (kLevels && (kWhole || first_token + behind < owned)) {
+          levels[behind * kScoreStride] = __byte_perm(level[0], level[1], 0x5410);
         }
       }
     }
@@ -647,56 +666,95 @@ struct FusedDecode {
     return score;
   }
 
+  // Bounds are read in whole lines of 128 bytes, eight threads a line: half as many requests as of 64 bytes, which the
+  // L2 cache serves no faster. So threads g and g ^ 1 share pages, each has the chunks of 16 bytes 8 l + 4 (g & 1) + t,
+  // and the products of the two are added up. A tile of 16 pages is two products of 16 such halves of pages.
+  static constexpr int kLines = D / 64;  // of a page
   struct PageBounds {
-    uint4 x[D / 32], y[D / 32];  // of pages g and g + 8 of a tile
-    uint32_t scale[2];
+    uint4 chunks[2][2][kLines];  // of pages 8 m + 4 i + g / 2
+    uint32_t scale[2];           // of pages 8 (g & 1) + 4 i + g / 2
   };
   __device__ __forceinline__ void load_bounds(PageBounds& page, int base) const {
-    const uint32_t block[2] = {pages()[base + g], pages()[base + g + 8]};
-    const uint4* bounds = reinterpret_cast<const uint4*>(p.page_bounds) + t;
-    const uint32_t* scales = reinterpret_cast<const uint32_t*>(p.bounds_scale);
+    const uint4* bounds = reinterpret_cast<const uint4*>(p.page_bounds) + 4 * (g & 1) + t;
 #pragma unroll
-    for (int j = 0; j < D / 32; ++j) {
-      page.x[j] = load_stream(bounds + block[0] * (D / 8) + 4 * j);
-      page.y[j] = load_stream(bounds + block[1] * (D / 8) + 4 * j);
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t block = pages()[base + 8 * m + 4 * i + g / 2];
+#pragma unroll
+        for (int l = 0; l < kLines; ++l) page.chunks[m][i][l] = load_stream(bounds + block * (D / 8) + 8 * l);
+      }
     }
-    page.scale[0] = __ldg(scales + block[0]);
-    page.scale[1] = __ldg(scales + block[1]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t block = pages()[base + 8 * (g & 1) + 4 * i + g / 2];
+      page.scale[i] = __ldg(reinterpret_cast<const uint32_t*>(p.bounds_scale) + block);
+    }
   }
 
   // Scores of this block's pages from their 8-bit bounds; a warp takes 16 pages at a time, and loads the next 16 before
-  // it adds up these.
+  // it adds up these. Eight columns hold the queries of both halves of a page, or one half of eight rows at a time.
   __device__ void score_pages() {
+    constexpr int kPasses = RP == 8 ? 2 : 1;
     SoftmaxSum sum[2];
     PageBounds page;
+    uint2 q[kPasses][kLines][4];
+    float gain[2], zero_gain[2];
+#pragma unroll
+    for (int h = 0; h < kPasses; ++h) {
+#pragma unroll
+      for (int l = 0; l < kLines; ++l) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int half = RP == 8 ? h : g / 4, word = 4 * (8 * l + 4 * half + t) + i;
+          q[h][l][i] = RP == 8 || g % 4 < RP ? s.q_bounds[bounds_place(word)][g % RP] : make_uint2(0, 0);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      gain[k] = s.gain[row_of_column(k)];
+      zero_gain[k] = s.q_sum[row_of_column(k)];
+    }
+    const bool second = g & 1;
+    const bool mine = RP == 8 || t / 2 == (g & 1);  // columns of this thread's half
     int base = warp * kTileTokens;
     if (base < owned) load_bounds(page, base);
 #pragma unroll 1
     for (; base < owned; base += kWarps * kTileTokens) {
-      float acc[4] = {};
+      float acc[2][kPasses][4] = {};
 #pragma unroll
-      for (int j = 0; j < D / 32; ++j) {
-        const uint2* q = &s.q_bounds[4 * (4 * j + t)][g % RP];
-        const bool mine = g < RP;
-        const uint32_t xs[4] = {page.x[j].x, page.x[j].y, page.x[j].z, page.x[j].w};
-        const uint32_t ys[4] = {page.y[j].x, page.y[j].y, page.y[j].z, page.y[j].w};
+      for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mma_codes8(acc, xs[i], ys[i], mine ? q[i * RP] : make_uint2(0, 0));
+        for (int l = 0; l < kLines; ++l) {
+          const uint4 x = page.chunks[m][0][l], y = page.chunks[m][1][l];
+          const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int h = 0; h < kPasses; ++h) mma_codes8(acc[m][h], xs[i], ys[i], q[h][l][i]);
+          }
+        }
       }
       const uint32_t packed[2] = {page.scale[0], page.scale[1]};
       if (base + kWarps * kTileTokens < owned) load_bounds(page, base + kWarps * kTileTokens);
       float value[2][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 scale = scale_and_zero(packed[half]);
-        const int item = base + g + 8 * half;
+      for (int i = 0; i < 2; ++i) {
+        const float2 scale = scale_and_zero(packed[i]);
+        const int item = base + 8 * (g & 1) + 4 * i + g / 2;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const bool valid = item < owned && 2 * t + k < RP;
-          const int row = row_of_column(k);
-          const float logit = fmaf(scale.x, acc[2 * half + k] * s.gain[row], scale.y * s.q_sum[row]);
-          value[k][half] = finite_or_masked(logit, valid);
-          if (valid) scores()[item * RP + row] = logit;
+          // Of this thread's pages the half it has, of the other's that it has too.
+          const int c = 2 * i + k;
+          const float first_pages = RP == 8 && second ? acc[0][kPasses - 1][c] : acc[0][0][c];
+          const float other_pages = RP == 8 && second ? acc[1][kPasses - 1][c] : acc[1][0][c];
+          const float own = second ? other_pages : first_pages, others = second ? first_pages : other_pages;
+          const float product = own + __shfl_xor_sync(~0u, others, RP == 8 ? 4 : 6);
+          const bool valid = item < owned && mine && (2 * t + k) % (RP == 8 ? 8 : 4) < RP;
+          const float logit = fmaf(scale.x, product * gain[k], scale.y * zero_gain[k]);
+          value[k][i] = finite_or_masked(logit, valid);
+          if (valid) scores()[item * RP + row_of_column(k)] = logit;
         }
       }
       accumulate(sum[0], value[0]);
@@ -714,7 +772,7 @@ struct FusedDecode {
   }
 
   __device__ __forceinline__ uint32_t rank_key(float score, int item, int2 competing) const {
-    const uint32_t key = score < infinity() ? __float_as_uint(score) : kInfinityKey;
+    const uint32_t key = min(__float_as_uint(score), kInfinityKey);  // NaNs too
     const uint32_t distance = item - competing.x, span = max(competing.y - competing.x, 0);
     return distance < span ? key : kForcedKey;
   }
@@ -723,14 +781,16 @@ struct FusedDecode {
   __device__ __forceinline__ uint32_t score_key(int item, int2 competing, const float (&lowered)[RP]) const {
     float score = 0.0f;
     if (kLevels) {
-      uint32_t pair[kScoreStride];
+      const uint32_t* levels = part<uint32_t>(p.state_at) + item * kScoreStride;
 #pragma unroll
-      for (int i = 0; i < kScoreStride; ++i) pair[i] = part<uint32_t>(p.state_at)[item * kScoreStride + i];
+      for (int i = 0; i < kScoreStride; i += 2) {
+        const uint2 four = *reinterpret_cast<const uint2*>(levels + i);
+        const uint32_t pair[2] = {four.x, four.y};
 #pragma unroll
-      for (int r = 0; r < RP; ++r) {
-        const uint32_t bits = kLevelBits | (r & 1 ? pair[r / 2] >> 16 : pair[r / 2] & 0xffffu);
-        const float level = __uint_as_float(bits) - 12582912.0f;
-        score += exp2_fast(fmaf(level, 1.0f / kLevelsPerUnit, lowered[r]));
+        for (int r = 0; r < 4; ++r) {
+          const float level = __uint_as_float(__byte_perm(pair[r / 2], kLevelBits, r & 1 ? 0x7632 : 0x7610));
+          score += exp2_fast(fmaf(level, 1.0f / kLevelsPerUnit, lowered[2 * i + r]));
+        }
       }
     } else {
 #pragma unroll
@@ -750,7 +810,9 @@ struct FusedDecode {
     const int2 competing = competing_items();
     float lowered[RP];  // what turns a logit into a log-weight
 #pragma unroll
-    for (int r = 0; r < RP; ++r) lowered[r] = (kLevels ? kLowestLevel : 0.0f) - s.score_norm[r];
+    for (int r = 0; r < RP; ++r) {
+      lowered[r] = (kLevels ? kLowestLevel - 12582912.0f / kLevelsPerUnit : 0.0f) - s.score_norm[r];
+    }
     const auto count = [&](int base, bool whole) {
       uint32_t key[kBatch];
 #pragma unroll
@@ -897,14 +959,15 @@ struct FusedDecode {
       need = found.z;
       low_key = first_round ? ScoreBins::first_key(found.x) : low_key + (static_cast<uint32_t>(found.x) << shift);
       log2_width = first_round ? ScoreBins::log2_width(found.x) : shift;
-      if (near || in_bin <= kBoundaryList || need == in_bin || log2_width == 0) break;
+      if (in_bin <= (near ? kBoundaryList / 2 : kBoundaryList) || need == in_bin || log2_width == 0) break;
       cluster.sync();  // the others still read this histogram
     }
     bool ranked = need < in_bin && in_bin <= kBoundaryList;
     uint32_t width = 1u << log2_width;
     if (near) {
-      // Rounding a logit to a level moves a score by half a level at most; twice that between two scores, and some air.
-      constexpr float kSlack = 1.6f * kLn2 / kLevelsPerUnit;
+      // A score is a level off at most, half for its logit's rounding and half for its norm's; twice that between two
+      // scores, and some air.
+      constexpr float kSlack = 2.6f * kLn2 / kLevelsPerUnit;
       ranked = low_key < kInfinityKey;  // forced items are all taken, and fill the last bin
       if (ranked) {
         const float low = __uint_as_float(low_key), end = __uint_as_float(low_key + width);
@@ -1033,8 +1096,7 @@ struct FusedDecode {
 #pragma unroll 1
       for (; bits != 0; bits &= bits - 1) {
         const int item = word * 32 + __ffs(bits) - 1;
-        const uint32_t row =
-            kByPage ? pages()[item] << p.log2_page_size : pages()[item >> p.log2_page_size] + slot_in_page(item);
+        const uint32_t row = kByPage ? pages()[item] << p.log2_page_size : token_row(item);
         const int position = kByPage ? (first + item) << p.log2_page_size : first + item;
         cluster.write(&candidates()[to], owner, make_uint2(row, position));
         if (++to == share) {
@@ -1047,34 +1109,64 @@ struct FusedDecode {
 
   static constexpr int kEstimateTiles = 4;
   static constexpr int kChunks = D / 32;  // words of codes a row that one thread reads
-  // Codes of 64 candidate slots: of four tiles, rows g and g + 8. With leading codes in whole quarters of a row a
-  // thread reads one quarter of each, else every fourth word.
+  static constexpr int kEstimateColumns = kCopies < kEstimateTiles ? kCopies : kEstimateTiles;
+  static constexpr int kEstimateSets = kEstimateTiles / kEstimateColumns;  // of tiles that share one accumulator
+  // Candidates come by pages of whole tiles, or one by one.
+  static constexpr bool kByTile = kSelector != FusedSelector::kShadowPrefix;
+  // Of `at` items behind a tile of candidate slots, one of this block's; of the last one's behind that.
+  __device__ __forceinline__ uint2 candidate(int tile, int at) const {
+    if (!kByTile) return resolve(min(tile + at, slot_count - 1));
+    const uint2 first_of_tile = resolve(min(tile, (slot_count - 1) & -kTileTokens));
+    return make_uint2(first_of_tile.x + at, first_of_tile.y + at);
+  }
+  // Of a column of the products: the tile of four, the candidate in it.
+  __device__ __forceinline__ int estimate_tile(int set, int k) const {
+    return set * kEstimateColumns + (RP == 1 ? 2 * (t & 1) + k : 2 * t / RP);
+  }
+  // Codes of 64 candidate slots, of four tiles rows g and g + 8, and the scales of the slots whose products this thread
+  // receives. With leading codes in whole quarters of a row a thread reads one quarter of each, else every fourth word.
+  struct CandidateCodes {
+    uint32_t words[kEstimateTiles][2][kChunks];
+    uint32_t scale[kEstimateSets][kScales];
+  };
   template <bool kQuarters>
-  __device__ __forceinline__ void load_candidates(uint32_t (&words)[kEstimateTiles][2][kChunks], int base) const {
+  __device__ __forceinline__ void load_candidates(CandidateCodes& codes, int base) const {
+    // A thread's first word is `begin` + slot in page * `stride` words behind the page's first.
+    const bool leads = kChunks * t < lead_words;
+    const int stride = leads ? lead_words : kWords - lead_words;
+    const int begin = kChunks * t + (leads ? 0 : (page_size() - 1) * lead_words);
 #pragma unroll
     for (int u = 0; u < kEstimateTiles; ++u) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t row = resolve(min(base + u * kTileTokens + g + 8 * half, slot_count - 1)).x;
-        const uint32_t lead = lead_word(row), rest = rest_word(row) - lead_words;
+        const uint32_t row = candidate(base + u * kTileTokens, g + 8 * half).x, slot = slot_in_page(row);
+        uint32_t (&words)[kChunks] = codes.words[u][half];
         if (kQuarters) {
-          const uint32_t* codes = reinterpret_cast<const uint32_t*>(p.k_quant) + kChunks * t;
-          codes += kChunks * t < lead_words ? lead : rest;
+          const uint32_t* from =
+              reinterpret_cast<const uint32_t*>(p.k_quant) + ((row - slot) * kWords + slot * stride + begin);
           if (kChunks == 4) {
-            const uint4 v = load_stream(codes);
-            words[u][half][0] = v.x, words[u][half][1] = v.y;
-            words[u][half][kChunks - 2] = v.z, words[u][half][kChunks - 1] = v.w;
+            const uint4 v = load_stream(from);
+            words[0] = v.x, words[1] = v.y;
+            words[kChunks - 2] = v.z, words[kChunks - 1] = v.w;
           } else {
-            const uint2 v = __ldg(reinterpret_cast<const uint2*>(codes));
-            words[u][half][0] = v.x, words[u][half][1] = v.y;
+            const uint2 v = __ldg(reinterpret_cast<const uint2*>(from));
+            words[0] = v.x, words[1] = v.y;
           }
         } else {
+          const uint32_t lead = lead_word(row), rest = rest_word(row) - lead_words;
 #pragma unroll
           for (int j = 0; j < kChunks; ++j) {
             const int word = 4 * j + t;
-            words[u][half][j] = load_codes((word < lead_words ? lead : rest) + word);
+            words[j] = load_codes((word < lead_words ? lead : rest) + word);
           }
         }
+      }
+    }
+#pragma unroll
+    for (int set = 0; set < kEstimateSets; ++set) {
+#pragma unroll
+      for (int e = 0; e < kScales; ++e) {
+        codes.scale[set][e] = load_scale(candidate(base + estimate_tile(set, e >> 1) * kTileTokens, g + 8 * (e & 1)).x);
       }
     }
   }
@@ -1083,58 +1175,56 @@ struct FusedDecode {
   // and loads the next 64 before it adds up these.
   template <bool kQuarters>
   __device__ void estimate() {
-    constexpr int kColumns = kCopies < kEstimateTiles ? kCopies : kEstimateTiles;
-    constexpr int kSupertiles = kEstimateTiles / kColumns;
-    constexpr int kEstimateSums = RP == 1 ? kEstimateTiles : kSupertiles;
+    constexpr int kEstimateSums = RP == 1 ? kEstimateTiles : kEstimateSets;
     constexpr int kStep = kWarps * kEstimateTiles * kTileTokens;
     SoftmaxSum sum[2];
-    uint32_t words[kEstimateTiles][2][kChunks];
+    float gain[2], zero_gain[2];
+    int horizon[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int row = row_of_column(k);
+      gain[k] = s.gain[row];
+      zero_gain[k] = s.q_sum[row];
+      horizon[k] = s.horizon[row];
+    }
+    const bool column = RP > 1 || t < 2;
+    CandidateCodes codes;
     int base = warp * kEstimateTiles * kTileTokens;
-    if (base < slot_count) load_candidates<kQuarters>(words, base);
+    if (base < slot_count) load_candidates<kQuarters>(codes, base);
 #pragma unroll 1
     for (; base < slot_count; base += kStep) {
-      uint32_t packed[kSupertiles][kScales];
-      int position[kSupertiles][kScales];
-#pragma unroll
-      for (int st = 0; st < kSupertiles; ++st) {
-#pragma unroll
-        for (int e = 0; e < kScales; ++e) {
-          const int copy = RP == 1 ? 2 * (t & 1) + (e >> 1) : 2 * t / RP;
-          const int slot = base + (st * kColumns + copy) * kTileTokens + g + 8 * (e & 1);
-          const uint2 entry = resolve(min(slot, slot_count - 1));
-          packed[st][e] = load_scale(entry.x);
-          position[st][e] = slot < slot_count ? static_cast<int>(entry.y) : INT32_MAX;
-        }
-      }
       float acc[kEstimateSums][4] = {};
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
         const uint4 q = s.q_codes[kQuarters ? kChunks * t + j : 4 * j + t][g % RP];
 #pragma unroll
         for (int u = 0; u < kEstimateTiles; ++u) {
-          const bool mine = g / RP == u % kColumns;
-          mma_codes4(acc[u * kEstimateSums / kEstimateTiles], words[u][0][j], words[u][1][j],
+          const bool mine = g / RP == u % kEstimateColumns;
+          mma_codes4(acc[u * kEstimateSums / kEstimateTiles], codes.words[u][0][j], codes.words[u][1][j],
                      make_uint4(mine ? q.x : 0, mine ? q.y : 0, mine ? q.z : 0, mine ? q.w : 0));
         }
       }
-      if (base + kStep < slot_count) load_candidates<kQuarters>(words, base + kStep);
-      if (RP == 1) fold(acc);
-      float value[2][2 * kSupertiles];
+      uint32_t packed[kEstimateSets][kScales];
 #pragma unroll
-      for (int st = 0; st < kSupertiles; ++st) {
+      for (int i = 0; i < kEstimateSets * kScales; ++i) {
+        packed[i / kScales][i % kScales] = codes.scale[i / kScales][i % kScales];
+      }
+      if (base + kStep < slot_count) load_candidates<kQuarters>(codes, base + kStep);
+      if (RP == 1) fold(acc);
+      float value[2][2 * kEstimateSets];
+#pragma unroll
+      for (int set = 0; set < kEstimateSets; ++set) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            const int e = RP == 1 ? 2 * k + half : half;
-            const int copy = RP == 1 ? 2 * (t & 1) + k : 2 * t / RP;
-            const int slot = base + (st * kColumns + copy) * kTileTokens + g + 8 * half;
-            const int row = row_of_column(k);
-            const float2 scale = scale_and_zero(packed[st][e]);
-            const float logit = fmaf(scale.x, acc[st][2 * half + k] * s.gain[row], scale.y * s.q_sum[row]);
-            const bool column = RP > 1 || t < 2;
-            value[k][2 * st + half] = position[st][e] <= s.horizon[row] && column ? logit : -infinity();
-            if (column && slot < slot_count) estimates()[row * p.slot_capacity + slot] = value[k][2 * st + half];
+            const int tile = base + estimate_tile(set, k) * kTileTokens, at = g + 8 * half;
+            const float2 scale = scale_and_zero(packed[set][RP == 1 ? 2 * k + half : half]);
+            const bool there = column && tile + at < slot_count;
+            float logit = fmaf(scale.x, acc[set][2 * half + k] * gain[k], scale.y * zero_gain[k]);
+            if (!there || static_cast<int>(candidate(tile, at).y) > horizon[k]) logit = -infinity();
+            if (there) estimates()[row_of_column(k) * p.slot_capacity + tile + at] = logit;
+            value[k][2 * set + half] = logit;
           }
         }
       }
@@ -1179,7 +1269,7 @@ struct FusedDecode {
   static constexpr int kRowWarps = kWarps / RP;
   __device__ __forceinline__ int row_parts() const { return cluster.size * kRowWarps; }
   __device__ __forceinline__ int solved_rows() const { return blocks_of(cluster.size, RP); }
-  __device__ __forceinline__ int part_capacity() const { return kWeightList / (solved_rows() * row_parts()); }
+  __device__ __forceinline__ int part_capacity() const { return p.list_capacity / (solved_rows() * row_parts()); }
 
   // Adds up this block's masses, a warp one row, and sends the weights that can be thresholds to the row's solver. The
   // lists start at four times the floor, which leaves them short; should they not reach p, or not fit, the row is
@@ -1192,7 +1282,7 @@ struct FusedDecode {
     const float listed_from = row < rows ? 4.0f * floor_weight(row_top_p(row), total_slots) : 2.0f;  // above any weight
     const float* estimate = estimates() + row * p.slot_capacity;
     float* list = weight_list() + index * capacity;
-    uint2 total = make_uint2(0, 0), listed_mass = make_uint2(0, 0);
+    uint2 total = make_uint2(0, 0);
     int listed = 0;
     constexpr int kBatch = 4, kStep = 32 * kRowWarps;
 #pragma unroll 1
@@ -1201,28 +1291,25 @@ struct FusedDecode {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int slot = base + u * kStep;
-        w[u] = slot < slot_count ? weight(estimate[slot], norm) : -1.0f;
+        w[u] = slot < slot_count ? weight(estimate[slot], norm) : 0.0f;
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const uint2 mass = split_mass(fmaxf(w[u], 0.0f));
+        const uint2 mass = split_mass(w[u]);
         total.x += mass.x;
         total.y += mass.y;
-        const bool matters = w[u] >= listed_from;
+        const bool matters = w[u] >= listed_from && base + u * kStep < slot_count;
         const uint32_t bits = __ballot_sync(~0u, matters);
         if (matters) {
-          listed_mass.x += mass.x;
-          listed_mass.y += mass.y;
           const int at = listed + __popc(bits & ((1u << lane) - 1));
           if (at < capacity) cluster.write(list + at, solver, w[u]);
         }
         listed += __popc(bits);
       }
     }
-    const unsigned long long mass = warp_sum(joined_mass(total)), mass_listed = warp_sum(joined_mass(listed_mass));
+    const unsigned long long mass = warp_sum(joined_mass(total));
     if (lane == 0) {
       cluster.write(&s.part_mass[index], solver, mass);
-      cluster.write(&s.part_listed_mass[index], solver, mass_listed);
       cluster.write(&s.part_size[index], solver, listed);
     }
   }
@@ -1257,16 +1344,14 @@ struct FusedDecode {
     const int first_part = local * row_parts(), end_part = first_part + row_parts();
     uint32_t* bins = histogram() + local * kRowBins * 2;  // upper and lower halves of each bin's mass
     uint32_t* found = chosen() + local * 32;              // the bitmaps are idle here
-    unsigned long long total = 0, listed_mass = 0;
+    unsigned long long total = 0;
     bool fits = true;
 #pragma unroll 1
     for (int i = first_part + lane; i < end_part; i += 32) {
       total += s.part_mass[i];
-      listed_mass += s.part_listed_mass[i];
       fits &= s.part_size[i] <= part_capacity();
     }
     total = warp_sum(total);
-    listed_mass = warp_sum(listed_mass);
     fits = __all_sync(~0u, fits);
     unsigned long long need = 0;
     bool open = row < rows && total != 0 && !isnan(s.weight_norm[row % RP]);
@@ -1277,9 +1362,9 @@ struct FusedDecode {
     }
     if (row < rows && member == 0) {
       if (!open) publish_threshold(row, 0.0f, 1.0f);
-      if (lane == 0) s.from_all[row] = open && !(fits && listed_mass >= need);
+      if (lane == 0) s.from_all[row] = open && !fits;
     }
-    open = open && fits && listed_mass >= need;
+    open = open && fits;
 
     uint32_t low_key = kLowRowKey, width = 0;  // of the first round: all
     int shift = 28 - kLog2RowBins;
@@ -1307,24 +1392,29 @@ struct FusedDecode {
 #pragma unroll
         for (int i = 0; i < kShare; ++i) part += bin_mass(bins, kRowBins - 1 - kShare * lane - i);
         const unsigned long long before = above + warp_inclusive_scan(part) - part;
-        const int owner = __ffs(__ballot_sync(~0u, before < need && before + part >= need)) - 1;
-        above = __shfl_sync(~0u, before, owner);
-        int bin = kRowBins - 1 - kShare * owner;
+        const uint32_t reaches = __ballot_sync(~0u, before < need && before + part >= need);
+        open = reaches != 0;
+        if (!open && member == 0 && lane == 0) s.from_all[row] = true;
+        if (open) {
+          const int owner = __ffs(reaches) - 1;
+          above = __shfl_sync(~0u, before, owner);
+          int bin = kRowBins - 1 - kShare * owner;
 #pragma unroll 1
-        for (;; --bin) {
-          const unsigned long long mass = bin_mass(bins, bin);
-          if (above + mass >= need) break;
-          above += mass;
+          for (;; --bin) {
+            const unsigned long long mass = bin_mass(bins, bin);
+            if (above + mass >= need) break;
+            above += mass;
+          }
+          const bool lowest = width == 0 && bin == 0;
+          width = lowest ? low_key + (1u << shift) : 1u << shift;
+          low_key = lowest ? 0 : low_key + (static_cast<uint32_t>(bin) << shift);
+          shift = max(0, 32 - kLog2RowBins - __clz(width - 1));
+          each_listed(first_part + member, end_part, team, [&](float w) {
+            if (__float_as_uint(w) - low_key >= width) return;
+            const uint32_t at = atomicAdd(&s.found_size[local], 1u);
+            if (at < 32) found[at] = __float_as_uint(w);
+          });
         }
-        const bool lowest = width == 0 && bin == 0;
-        width = lowest ? low_key + (1u << shift) : 1u << shift;
-        low_key = lowest ? 0 : low_key + (static_cast<uint32_t>(bin) << shift);
-        shift = max(0, 32 - kLog2RowBins - __clz(width - 1));
-        each_listed(first_part + member, end_part, team, [&](float w) {
-          if (__float_as_uint(w) - low_key >= width) return;
-          const uint32_t at = atomicAdd(&s.found_size[local], 1u);
-          if (at < 32) found[at] = __float_as_uint(w);
-        });
       }
       __syncthreads();
       if (open) {
@@ -1463,15 +1553,21 @@ struct FusedDecode {
     }
   }
 
-  // Lists this block's survivors: slots whose weight reaches any row's threshold, sinks and recent tokens.
-  __device__ void list_survivors() {
+  // Lists this block's survivors, slots whose weight reaches any row's threshold, sinks and recent tokens, and returns
+  // how many they are.
+  __device__ int list_survivors() {
     const int word_count = blocks_of(32, slot_count);
     constexpr int kBatch = 4;
-    float threshold[RP], norm[RP];
+    // A logit tells what its weight is: at least the threshold, below it, or so near that the weight itself must say.
+    bool keeps_all = false;
+    float low[RP], high[RP];
 #pragma unroll
     for (int r = 0; r < RP; ++r) {
-      threshold[r] = r < rows ? s.threshold[r] : 2.0f;  // no weight reaches 2
-      norm[r] = s.weight_norm[r];
+      const float norm = s.weight_norm[r], threshold = r < rows ? s.threshold[r] : 2.0f;  // no weight reaches 2
+      const float logit = norm + __log2f(threshold), margin = 1e-4f + fabsf(norm) * 0x1p-21f;
+      keeps_all |= threshold == 0.0f;
+      low[r] = r < rows ? logit - margin : infinity();
+      high[r] = r < rows ? logit + margin : infinity();
     }
 #pragma unroll 1
     for (int start = warp; start < word_count; start += kBatch * kWarps) {
@@ -1480,10 +1576,19 @@ struct FusedDecode {
       for (int u = 0; u < kBatch; ++u) {
         const int slot = min((start + u * kWarps) * 32 + lane, slot_count - 1);
         const int position = resolve(slot).y;
-        keep[u] = position < p.sink_tokens || position >= live - p.recent_tokens;
+        bool near = false;
+        keep[u] = keeps_all || position < p.sink_tokens || position >= live - p.recent_tokens;
 #pragma unroll
         for (int r = 0; r < RP; ++r) {
-          keep[u] |= threshold[r] == 0.0f || weight(estimates()[r * p.slot_capacity + slot], norm[r]) >= threshold[r];
+          const float logit = estimates()[r * p.slot_capacity + slot];
+          near |= logit >= low[r];
+          keep[u] |= logit >= high[r];
+        }
+        if (near && !keep[u]) {
+#pragma unroll 1
+          for (int r = 0; r < rows; ++r) {
+            keep[u] |= weight(estimates()[r * p.slot_capacity + slot], s.weight_norm[r]) >= s.threshold[r];
+          }
         }
         keep[u] &= position < live;
       }
@@ -1507,14 +1612,15 @@ struct FusedDecode {
         kept()[to++] = word * 32 + __ffs(bits) - 1;
       }
     }
-    if (tid() == 0) s.published_kept = count;
+    if (tid() < cluster.size) cluster.write(&s.kept_count[cluster.rank], tid(), count);
     __syncthreads();
+    return count;
   }
 
-  // Survivors before each block, of published numbers; returns how many there are in all.
+  // Survivors before each block; returns how many there are in all.
   __device__ int count_survivors() {
     if (warp == 0) {
-      const int count = lane < cluster.size ? cluster.read(&s.published_kept, lane) : 0;
+      const int count = lane < cluster.size ? s.kept_count[lane] : 0;
       const int through = warp_inclusive_scan(count);
       if (lane <= kMaxClusterSize) s.kept_first[lane] = through - count;
     }
@@ -1522,8 +1628,9 @@ struct FusedDecode {
     return s.kept_first[kMaxClusterSize];
   }
 
-  // (row, position) of what a block attends to.
-  enum class Entries { kCandidates, kOwnSurvivors, kSharedSurvivors };
+  // What a block attends to: a run of its candidates or of the cluster's survivors, or whole pages as they stream in.
+  enum class Entries { kCandidates, kOwnSurvivors, kSharedSurvivors, kStream };
+  // (row, position) of one.
   __device__ __forceinline__ uint2 entry(Entries entries, int at) const {
     if (entries == Entries::kCandidates) return resolve(at);
     if (entries == Entries::kOwnSurvivors) return resolve(kept()[at]);
@@ -1534,58 +1641,113 @@ struct FusedDecode {
     return entry_of(cluster.read(candidates() + (slot >> unit_shift), owner), slot);
   }
 
-  // Exact attention over `count` entries from `start`, by tiles of 16 a warp; leaves the block's partial result
-  // published. Both products are of tokens or channels by query rows: a thread's two columns are rows 2t and 2t + 1.
-  __device__ void attend(Entries entries, int start, int count) {
+  // The tokens of a dense row come in tiles of 16, one after another to each warp: their keys, then their values, the
+  // next two on their way while one is used.
+  struct Stream {
+    uint32_t rows;  // first rows of 32 of the warp's tiles, a lane each
+    int started;    // tiles of keys and of values
+    int slot;       // of the one that comes next
+  };
+  // 16 bytes of a tile. Their place in a row is permuted by row, so that no two of the eight threads that read at a
+  // time meet in a bank, whether they read two rows of keys or four of values.
+  __device__ __forceinline__ T* stream_place(int slot, int row, int chunk) const {
+    const int place = chunk ^ (row & 6) ^ (row & 1) << 2;
+    return part<T>(p.scratch_at) + ((slot * kWarps + warp) * kTileTokens + row) * D + place * 8;
+  }
+  __device__ __forceinline__ void start_next_tile(Stream& stream, int slot) {
+    constexpr int kStep = kWarps * kTileTokens, kRowChunks = D / 8;
+    const int tile = stream.started / 2, token = warp * kTileTokens + tile * kStep;  // of this block's
+    if (token < owned) {
+      if (stream.started % 64 == 0) {
+        const int ahead = first + min(token + lane * kStep, owned - 1);
+        stream.rows = (page_block(ahead >> p.log2_page_size) << p.log2_page_size) + slot_in_page(ahead & -kTileTokens);
+      }
+      const int row = lane / kRowChunks, chunk = lane % kRowChunks;
+      const T* from = static_cast<const T*>(stream.started % 2 == 0 ? p.k_cache : p.v_cache) +
+                      static_cast<int64_t>(__shfl_sync(~0u, stream.rows, tile % 32) + row) * D + chunk * 8;
+#pragma unroll
+      for (int i = 0; i < kTileTokens; i += 32 / kRowChunks) {
+        start_copy(stream_place(slot, row + i, chunk), from + i * D, first + token + row + i < live);
+      }
+    }
+    end_copies();
+    ++stream.started;
+  }
+  __device__ __forceinline__ Stream begin_stream() {
+    Stream stream = {};
+#pragma unroll
+    for (int slot = 0; slot < kStreamSlots; ++slot) start_next_tile(stream, slot);
+    return stream;
+  }
+  // Once every lane has read what it needs of a tile, another takes its place.
+  __device__ __forceinline__ void pass_tile(Stream& stream) {
+    __syncwarp();
+    start_next_tile(stream, stream.slot);
+    stream.slot = stream.slot + 1 == kStreamSlots ? 0 : stream.slot + 1;
+  }
+  __device__ __forceinline__ void wait_for_tile() const {
+    wait_copies<kStreamSlots - 1>();
+    __syncwarp();
+  }
+
+  // Exact attention over `count` entries from `start`, or over what `stream` brings, by tiles of 16 a warp; hands every
+  // block of the cluster its part of this one's result. Both products are of tokens or channels by query rows: a
+  // thread's two columns are rows 2t and 2t + 1.
+  template <bool kStreams>
+  __device__ void attend(Entries entries, int start, int count, Stream stream) {
     constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
     constexpr int kHalves = D / 64;    // and of a value
     constexpr int kProducts = D / 16;
-    constexpr int kBuffers = kAhead ? 2 : 1;
     float peak[2] = {kEmptyPeak, kEmptyPeak}, z[2] = {};
     float o[kProducts][4] = {};
-    const T* k_cache = static_cast<const T*>(p.k_cache) + 8 * t;
-    const T* v_cache = static_cast<const T*>(p.v_cache) + 8 * g;
-    // Buffers of a tile: of tokens g and g + 8 the keys; of 2t, 2t + 1, 2t + 8 and 2t + 9 the values.
-    uint4 keys[kBuffers][2][kQuarters], values[kBuffers][4][kHalves];
-    uint2 mine[kBuffers];  // (row, position) of the tile's token `lane`
-    const auto load_keys = [&](int b, int base) {
-      mine[b] = make_uint2(0, INT32_MAX);
-      if (lane < kTileTokens && base + lane < count) mine[b] = entry(entries, start + base + lane);
+#pragma unroll 1
+    for (int base = warp * kTileTokens; base < count; base += kWarps * kTileTokens) {
+      // Keys of tokens g and g + 8, values of 2t, 2t + 1, 2t + 8 and 2t + 9.
+      uint4 keys[2][kQuarters], values[4][kHalves];
+      int position[2];
+      uint2 mine = make_uint2(0, INT32_MAX);  // (row, position) of the tile's token `lane`
+      if (kStreams) {
+        wait_for_tile();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const T* key = k_cache + static_cast<int64_t>(__shfl_sync(~0u, mine[b].x, g + 8 * i)) * D;
+        for (int i = 0; i < 2; ++i) {
+          position[i] = first + base + g + 8 * i;
 #pragma unroll
-        for (int j = 0; j < kQuarters; ++j) keys[b][i][j] = load_stream(key + 32 * j);
-      }
-    };
-    const auto load_values = [&](int b) {
+          for (int j = 0; j < kQuarters; ++j) {
+            keys[i][j] = *reinterpret_cast<const uint4*>(stream_place(stream.slot, g + 8 * i, 4 * j + t));
+          }
+        }
+        pass_tile(stream);
+      } else {
+        if (lane < kTileTokens && base + lane < count) mine = entry(entries, start + base + lane);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 2 * t + (i & 1) + 4 * (i & 2);
-        const T* value = v_cache + static_cast<int64_t>(__shfl_sync(~0u, mine[b].x, token)) * D;
-        const bool there = static_cast<int>(__shfl_sync(~0u, mine[b].y, token)) < live;
+        for (int i = 0; i < 2; ++i) {
+          position[i] = static_cast<int>(__shfl_sync(~0u, mine.y, g + 8 * i));
+          const T* key =
+              static_cast<const T*>(p.k_cache) + static_cast<int64_t>(__shfl_sync(~0u, mine.x, g + 8 * i)) * D;
 #pragma unroll
-        for (int j = 0; j < kHalves; ++j) {
-          values[b][i][j] = there ? load_stream(value + 64 * j) : make_uint4(0, 0, 0, 0);
+          for (int j = 0; j < kQuarters; ++j) keys[i][j] = load_stream(key + 32 * j + 8 * t);
         }
       }
-    };
-    constexpr int kStep = kWarps * kTileTokens;
-    const auto attend_tile = [&](int b, int base) {
-      const int position[2] = {static_cast<int>(__shfl_sync(~0u, mine[b].y, g)),
-                               static_cast<int>(__shfl_sync(~0u, mine[b].y, g + 8))};
       float acc[4] = {};
 #pragma unroll
       for (int j = 0; j < kQuarters; ++j) {
         const uint4 q = g < RP ? s.q_rows[g % RP][4 * j + t] : make_uint4(0, 0, 0, 0);
-        mma(acc, keys[b][0][j].x, keys[b][1][j].x, keys[b][0][j].y, keys[b][1][j].y, q.x, q.y, T());
-        mma(acc, keys[b][0][j].z, keys[b][1][j].z, keys[b][0][j].w, keys[b][1][j].w, q.z, q.w, T());
+        mma(acc, keys[0][j].x, keys[1][j].x, keys[0][j].y, keys[1][j].y, q.x, q.y, T());
+        mma(acc, keys[0][j].z, keys[1][j].z, keys[0][j].w, keys[1][j].w, q.z, q.w, T());
       }
-      // What selects has no registers left for keys and values at a time; a dense row has the keys of a tile to come on
-      // their way while it weighs this one, and its values after that.
-      const int next = base + kBuffers * kStep;
-      if (!kOnlyDense) load_values(b);
-      if (kAhead && next < count) load_keys(b, next);
+      // There are no registers for keys and values at a time.
+      if (!kStreams) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 2 * t + (i & 1) + 4 * (i & 2);
+          const T* value = static_cast<const T*>(p.v_cache) + static_cast<int64_t>(__shfl_sync(~0u, mine.x, token)) * D;
+          const bool there = static_cast<int>(__shfl_sync(~0u, mine.y, token)) < live;
+#pragma unroll
+          for (int j = 0; j < kHalves; ++j) {
+            values[i][j] = there ? load_stream(value + 64 * j + 8 * g) : make_uint4(0, 0, 0, 0);
+          }
+        }
+      }
       float weights[2][2], scale[2];  // of token g + 8 i and row 2t + k
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -1615,39 +1777,33 @@ struct FusedDecode {
         upper[i] = transpose8(packed);
         lower[i] = transpose8(pack2(weights[i][0] - rounded.x, weights[i][1] - rounded.y, T()));
       }
+      if (kStreams) {
+        wait_for_tile();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < kHalves; ++j) {
+            const int token = 2 * t + (i & 1) + 4 * (i & 2);
+            values[i][j] = *reinterpret_cast<const uint4*>(stream_place(stream.slot, token, 8 * j + g));
+          }
+        }
+        pass_tile(stream);
+      }
 #pragma unroll
       for (int j = 0; j < kProducts; ++j) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) o[j][c] *= scale[c & 1];
         // Row g of product j is channel 8g + j; row g + 8 the same of the other half, or four channels further.
         const int e = kHalves == 2 ? j : j + 4, h = kHalves - 1;
-        const uint32_t a0 = channel_pair(values[b][0][0], values[b][1][0], j),
-                       a2 = channel_pair(values[b][2][0], values[b][3][0], j);
-        const uint32_t a1 = channel_pair(values[b][0][h], values[b][1][h], e),
-                       a3 = channel_pair(values[b][2][h], values[b][3][h], e);
+        const uint32_t a0 = channel_pair(values[0][0], values[1][0], j),
+                       a2 = channel_pair(values[2][0], values[3][0], j);
+        const uint32_t a1 = channel_pair(values[0][h], values[1][h], e),
+                       a3 = channel_pair(values[2][h], values[3][h], e);
         mma(o[j], a0, a1, a2, a3, upper[0], upper[1], T());
         mma(o[j], a0, a1, a2, a3, lower[0], lower[1], T());
       }
-      if (kAhead && next < count) load_values(b);
-    };
-    const int first_tile = warp * kTileTokens;
-    if (kAhead) {
-#pragma unroll
-      for (int b = 0; b < kBuffers; ++b) {
-        if (first_tile + b * kStep >= count) continue;
-        load_keys(b, first_tile + b * kStep);
-        load_values(b);
-      }
     }
-#pragma unroll 1
-    for (int base = first_tile; base < count; base += kBuffers * kStep) {
-      if (!kAhead) load_keys(0, base);
-      if (!kAhead && kOnlyDense) load_values(0);
-#pragma unroll
-      for (int b = 0; b < kBuffers; ++b) {
-        if (base + b * kStep < count) attend_tile(b, base + b * kStep);
-      }
-    }
+    if (kStreams) __syncthreads();  // partial results take the place of the tiles
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int row = 2 * t + k;
@@ -1670,51 +1826,60 @@ struct FusedDecode {
       if (g == 0 && row < RP) s.warp_stat[warp][row] = make_float2(peak[k], z[k]);
     }
     __syncthreads();
+    if (kStreams) cluster.started();
     if (warp < RP) {
       SoftmaxSum all;
       const float2 own = lane < kWarps ? s.warp_stat[lane][warp] : make_float2(kEmptyPeak, 0.0f);
       all.peak = own.x;
       all.z = own.y;
       all.template merge_lanes<kWarps / 2, 1>();
+      all.peak = __shfl_sync(~0u, all.peak, 0);
+      all.z = __shfl_sync(~0u, all.z, 0);
       if (lane < kWarps) s.rescale[lane][warp] = exp2_fast(own.x - all.peak);
-      if (lane == 0) s.out_stat[warp] = make_float2(all.peak, all.z);
+      if (lane < cluster.size) {
+        cluster.write(&s.out_stat[cluster.rank][warp], lane, make_float2(all.peak, all.z));
+      }
     }
     __syncthreads();
+    const int slice = RP * D / cluster.size;
 #pragma unroll 1
     for (int i = tid(); i < RP * D; i += kThreads) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum = fmaf(s.rescale[w][i / D], warp_rows()[w * RP * D + i], sum);
-      s.out_rows[i / D][i % D] = sum;
+      const int writer = i / slice;
+      cluster.write(&s.out_parts[cluster.rank * slice + i - writer * slice], writer, sum);
     }
+    cluster.sync();
   }
 
-  // Adds up the blocks' partial results; each block writes its share of the output.
+  // Adds up the blocks' partial results for this block's part of the output. From here on no block needs another's
+  // shared memory.
   __device__ void write_output() {
-    cluster.sync();
     float* factors = warp_rows();  // [RP][kMaxClusterSize]
     if (warp < RP) {
-      const SoftmaxSum all = merge_cluster(s.out_stat, warp);
+      SoftmaxSum all;
+      const float2 own = lane < cluster.size ? s.out_stat[lane][warp] : make_float2(kEmptyPeak, 0.0f);
+      all.peak = own.x;
+      all.z = own.y;
+      all.template merge_lanes<kMaxClusterSize / 2, 1>();
       const float top = __shfl_sync(~0u, all.peak, 0), z = __shfl_sync(~0u, all.z, 0);
-      if (lane < cluster.size) {
-        const float scale = exp2_fast(cluster.read(&s.out_stat[warp], lane).x - top);
-        factors[warp * kMaxClusterSize + lane] = z == 0.0f ? 0.0f : scale / z;
-      }
+      if (lane < cluster.size) factors[warp * kMaxClusterSize + lane] = z == 0.0f ? 0.0f : exp2_fast(own.x - top) / z;
       if (lane == 0 && cluster.rank == 0 && warp < rows) {
         const float lse = top == infinity() ? top : (top + log2f(z)) * kLn2;
         p.lse[out_row(warp)] = z == 0.0f ? -infinity() : lse;
       }
     }
     __syncthreads();
+    const int slice = RP * D / cluster.size;
 #pragma unroll 1
-    for (int i = cluster.rank * kThreads + tid(); i < rows * D; i += cluster.size * kThreads) {
-      const int row = i / D;
+    for (int i = tid(); i < slice; i += kThreads) {
+      const int at = cluster.rank * slice + i, row = at / D;
+      if (row >= rows) break;
       float sum = 0.0f;
 #pragma unroll 4
-      for (int c = 0; c < cluster.size; ++c) {
-        sum += factors[row * kMaxClusterSize + c] * cluster.read(&s.out_rows[row][i % D], c);
-      }
-      store(static_cast<T*>(p.out) + out_row(row) * D + i % D, sum);
+      for (int c = 0; c < cluster.size; ++c) sum += factors[row * kMaxClusterSize + c] * s.out_parts[c * slice + i];
+      store(static_cast<T*>(p.out) + out_row(row) * D + at % D, sum);
     }
   }
 
@@ -1730,7 +1895,7 @@ struct FusedDecode {
     int* list = p.kept_indices + (static_cast<int64_t>(sequence) * p.kv_heads + head) * capacity;
 #pragma unroll 1
     for (int i = tid(); i < count; i += kThreads) {
-      const int position = entry(entries, start + i).y;
+      const int position = entries == Entries::kStream ? list_start + i : entry(entries, start + i).y;
       if (position < live) list[list_start + i] = position;
     }
 #pragma unroll 1
@@ -1817,6 +1982,7 @@ struct FusedDecode {
   }
 
   __device__ void run() {
+    cluster.start();
     if (live == 0) {
       write_empty();
       if (p.kept_indices != nullptr) write_kept(Entries::kCandidates, 0, 0, 0, 0);
@@ -1836,8 +2002,14 @@ struct FusedDecode {
     unit_shift = p.log2_page_size;
     slot_count = owned;
     int first_slot = first, total_slots = items;
-    if (!selects) list_pages(first >> p.log2_page_size, blocks_of(page_size(), owned));
+    Stream stream = {};
+    if (dense) {
+      stream = begin_stream();
+    } else if (!selects) {
+      list_pages(first >> p.log2_page_size, blocks_of(page_size(), owned));
+    }
     load_query(!dense, scores_items, prefix);
+    if (!dense) cluster.started();
     if (selects) {
       if (!kByPage) unit_shift = 0;
       const int candidate_share = blocks_of(cluster.size, wanted);
@@ -1880,7 +2052,7 @@ struct FusedDecode {
     int kept_tokens = candidate_tokens;
     const bool estimated = p.prunes && !dense;
     int start = 0, count = slot_count, list_start = first_slot;
-    Entries entries = Entries::kCandidates;
+    Entries entries = dense ? Entries::kStream : Entries::kCandidates;
     if (estimated) {
       if (lead_words % kChunks == 0) {
         estimate<true>();
@@ -1893,7 +2065,7 @@ struct FusedDecode {
       cluster.sync();
       solve_rows(total_slots);
       cluster.sync();
-      list_survivors();
+      const int own_survivors = list_survivors();
       if (cluster.size > 1 && p.evens_out && p.slot_capacity > kUnsharedSlots) {
         entries = Entries::kSharedSurvivors;
         cluster.sync();
@@ -1904,10 +2076,14 @@ struct FusedDecode {
       } else {
         entries = Entries::kOwnSurvivors;
         start = 0;
-        count = s.published_kept;
+        count = own_survivors;
       }
     }
-    attend(entries, start, count);
+    if (dense) {
+      attend<true>(entries, 0, owned, stream);
+    } else {
+      attend<false>(entries, start, count, stream);
+    }
     write_output();
     if (entries == Entries::kOwnSurvivors) {
       kept_tokens = count_survivors();
@@ -1917,13 +2093,14 @@ struct FusedDecode {
     if (p.budget_counters != nullptr && cluster.rank == 0 && tid() == 0) {
       count_budget(candidate_tokens, kept_tokens, estimated);
     }
-    if (cluster.size > 1) cluster.sync();  // peers may still read this block's shared memory
+    // Only this list is made of what another block holds.
+    if (p.kept_indices != nullptr && entries == Entries::kSharedSurvivors) cluster.sync();
   }
 };
 
 // Blocks a multiprocessor, which caps the registers.
 template <int RP, FusedSelector kSelector>
-constexpr int kMinBlocks = RP == 8 || kSelector == FusedSelector::kDenseAhead ? 1 : 2;
+constexpr int kMinBlocks = RP == 8 ? 1 : 2;
 
 template <typename T, int D, int RP, FusedSelector kSelector>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<RP, kSelector>))

@@ -69,6 +69,14 @@ struct Cluster {
 
   __device__ static Cluster current() { return {cluster_blocks(), cluster_rank()}; }
 
+  // Before a block touches another's shared memory it must have started: every block says so, and waits for it later.
+  __device__ __forceinline__ void start() const {
+    if (size > 1) cluster_start();
+  }
+  __device__ __forceinline__ void started() const {
+    if (size > 1) cluster_started();
+  }
+
   __device__ __forceinline__ void sync() const {
     if (size == 1) {
       __syncthreads();

@@ -30,10 +30,6 @@ class OpBackend:
             return backends.checked_reference(op)
         return getattr(torch.ops.twilight, op).default
 
-    def skip_unless_served(self, dtype: torch.dtype) -> None:
-        if self.device == "cuda" and dtype == torch.float32:
-            pytest.skip("fp32 is served on the CPU only")
-
 
 def _registered() -> list[OpBackend]:
     """The fallback that runs where nothing is compiled, and whatever serves each device of this machine."""

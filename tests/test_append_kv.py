@@ -55,7 +55,6 @@ def code_at(x, page: int, head: int, slot: int, j: int) -> int:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bounds_dtype", ["model", "uint8"])
 def test_append_kv_writes_whole_prompts_as_the_reference_does(backend, shape, bounds_dtype):
-    backend.skip_unless_served(shape.dtype)
     x = blank(make_inputs(shape, device=backend.device, bounds_dtype=bounds_dtype))
     append(backend, x, positions=left_aligned(x))
 
@@ -75,7 +74,6 @@ def test_append_kv_stores_rows_where_the_page_table_says(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_append_kv_quantises_by_the_documented_formula_and_layout(backend, dtype):
-    backend.skip_unless_served(dtype)
     x = blank(make_inputs(replace(SMALL, dtype=dtype), device=backend.device))
     append(backend, x, positions=left_aligned(x))
     for b, position in ((0, 0), (0, 15), (0, 69), (2, 16), (2, 32)):

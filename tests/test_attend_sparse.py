@@ -22,14 +22,12 @@ def check(backend, x, member=None, **listed):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attend_sparse_on_every_token_matches_the_oracle(backend, shape):
-    backend.skip_unless_served(shape.dtype)
     check(backend, make_inputs(shape, device=backend.device))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("by_page", [False, True], ids=["tokens", "pages"])
 def test_attend_sparse_on_a_list_matches_the_oracle(backend, shape, by_page):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     unit = x.page_size if by_page else 1
     indices, counts = random_candidates(x, unit)
@@ -39,7 +37,6 @@ def test_attend_sparse_on_a_list_matches_the_oracle(backend, shape, by_page):
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=str)
 def test_attend_sparse_is_pytorch_sdpa_when_nothing_is_left_out(backend, shape):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     out, _ = backend.attend_sparse(**x.arguments("attend_sparse"))
     for b, length in enumerate(shape.seq_lens):
@@ -53,7 +50,6 @@ def test_attend_sparse_is_pytorch_sdpa_when_nothing_is_left_out(backend, shape):
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[9]], ids=str)
 def test_attend_sparse_partial_results_merge_by_lse_into_the_whole(backend, shape):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     whole = x.oracle("attend_sparse")
     position = torch.arange(x.max_tokens, device=x.q.device).expand(len(x.seq_lens), x.num_kv_heads, -1)
@@ -130,7 +126,6 @@ def check_newer_broken_values(backend, dtype, listed):
 @pytest.mark.parametrize("listed", [False, True], ids=["every token", "list"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_attend_sparse_lets_no_query_token_see_a_newer_broken_value(backend, dtype, listed):
-    backend.skip_unless_served(dtype)
     check_newer_broken_values(backend, dtype, listed)
 
 

@@ -111,7 +111,6 @@ def options_for(x, selector: str, **options) -> dict:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("selector", ["quest", "shadow_prefix"])
 def test_decode_attention_equals_the_composed_stages(backend, shape, selector):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     check(backend, x, **options_for(x, selector))
 
@@ -119,7 +118,6 @@ def test_decode_attention_equals_the_composed_stages(backend, shape, selector):
 @pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
 @pytest.mark.parametrize("selector", ["full", "given"])
 def test_decode_attention_equals_the_composed_stages_for_other_selectors(backend, shape, selector):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     check(backend, x, **options_for(x, selector))
 
@@ -134,7 +132,6 @@ def test_decode_attention_without_pruning_attends_to_all_candidates(backend, sel
 @pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix"])
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[10]], ids=str)
 def test_decode_attention_with_p_one_and_full_budget_is_dense_attention(backend, selector, shape):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     got = check(backend, x, selector=selector, token_budget=x.max_tokens, top_p=1.0)
     assert (got.counts == x.seq_lens[:, None]).all()

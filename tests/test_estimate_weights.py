@@ -35,7 +35,6 @@ def plain_slots(x, indices, counts, unit: int):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_estimate_weights_of_every_token_match_the_oracle(backend, shape):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     got = backend.estimate_weights(**x.arguments("estimate_weights"))
     check(x, got, x.oracle("estimate_weights"), plain_weights(x, torch.float32))
@@ -44,7 +43,6 @@ def test_estimate_weights_of_every_token_match_the_oracle(backend, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("by_page", [False, True], ids=["tokens", "pages"])
 def test_estimate_weights_of_a_list_match_the_oracle(backend, shape, by_page):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     unit = x.page_size if by_page else 1
     indices, counts = random_candidates(x, unit)
@@ -55,7 +53,6 @@ def test_estimate_weights_of_a_list_match_the_oracle(backend, shape, by_page):
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=str)
 def test_estimate_weights_rows_sum_to_one_or_are_empty(backend, shape):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device)
     total = backend.estimate_weights(**x.arguments("estimate_weights")).double().sum(-1)
     position = x.seq_lens[:, None] - x.q.shape[1] + torch.arange(x.q.shape[1], device=x.q.device)
@@ -121,7 +118,6 @@ def test_estimate_weights_are_bitwise_the_same_for_any_number_of_threads(backend
 
 def test_estimate_weights_of_an_empty_candidate_list_have_no_slots(backend):
     x = make_inputs(SMALL, device=backend.device)
-    backend.skip_unless_served(SMALL.dtype)
     indices = torch.empty(2, 3, 0, dtype=torch.int32, device=backend.device)
     counts = torch.zeros(2, 3, dtype=torch.int32, device=backend.device)
     for unit in (1, x.page_size):

@@ -29,10 +29,6 @@ APPEND_POINTERS = (
 ).split()
 
 
-# The dense kernel for grids of one block a multiprocessor: the selector behind those that have a name.
-DENSE_AHEAD = 4
-
-
 class FusedParams(ctypes.Structure):
     """The struct of csrc/decode_attention.cuh."""
 
@@ -50,7 +46,8 @@ class FusedParams(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "selector prunes query_tokens group_size kv_heads log2_page_size max_pages num_pages token_budget capacity dense_below "
-                "sink_tokens recent_tokens evens_out scratch_at pages_at candidates_at bitmap_at state_at bitmap_words slot_capacity"
+                "sink_tokens recent_tokens evens_out scratch_at pages_at candidates_at bitmap_at state_at bitmap_words slot_capacity "
+                "list_capacity"
             ).split()
         ],
     ]
@@ -103,8 +100,6 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     for name in ("budget_fraction", "top_p", "sm_scale", "token_budget", "dense_below", "sink_tokens", "recent_tokens"):
         setattr(p, name, a.get(name, 0))
     p.selector = fused.SELECTORS.index(a["selector"])
-    if a["selector"] == "dense" and seed % 2:
-        p.selector = DENSE_AHEAD
     p.prunes = a["selector"] != "dense" and (a["top_p"] < 1.0 or per_head is not None)
     p.query_tokens, p.group_size, p.kv_heads = query_tokens, heads // kv_heads, kv_heads
     p.log2_page_size, p.max_pages, p.num_pages = page_size.bit_length() - 1, max_pages, num_pages

@@ -18,7 +18,6 @@ SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bounds_dtype", ["model", "uint8"])
 def test_select_pages_matches_the_oracle(backend, shape, bounds_dtype):
-    backend.skip_unless_served(shape.dtype)
     x = make_inputs(shape, device=backend.device, bounds_dtype=bounds_dtype)
     budget = {"token_budget": 5 * shape.page_size - 3} if bounds_dtype == "model" else {"token_budget": 1, "budget_fraction": 0.3}
     RANKING.check_against_oracle(backend, x, **budget)

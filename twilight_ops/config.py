@@ -141,8 +141,9 @@ class BreakEven:
 BREAK_EVEN: Mapping[str, BreakEven] = {
     "cpu": BreakEven(512, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.json)"),
     "cuda": BreakEven(
-        1024,
-        160_000,
-        "H200, 32/8 heads, us a layer, dense against Quest: B 1 L 8k 19 / 32 and L 32k 48 / 38; B 8 L 1k 16 / 20 and L 8k 75 / 33",
+        512,
+        320_000,
+        "H200, 32/8 heads, us a layer, dense against Quest: B 64 L 1k 75 / 50; B 8 L 4k 37 / 29; B 1 L 16k 23 / 31 and L 32k 38 / 33, but a "
+        "step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4: between other kernels deciding takes 13 us longer",
     ),
 }

@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -72,6 +73,12 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline float __log2f(float x) { return std::log2(x); }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return out;
+}
 using std::isnan;
 using std::max;
 using std::min;
@@ -131,7 +138,15 @@ struct Warp {
   uint32_t exchange[2][32][8];  // a collective's operands, two collectives deep
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  int group;
+};
+
 struct Thread {
+  std::deque<Copy> copies;  // started and not waited for
+  int copy_groups = 0;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Warp* warp;
@@ -428,6 +443,8 @@ inline void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
 inline int cluster_blocks() { return emulated::machine().cluster_blocks; }
 inline int cluster_rank() { return emulated::block().rank; }
 inline void cluster_barrier() { emulated::arrive_and_wait(emulated::machine().cluster_barrier, "cluster_barrier"); }
+inline void cluster_start() {}
+inline void cluster_started() { emulated::arrive_and_wait(emulated::machine().cluster_barrier, "cluster_started"); }
 
 template <typename V>
 inline V* cluster_place(const V* p, int peer) {
@@ -445,6 +462,21 @@ inline V cluster_read(const V* p, int peer) {
 template <typename V>
 inline void cluster_write(V* p, int peer, V value) {
   memcpy(cluster_place(p, peer), &value, sizeof(V));
+}
+
+// A copy takes its place when it starts, and brings its bytes when its thread waits for it.
+EMULATOR_OWN inline void start_copy(void* to, const void* from, bool there) {
+  memset(to, 0xff, 16);
+  emulated::self().copies.push_back({to, there ? from : nullptr, emulated::self().copy_groups});
+}
+inline void end_copies() { ++emulated::self().copy_groups; }
+template <int kLeft>
+EMULATOR_OWN inline void wait_copies() {
+  auto& copies = emulated::self().copies;
+  for (; !copies.empty() && copies.front().group + kLeft < emulated::self().copy_groups; copies.pop_front()) {
+    const emulated::Copy& copy = copies.front();
+    copy.from == nullptr ? memset(copy.to, 0, 16) : memcpy(copy.to, copy.from, 16);
+  }
 }
 
 }  // namespace twilight

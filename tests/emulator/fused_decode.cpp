@@ -12,8 +12,6 @@ void run_selector(const FusedParams& p) {
   switch (p.selector) {
     case FusedSelector::kDense:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kDense>(p);
-    case FusedSelector::kDenseAhead:
-      return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kDenseAhead>(p);
     case FusedSelector::kQuest:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kQuest>(p);
     case FusedSelector::kShadowPrefix:

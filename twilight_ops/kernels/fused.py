@@ -21,41 +21,53 @@ SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
 # Bytes of FusedShared by (head_dim, padded rows); csrc/decode_attention.cuh asserts the same numbers.
-FIXED_BYTES = {(64, 1): 4832, (64, 4): 7584, (64, 8): 11296, (128, 1): 5856, (128, 4): 10912, (128, 8): 17696}
+FIXED_BYTES = {(64, 1): 3984, (64, 4): 7104, (64, 8): 11280, (128, 1): 5008, (128, 4): 10432, (128, 8): 17680}
 
 
 @dataclass(frozen=True)
 class ClusterRule:
     """How many blocks share one (sequence, KV head).
 
-    Where one block a multiprocessor takes the whole grid, as many as fill the chip, but no share shorter than `least_tokens`. Otherwise
-    so many that no share is longer than `share_tokens`.
+    Where the (sequence, KV head) pairs alone do not give every multiprocessor a block, as many as do, up to LARGEST_FILL, but no share
+    shorter than `least_tokens`. Otherwise so many that no share of the tokens (of Quest: of the candidates) is longer than `share_tokens`,
+    or than `short_share_tokens` where several waves of rows have no more than SHORT_TOKENS. More where shared memory asks for it.
     """
 
     share_tokens: int
     least_tokens: int
     reason: str
+    short_share_tokens: int = 2**30
 
 
 # Below this many blocks some multiprocessors idle; an H200 has 132, and a grid of no more has one for every block.
 FILL_BLOCKS = 128
 MULTIPROCESSORS = 132
+# A cluster of sixteen asks for a whole cluster of the chip and a launch that waits for one. 32/8 B 1, microseconds of eight and of sixteen:
+# dense L 32k 38 and 49, L 128k 129 and 174; Quest L 128k 40 and 66.
+LARGEST_FILL = 8
+# Rows so short that the last wave of blocks is much of the time.
+SHORT_TOKENS = 2048
 
 # H200, bf16, D 128, microseconds a layer by cluster size; 32/8 heads are groups of four, 32/32 of one. Shares shorter than 4096 tokens
-# are barriers around nothing: 32/8 B 1 L 8k eight blocks 32, sixteen 39; B 8 L 8k one 51, two 39, four 65.
+# are barriers around nothing: 32/8 B 8 L 8k (Quest) one 37, two 33, four 52.
 CLUSTER_RULES = {
-    ("shadow_prefix", False): ClusterRule(16384, 4096, "32/32 B 16 L 32k: one block 527, two 401"),
+    ("shadow_prefix", False): ClusterRule(16384, 4096, "32/32 B 16 L 32k: one block 453, two 360"),
     ("shadow_prefix", True): ClusterRule(
-        8192, 4096, "32/8 L 32k, B 64: two 675, four 614; B 8: two 89, four 124; B 1: eight 43, sixteen 45"
+        8192, 4096, "32/8 L 32k, B 64: two 614, four 565; B 8: two 82, four 113; B 1: eight 39, sixteen 38"
     ),
-    ("quest", False): ClusterRule(32768, 4096, "32/32 B 16 L 32k: one block 217, two 272"),
+    ("quest", False): ClusterRule(8192, 4096, "32/32 B 16 L 32k: one block 196, two 241"),
     ("quest", True): ClusterRule(
-        16384, 4096, "32/8 L 32k, B 64: one 570, two 369, four 446; B 8: two 71, four 92; B 1: eight 38, sixteen 42"
+        4096,
+        4096,
+        "32/8 L 32k, 8192 candidates, B 64: one 503, two 310, four 403; B 16: one 144, two 93, four 132; B 8: two 62, four 82; B 1: eight "
+        "33, sixteen 34; L 128k with as many, B 8: two 91, four 117, eight 132; B 64 L 8k with 2048: one 93, two 138",
     ),
     ("full", False): ClusterRule(16384, 4096, "as quest: its estimates are what full makes of every token"),
     ("full", True): ClusterRule(8192, 4096, "shared memory holds 9k tokens of four rows in half a multiprocessor"),
-    ("dense", False): ClusterRule(2**30, 128, "nothing is kept a token"),
-    ("dense", True): ClusterRule(2**30, 128, "L 1k, B 1: two blocks 12, four 9, eight 8; B 8: one 20, two 16, four 23"),
+    ("dense", False): ClusterRule(2**30, 1024, "as groups of four", 512),
+    ("dense", True): ClusterRule(
+        2**30, 128, "B 64 L 1k: one 77.8, two 75.2; L 32k: one 1878, two 1904; B 1 L 8k: eight 14.8, sixteen 16.7; L 1k: eight 6.4", 512
+    ),
 }
 
 
@@ -94,17 +106,22 @@ def shared_bytes(
     own_candidates = own_candidates if by_page or by_token else 0
     slots = own_candidates * page_size if by_page else own_candidates if by_token else own(max_tokens)
     slots = _round_up(slots, 4) if prunes else 0
-    listed_tokens = min(max_tokens, dense_below) if by_page or by_token else max_tokens
+    candidate_tokens = capacity * page_size if by_page else capacity if by_token else max_tokens
+    list_capacity = 4096 if rows > 1 and candidate_tokens > 8192 else 2048
+    listed_tokens = max_tokens if selector == "full" else 0
     parts = (
-        max(8192 + 8192, 8 * rows * head_dim * 4),  # scratch
-        (own_pages if by_page else own(max_tokens) // page_size if by_token else 0) * 4,  # pages
+        max(8192 + list_capacity * 4, 8 * rows * head_dim * 4),  # scratch
+        own_pages * 4 if by_page else own(max_tokens) // 16 * 4 if by_token else 0,  # pages or tiles
         max(own_candidates, own(listed_tokens) // page_size) * 8,  # candidates
         max(-(-own_items // 32), -(-slots // 32), 128) * 2 * 4,  # bitmaps
         max(own_items * (-(-rows // 2) if by_token else rows), slots * rows) * 4,  # scores and estimates
     )
-    end = FIXED_BYTES[head_dim, rows]
+    scratch = _round_up(FIXED_BYTES[head_dim, rows], 128)
+    end = scratch
     for part in parts:
         end = _round_up(end, 16) + part
+    if dense_below > 0 or not (by_page or by_token or prunes):
+        end = max(end, scratch + 3 * 8 * 16 * head_dim * 2)  # streamed pages
     return end
 
 
@@ -134,15 +151,18 @@ def cluster_size(
     rule = CLUSTER_RULES[selector, rows > 1]
 
     def fits(size: int) -> bool:
-        evens_out = units * size > MULTIPROCESSORS
-        needed = shared_bytes(selector, prunes, head_dim, rows, page_size, max_pages, capacity, dense_below, size, evens_out)
-        return needed <= SHARED_LIMIT
+        geometry = (selector, prunes, head_dim, rows, page_size, max_pages, capacity, dense_below, size)
+        return any(shared_bytes(*geometry, evens_out) <= SHARED_LIMIT for evens_out in {True, units * size > MULTIPROCESSORS})
 
     size = 1
-    while size < CLUSTER_SIZES[-1] and units * size < FILL_BLOCKS and max_tokens // size > rule.least_tokens:
-        size *= 2
-    if units * size > MULTIPROCESSORS:
-        while size < CLUSTER_SIZES[-1] and -(-max_tokens // size) > rule.share_tokens:
+    if units < FILL_BLOCKS:
+        while size < LARGEST_FILL and units * size < FILL_BLOCKS and max_tokens // size > rule.least_tokens:
+            size *= 2
+    else:
+        short = max_tokens <= SHORT_TOKENS and units > MULTIPROCESSORS
+        share_tokens = rule.short_share_tokens if short else rule.share_tokens
+        shared_tokens = capacity * page_size if selector == "quest" else max_tokens
+        while size < CLUSTER_SIZES[-1] and -(-shared_tokens // size) > share_tokens:
             size *= 2
     return next((c for c in CLUSTER_SIZES if c >= size and fits(c)), 0)
 
