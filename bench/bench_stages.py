@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def main() -> None:
     p.add_argument("--json", type=Path, default=None, metavar="FILE")
     options = p.parse_args()
     heads, kv_heads = map(int, options.heads.split("/"))
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     where = environment("cuda")
     bandwidth = read_bandwidth("cuda")
     console.print(f"{where['machine']}, torch {where['torch']}, {where['backend']}, streamed reads {bandwidth:,.0f} GB/s")

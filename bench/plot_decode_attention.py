@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
 from peers import FA2
 from timing import read_rows
 
@@ -73,13 +74,14 @@ def plot_speedup(rows: Sequence[dict]) -> plt.Figure:
     for axes_row, (query_heads, kv_heads) in zip(axes, heads, strict=True):
         for ax, length in zip(axes_row, lengths, strict=True):
             here = {cell[0]: found for cell, found in cells.items() if cell[1:] == (query_heads, kv_heads, length)}
+            ax.set_visible(bool(here))
             batches = sorted(here)
             width = 0.85 / len(names)
             for i, name in enumerate(names):
-                label, colour = METHODS[name]
+                colour = METHODS[name][1]
                 places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(batches))]
                 heights = [here[batch].get(name, math.nan) for batch in batches]
-                bars = ax.bar(places, heights, width, label=label, color=colour)
+                bars = ax.bar(places, heights, width, color=colour)
                 text = ["" if math.isnan(h) else f"{h:.1f}" for h in heights]
                 ax.bar_label(bars, text, fontsize=5, rotation=90, padding=1)
             ax.axhline(1.0, color="0.2", linewidth=0.8, linestyle=":")
@@ -87,8 +89,8 @@ def plot_speedup(rows: Sequence[dict]) -> plt.Figure:
             ax.set_title(f"{query_heads}/{kv_heads} heads, {tokens(length)} tokens", fontsize=9)
             ax.margins(y=0.15)
         axes_row[0].set_ylabel("speed-up over FlashAttention 2")
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    handles = [Patch(color=colour, label=label) for label, colour in (METHODS[name] for name in names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return figure
 
 

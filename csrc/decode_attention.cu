@@ -20,7 +20,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int kSharedLimit = 227 * 1024;  // a block's, on sm_90
+constexpr int kSharedLimit = 227 * 1024;          // a block's, on sm_90
+constexpr int kSharedPerBlockOfTwo = 113 * 1024;  // of two blocks on a multiprocessor
+// A cluster of blocks lies within one of these groups of 14 to 18 multiprocessors: with a block each, clusters of four
+// or more do not fill the chip, and the last of 128 blocks would wait for the first.
+constexpr int kProcessingClusters = 8;
 
 using Launcher = void (*)(const FusedParams&, int grid, int cluster_size, int shared_bytes, cudaStream_t stream);
 
@@ -148,7 +152,9 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   p.evens_out = grid > multiprocessors;
   int shared_bytes = lay_out(p, head_dim, rows, cluster_size);
-  if (shared_bytes > kSharedLimit && !p.evens_out) {
+  const bool clusters_fit =
+      shared_bytes <= kSharedPerBlockOfTwo || cluster_size <= 2 || batch * kv_heads <= kProcessingClusters;
+  if (!p.evens_out && (shared_bytes > kSharedLimit || !clusters_fit)) {
     p.evens_out = 1;
     shared_bytes = lay_out(p, head_dim, rows, cluster_size);
   }

@@ -30,7 +30,7 @@ APPEND_POINTERS = (
 
 
 class FusedParams(ctypes.Structure):
-    """The struct of csrc/decode_attention.cuh."""
+    """The struct of csrc/fused_layout.cuh."""
 
     _fields_ = [
         ("q", ctypes.c_void_p),

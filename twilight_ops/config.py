@@ -143,7 +143,7 @@ BREAK_EVEN: Mapping[str, BreakEven] = {
     "cuda": BreakEven(
         512,
         320_000,
-        "H200, 32/8 heads, us a layer, dense against Quest: B 64 L 1k 75 / 50; B 8 L 4k 37 / 29; B 1 L 16k 23 / 31 and L 32k 38 / 33, but a "
-        "step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4: between other kernels deciding takes 13 us longer",
+        "H200, 32/8 heads, us a layer, dense against Quest: B 64 L 1k 75 / 50; B 8 L 4k 37 / 29; B 1 L 16k 23 / 31, L 32k 38 / 33. Between "
+        "other kernels deciding takes 13 us longer: a step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4",
     ),
 }

@@ -20,7 +20,7 @@ MAX_CACHE_ROWS = 2**32  # page_size rows a page and KV head, numbered in 32 bits
 SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
-# Bytes of FusedShared by (head_dim, padded rows); csrc/decode_attention.cuh asserts the same numbers.
+# Bytes of FusedShared by (head_dim, padded rows); csrc/fused_layout.cuh asserts the same numbers.
 FIXED_BYTES = {(64, 1): 3984, (64, 4): 7104, (64, 8): 11280, (128, 1): 5008, (128, 4): 10432, (128, 8): 17680}
 
 
@@ -92,7 +92,7 @@ def shared_bytes(
     cluster_size: int,
     evens_out: bool,
 ) -> int:
-    """Shared memory of one block: the twin of `lay_out` in csrc/decode_attention.cu."""
+    """Shared memory of one block: the twin of `lay_out` in csrc/fused_layout.cuh."""
     rows = padded_rows(rows)
     max_tokens = max_pages * page_size
     by_page, by_token = selector == "quest", selector == "shadow_prefix"

@@ -24,7 +24,9 @@ class ShadowPrefix(Selector):
         calibration: path of a file written by `python -m twilight_ops calibrate`; None calibrates from the prompt.
     """
 
-    token_budget: int = 512
+    # An eighth of a short context is too few: SmolLM2, 4k tokens, eight documents: KL .0111 and +1.7% perplexity with a floor of 512,
+    # .0067 and +.8% with 768, .0045 and +.6% with 1024, for 11.5, 13.8 and 15.9% of the bytes. From 6k tokens on it changes nothing.
+    token_budget: int = 768
     budget_fraction: float = 0.125
     tau: float = 0.03
     prefix_channels: int | None = None

@@ -1,0 +1,171 @@
+// Arguments of the fused decode kernel, and what its blocks keep in shared memory.
+#pragma once
+
+#include <algorithm>
+
+#include "capacity.h"
+#include "fused_primitives.cuh"
+
+namespace twilight {
+
+enum class FusedSelector : int { kDense, kFull, kQuest, kShadowPrefix };
+
+constexpr int kTileTokens = 16;       // rows of one tensor-core product
+constexpr int kBlockTokens = 128;     // a block's share of a sequence is a multiple of this
+constexpr int kScoreBins = 2048;      // of candidate scores
+constexpr int kMassBins = 1024;       // of estimated weights, where a row is solved from all of them
+constexpr int kBoundaryList = 256;    // keys that share the threshold's bin and are ranked one by one
+constexpr int kScratchLists = 8192;   // bytes before the lists in scratch: the histograms
+constexpr int kUnsharedSlots = 1024;  // a block with so few slots attends to its own survivors: evening out costs more
+constexpr int kMaxClusterSize = 16;
+constexpr int kStreamSlots = 3;                      // tiles of keys or of values that a warp holds or has on their way
+constexpr int kMaxParts = kMaxClusterSize * kWarps;  // listing warps of a cluster
+
+struct FusedParams {
+  const void* q;
+  int64_t q_stride_batch, q_stride_token, q_stride_head;
+  const void* k_cache;
+  const void* v_cache;
+  const uint8_t* k_quant;
+  const uint8_t* k_scale;  // (scale, zero) as one 32-bit word a token
+  const uint8_t* page_bounds;
+  const uint8_t* bounds_scale;  // (scale, zero) as one 32-bit word a page
+  const int* channel_order;
+  const int* prefix_channels;
+  const int* page_table;
+  const int* seq_lens;
+  const int* head_token_budget;
+  const float* top_p_per_head;
+  int top_p_stride_batch, top_p_stride_head;
+  unsigned long long* budget_counters;
+  int* kept_indices;
+  int* kept_counts;
+  void* out;
+  float* lse;
+  double budget_fraction, top_p;
+  float sm_scale;
+  FusedSelector selector;
+  int prunes;
+  int query_tokens, group_size, kv_heads;
+  int log2_page_size, max_pages, num_pages;
+  int token_budget, capacity;  // tokens; items
+  int dense_below, sink_tokens, recent_tokens;
+  // Whether blocks hand each other even shares of the candidates, and of long lists of survivors. A grid of one block a
+  // multiprocessor keeps its own where the larger shared memory allows that: an even share is not worth the barrier
+  // there.
+  int evens_out;
+  // Shared memory, bytes from the start of the dynamic part and elements.
+  int scratch_at, pages_at, candidates_at, bitmap_at, state_at;
+  int bitmap_words, slot_capacity;
+  int list_capacity;  // weights a block lists for the rows it solves; a row with more is solved from all
+};
+
+// What one block of the cluster owns of a sequence with `items` tokens or pages.
+__host__ __device__ inline int share_of_tokens(int tokens, int blocks) {
+  return round_up(blocks_of(blocks, tokens), kBlockTokens);
+}
+__host__ __device__ inline int share_of_pages(int pages, int blocks) {
+  return round_up(blocks_of(blocks, pages), kTileTokens);
+}
+
+template <typename T, int D, int RP>
+struct FusedShared {
+  uint4 q_codes[D / 8][RP];  // ordered channels 8w..8w+7 as fp16, in the order mma_codes4 unpacks them
+  uint2 q_bounds[D / 2]
+                [RP];  // channels 4w..4w+3: negative part against the minima, then positive part against the maxima
+  uint4 q_rows[RP][D / 8];  // as the model made them
+  // Partial results that the cluster's blocks leave for the outputs written here: [blocks][RP * D / blocks].
+  float out_parts[RP * D];
+  float2 out_stat[kMaxClusterSize][RP];
+  float2 warp_stat[kWarps][RP];
+  float2 score_stat[RP], weight_stat[RP];
+  float score_norm[RP], weight_norm[RP];
+  float gain[RP], q_sum[RP], q_sum_prefix[RP];
+  float threshold[RP], captured[RP];
+  alignas(16) float rescale[kWarps][RP];
+  unsigned long long scan_totals[kWarps];
+  // What every listing warp of the cluster found for the rows solved here.
+  unsigned long long part_mass[kMaxParts];
+  int part_size[kMaxParts];
+  int horizon[RP];    // the last position a row sees
+  bool from_all[RP];  // rows whose lists do not settle them
+  uint32_t found_size[RP];
+  uint32_t scan_totals_small[kWarps];
+  uint32_t group_counts[64];  // this block's histogram by groups of 32 bins; read by the cluster
+  uint32_t group_total[64];
+  uint32_t published_above, published_boundary;  // items above the boundary and inside it; read by the cluster
+  uint32_t local_boundary;
+  int bin, in_bin, need;
+  uint32_t boundary_key, ties_needed;
+  uint32_t rank_greater[kMaxClusterSize], rank_equal[kMaxClusterSize];
+  int rank_first[kMaxClusterSize + 1];  // candidates before each block
+  int rank_ties[kMaxClusterSize];
+  int rank_offset[kMaxClusterSize + 1];
+  int published_slots;              // read by the cluster
+  int kept_count[kMaxClusterSize];  // of every block
+  int kept_first[kMaxClusterSize + 1];
+  unsigned long long mass_above, mass_captured;
+  uint32_t mass_key;
+  int order[D];
+};
+
+// kernels/fused.py holds the same numbers, to tell without a launch what fits.
+template <int D, int RP, int kBytes>
+constexpr int checked_bytes() {
+  static_assert(sizeof(FusedShared<__half, D, RP>) == kBytes, "FIXED_BYTES in kernels/fused.py");
+  return kBytes;
+}
+
+constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
+  if (head_dim == 64) {
+    return padded_rows == 1   ? checked_bytes<64, 1, 3984>()
+           : padded_rows == 4 ? checked_bytes<64, 4, 7104>()
+                              : checked_bytes<64, 8, 11280>();
+  }
+  return padded_rows == 1   ? checked_bytes<128, 1, 5008>()
+         : padded_rows == 4 ? checked_bytes<128, 4, 10432>()
+                            : checked_bytes<128, 8, 17680>();
+}
+
+// Lays out the dynamic shared memory behind FusedShared and returns its size in bytes. kernels/fused.py holds the same
+// sum.
+inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
+  const int page_size = 1 << p.log2_page_size, padded_rows = rows == 1 ? 1 : rows <= 4 ? 4 : 8;
+  const int max_tokens = p.max_pages * page_size;
+  const bool by_page = p.selector == FusedSelector::kQuest, by_token = p.selector == FusedSelector::kShadowPrefix;
+  const int own_tokens = share_of_tokens(max_tokens, cluster_size);
+  const int own_pages = share_of_pages(p.max_pages, cluster_size);
+  const int own_items = by_page ? own_pages : by_token ? own_tokens : 0;
+  const int own_candidates = !by_page && !by_token ? 0
+                             : p.evens_out         ? blocks_of(cluster_size, p.capacity)
+                                                   : std::min(own_items, p.capacity);
+  const int slots = by_page ? own_candidates * page_size : by_token ? own_candidates : own_tokens;
+  p.slot_capacity = p.prunes ? round_up(slots, 4) : 0;
+  // Of 16,384 candidates about 1,700 weights a row are listed, by up to 32 warps and not evenly.
+  const int candidate_tokens = by_page ? p.capacity * page_size : by_token ? p.capacity : max_tokens;
+  p.list_capacity = padded_rows > 1 && candidate_tokens > 8192 ? 4096 : 2048;
+  p.bitmap_words = std::max({blocks_of(32, own_items), blocks_of(32, p.slot_capacity), kBoundaryList / 2});
+
+  int end = fused_shared_bytes(head_dim, padded_rows);
+  const auto take = [&](int bytes) {
+    const int at = round_up(end, 16);
+    end = at + bytes;
+    return at;
+  };
+  end = round_up(end, 128);  // streamed tiles: lines of global memory become whole lines here
+  p.scratch_at = take(std::max(kScratchLists + p.list_capacity * 4, kWarps * padded_rows * head_dim * 4));
+  const int listed_tokens = p.selector == FusedSelector::kFull ? max_tokens : 0;
+  p.pages_at = take(by_page ? own_pages * 4 : by_token ? own_tokens / kTileTokens * 4 : 0);
+  p.candidates_at = take(std::max(own_candidates, share_of_tokens(listed_tokens, cluster_size) / page_size) * 8);
+  p.bitmap_at = take(p.bitmap_words * 2 * 4);
+  const int score_stride = by_token ? blocks_of(2, padded_rows) : padded_rows;
+  p.state_at = take(std::max(own_items * score_stride, p.slot_capacity * padded_rows) * 4);
+
+  // A dense row streams its pages through all of this.
+  if (p.dense_below > 0 || (!by_page && !by_token && !p.prunes)) {
+    end = std::max(end, p.scratch_at + kStreamSlots * kWarps * kTileTokens * head_dim * 2);
+  }
+  return end;
+}
+
+}  // namespace twilight
