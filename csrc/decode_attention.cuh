@@ -15,12 +15,11 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
   using Base = FusedAttention<T, D, RP, kSelector>;
   using Entries = typename Base::Entries;
   using Stream = typename Base::Stream;
-  using Base::begin_stream, Base::candidates, Base::cluster, Base::count_budget, Base::count_survivors,
-      Base::exchange_norms, Base::first, Base::head, Base::kByPage, Base::kChunks, Base::kOnlyDense, Base::kSelects,
-      Base::lead_words, Base::list_pages, Base::list_survivors, Base::list_weights, Base::live, Base::load_query,
-      Base::owned, Base::p, Base::page_block, Base::page_size, Base::read_norms, Base::s, Base::score_pages,
-      Base::select, Base::select_tokens, Base::slot_count, Base::slot_in_page, Base::solve_rows, Base::tid,
-      Base::unit_shift, Base::wanted_items, Base::write_empty, Base::write_kept, Base::write_output;
+  using Base::begin_stream, Base::choose_candidates, Base::cluster, Base::count_budget, Base::count_survivors,
+      Base::find_thresholds, Base::first, Base::head, Base::kByPage, Base::kOnlyDense, Base::kSelects, Base::lead_words,
+      Base::list_pages, Base::list_survivors, Base::live, Base::load_query, Base::owned, Base::p, Base::page_size,
+      Base::s, Base::slot_count, Base::tid, Base::unit_shift, Base::wanted_items, Base::write_empty, Base::write_kept,
+      Base::write_output;
 
   __device__ explicit FusedDecode(const FusedParams& params) : Base(params) {}
 
@@ -55,36 +54,9 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
     if (!dense) cluster.started();
     if (selects) {
       if (!kByPage) unit_shift = 0;
-      const int candidate_share = blocks_of(cluster.size, wanted);
-      int begin = cluster.rank * candidate_share, mine = min(max(wanted - begin, 0), candidate_share);
-      if (scores_items) {
-        if (kByPage) {
-          score_pages();
-          exchange_norms();
-          select(wanted, true, false);
-        } else {
-          select_tokens(wanted);
-        }
-        if (p.evens_out) {
-          cluster.sync();
-        } else {
-          begin = s.rank_first[cluster.rank];
-          mine = (cluster.rank + 1 < cluster.size ? s.rank_first[cluster.rank + 1] : wanted) - begin;
-          __syncthreads();
-        }
-      } else if (kByPage) {
-        list_pages(begin, mine);
-        __syncthreads();
-      } else {
-#pragma unroll 1
-        for (int i = begin + tid(); i < begin + mine; i += kThreads) {
-          const uint32_t row = (page_block(i >> p.log2_page_size) << p.log2_page_size) + slot_in_page(i);
-          candidates()[i - begin] = make_uint2(row, i);
-        }
-        __syncthreads();
-      }
-      first_slot = begin << unit_shift;
-      slot_count = mine << unit_shift;
+      const int2 own = choose_candidates(wanted, items);
+      first_slot = own.x << unit_shift;
+      slot_count = own.y << unit_shift;
       total_slots = wanted << unit_shift;
     }
     if (tid() == 0) s.published_slots = slot_count;
@@ -97,17 +69,7 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
     int start = 0, count = slot_count, list_start = first_slot;
     Entries entries = dense ? Entries::kStream : Entries::kCandidates;
     if (estimated) {
-      if (lead_words % kChunks == 0) {
-        this->template estimate<true>();
-      } else {
-        this->template estimate<false>();
-      }
-      cluster.sync();
-      read_norms(s.weight_stat, s.weight_norm);
-      list_weights(total_slots);
-      cluster.sync();
-      solve_rows(total_slots);
-      cluster.sync();
+      find_thresholds(total_slots);
       const int own_survivors = list_survivors();
       if (cluster.size > 1 && p.evens_out && p.slot_capacity > kUnsharedSlots) {
         entries = Entries::kSharedSurvivors;

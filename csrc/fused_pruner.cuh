@@ -12,8 +12,8 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
   using Base::accumulate, Base::chosen, Base::cluster, Base::estimates, Base::fold, Base::g, Base::head,
       Base::histogram, Base::kCopies, Base::kScales, Base::kWords, Base::kept, Base::lane, Base::lead_word,
       Base::lead_words, Base::live, Base::load_codes, Base::load_scale, Base::mass_histogram, Base::p, Base::page_size,
-      Base::publish_sums, Base::resolve, Base::rest_word, Base::row_of_column, Base::rows, Base::s, Base::sequence,
-      Base::slot_count, Base::slot_in_page, Base::t, Base::tid, Base::warp, Base::weight_list;
+      Base::publish_sums, Base::read_norms, Base::resolve, Base::rest_word, Base::row_of_column, Base::rows, Base::s,
+      Base::sequence, Base::slot_count, Base::slot_in_page, Base::t, Base::tid, Base::warp, Base::weight_list;
 
   __device__ explicit FusedPruner(const FusedParams& params) : Base(params) {}
 
@@ -461,6 +461,21 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
       cluster.write(&s.threshold[row], lane, threshold);
       cluster.write(&s.captured[row], lane, captured);
     }
+  }
+
+  // Estimates this block's candidates; every block learns every row's threshold.
+  __device__ void find_thresholds(int total_slots) {
+    if (lead_words % kChunks == 0) {
+      estimate<true>();
+    } else {
+      estimate<false>();
+    }
+    cluster.sync();
+    read_norms(s.weight_stat, s.weight_norm);
+    list_weights(total_slots);
+    cluster.sync();
+    solve_rows(total_slots);
+    cluster.sync();
   }
 
   // Lists this block's survivors, slots whose weight reaches any row's threshold, sinks and recent tokens, and returns

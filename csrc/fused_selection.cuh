@@ -11,9 +11,10 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
   using Base = FusedScores<T, D, RP, kSelector>;
   using Base::boundary_keys, Base::candidates, Base::cluster, Base::competing_items, Base::exact_score, Base::first,
       Base::head, Base::histogram, Base::kByPage, Base::kLevels, Base::kLevelsPerUnit, Base::kLowestLevel, Base::lane,
-      Base::live, Base::marks, Base::norms_usable, Base::owned, Base::p, Base::page_size, Base::pages, Base::rank_key,
-      Base::read_norms, Base::s, Base::score_key, Base::score_tokens, Base::score_tokens_twice, Base::stored_key,
-      Base::sum_kept_logits, Base::t, Base::tid, Base::token_row, Base::warp;
+      Base::list_pages, Base::live, Base::marks, Base::norms_usable, Base::owned, Base::p, Base::page_block,
+      Base::page_size, Base::pages, Base::rank_key, Base::read_norms, Base::s, Base::score_key, Base::score_pages,
+      Base::score_tokens, Base::score_tokens_twice, Base::slot_in_page, Base::stored_key, Base::sum_kept_logits,
+      Base::t, Base::tid, Base::token_row, Base::warp;
 
   __device__ explicit FusedSelection(const FusedParams& params) : Base(params) {}
 
@@ -363,6 +364,40 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     }
     return static_cast<int>(
         min(min(max(budget, forced), static_cast<int64_t>(items)), static_cast<int64_t>(p.capacity)));
+  }
+
+  // Makes the `wanted` best of `items` candidates, or all; returns the first of this block's among the cluster's, and
+  // how many it has.
+  __device__ int2 choose_candidates(int wanted, int items) {
+    const int candidate_share = blocks_of(cluster.size, wanted);
+    int begin = cluster.rank * candidate_share, mine = min(max(wanted - begin, 0), candidate_share);
+    if (wanted < items) {
+      if (kByPage) {
+        score_pages();
+        exchange_norms();
+        select(wanted, true, false);
+      } else {
+        select_tokens(wanted);
+      }
+      if (p.evens_out) {
+        cluster.sync();
+      } else {
+        begin = s.rank_first[cluster.rank];
+        mine = (cluster.rank + 1 < cluster.size ? s.rank_first[cluster.rank + 1] : wanted) - begin;
+        __syncthreads();
+      }
+    } else if (kByPage) {
+      list_pages(begin, mine);
+      __syncthreads();
+    } else {
+#pragma unroll 1
+      for (int i = begin + tid(); i < begin + mine; i += kThreads) {
+        const uint32_t row = (page_block(i >> p.log2_page_size) << p.log2_page_size) + slot_in_page(i);
+        candidates()[i - begin] = make_uint2(row, i);
+      }
+      __syncthreads();
+    }
+    return make_int2(begin, mine);
   }
 };
 
