@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +16,8 @@ HELP = "SmolLM2 answers a question from a long document and continues a longer o
 
 # How deep the fact lies in the document, as a share of its length.
 FACT_DEPTH = 0.5
+# Tokens from which on the method shows unless --dense-below says otherwise, whether or not it pays for so small a model on this device.
+SPARSE_FROM = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 16:
             raise ValueError(f"{name.replace('_', '-')}: expected >= 16, got {getattr(args, name)}")
     config = twilight_config(args)
+    if config.dense_below is None:
+        config = replace(config, dense_below=SPARSE_FROM)
     console = Console(highlight=False)
     started = time.perf_counter()
     backend = backends.CUDA if torch.cuda.is_available() and args.device != "cpu" else backends.CPU
