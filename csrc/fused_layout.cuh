@@ -154,9 +154,9 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
   };
   end = round_up(end, 128);  // streamed tiles: lines of global memory become whole lines here
   p.scratch_at = take(std::max(kScratchLists + p.list_capacity * 4, kWarps * padded_rows * head_dim * 4));
-  const int listed_tokens = p.selector == FusedSelector::kFull ? max_tokens : 0;
   p.pages_at = take(by_page ? own_pages * 4 : by_token ? own_tokens / kTileTokens * 4 : 0);
-  p.candidates_at = take(std::max(own_candidates, share_of_tokens(listed_tokens, cluster_size) / page_size) * 8);
+  const bool lists_pages = p.selector == FusedSelector::kFull;
+  p.candidates_at = take((lists_pages ? own_tokens / page_size : own_candidates) * 8);
   p.bitmap_at = take(p.bitmap_words * 2 * 4);
   const int score_stride = by_token ? blocks_of(2, padded_rows) : padded_rows;
   p.state_at = take(std::max(own_items * score_stride, p.slot_capacity * padded_rows) * 4);

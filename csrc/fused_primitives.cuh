@@ -23,8 +23,6 @@ __host__ __device__ constexpr int round_up(int items, int size) { return blocks_
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
-__device__ __forceinline__ uint32_t load_u32(const void* p) { return __ldg(static_cast<const uint32_t*>(p)); }
-
 // Eight 4-bit codes of one token in `x`, of the token eight rows below in `y`, against one column of queries. A code n
 // masked out of the word is the fp16 subnormal n * 2^-24 (or 16 n * 2^-24), which tensor cores multiply exactly: no
 // conversion at all.

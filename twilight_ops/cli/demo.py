@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The document is read once, exactly; every method then decodes from the same K and V."
     )
     add_model_arguments(parser, default=SMOLLM2)
-    add_twilight_arguments(parser)
+    add_twilight_arguments(parser, dense_below=SPARSE_FROM)
     parser.add_argument("--question-index", type=int, default=0, help="which of the packaged questions")
     parser.add_argument("--question-tokens", type=int, default=3800, help="length of the prompt of (a)")
     parser.add_argument("--continue-tokens", type=int, default=7500, help="length of the prompt of (b)")
@@ -135,8 +135,6 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 16:
             raise ValueError(f"{name.replace('_', '-')}: expected >= 16, got {getattr(args, name)}")
     config = twilight_config(args)
-    if config.dense_below is None:
-        config = replace(config, dense_below=SPARSE_FROM)
     console = Console(highlight=False)
     started = time.perf_counter()
     backend = backends.CUDA if torch.cuda.is_available() and args.device != "cpu" else backends.CPU

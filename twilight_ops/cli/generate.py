@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-log-steps", type=int, default=16, help="steps a window (default 16; on cuda rounded up to 16s)")
 
 
-def add_twilight_arguments(parser: argparse.ArgumentParser) -> None:
-    """--selector and the options of TwilightConfig."""
+def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | None = None) -> None:
+    """--selector and the options of TwilightConfig; `dense_below` None: the device's break-even."""
     parser.add_argument(
         "--selector",
         default="shadow_prefix",
@@ -48,9 +48,8 @@ def add_twilight_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=0.95, help="estimated attention weight to keep; 1 switches the pruner off (default 0.95)"
     )
     parser.add_argument("--dense-layers", type=int, default=0, help="first layers that attend to everything (default 0)")
-    parser.add_argument(
-        "--dense-below", type=int, default=None, help="lengths up to this attend to everything (default: the device's break-even)"
-    )
+    shown = "the device's break-even" if dense_below is None else dense_below
+    parser.add_argument("--dense-below", type=int, default=dense_below, help=f"lengths up to this attend to everything (default: {shown})")
     parser.add_argument("--page-size", type=int, default=16, help="16, 32 or 64 tokens")
 
 

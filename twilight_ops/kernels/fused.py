@@ -97,22 +97,19 @@ def shared_bytes(
     max_tokens = max_pages * page_size
     by_page, by_token = selector == "quest", selector == "shadow_prefix"
 
-    def own(tokens: int) -> int:
-        return _round_up(-(-tokens // cluster_size), 128)
-
+    own_tokens = _round_up(-(-max_tokens // cluster_size), 128)
     own_pages = _round_up(-(-max_pages // cluster_size), 16)
-    own_items = own_pages if by_page else own(max_tokens) if by_token else 0
+    own_items = own_pages if by_page else own_tokens if by_token else 0
     own_candidates = -(-capacity // cluster_size) if evens_out else min(own_items, capacity)
     own_candidates = own_candidates if by_page or by_token else 0
-    slots = own_candidates * page_size if by_page else own_candidates if by_token else own(max_tokens)
+    slots = own_candidates * page_size if by_page else own_candidates if by_token else own_tokens
     slots = _round_up(slots, 4) if prunes else 0
     candidate_tokens = capacity * page_size if by_page else capacity if by_token else max_tokens
     list_capacity = 4096 if rows > 1 and candidate_tokens > 8192 else 2048
-    listed_tokens = max_tokens if selector == "full" else 0
     parts = (
         max(8192 + list_capacity * 4, 8 * rows * head_dim * 4),  # scratch
-        own_pages * 4 if by_page else own(max_tokens) // 16 * 4 if by_token else 0,  # pages or tiles
-        max(own_candidates, own(listed_tokens) // page_size) * 8,  # candidates
+        own_pages * 4 if by_page else own_tokens // 16 * 4 if by_token else 0,  # pages or tiles
+        (own_tokens // page_size if selector == "full" else own_candidates) * 8,  # candidates
         max(-(-own_items // 32), -(-slots // 32), 128) * 2 * 4,  # bitmaps
         max(own_items * (-(-rows // 2) if by_token else rows), slots * rows) * 4,  # scores and estimates
     )
