@@ -478,6 +478,16 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     cluster.sync();
   }
 
+  // Starts to bring the key and the value of a candidate slot to the L2 cache.
+  __device__ __forceinline__ void prefetch_row(int slot) const {
+    const int64_t row = static_cast<int64_t>(resolve(slot).x) * D;
+#pragma unroll
+    for (int d = 0; d < D; d += 64) {
+      prefetch_line(static_cast<const T*>(p.k_cache) + row + d);
+      prefetch_line(static_cast<const T*>(p.v_cache) + row + d);
+    }
+  }
+
   // Lists this block's survivors, slots whose weight reaches any row's threshold, sinks and recent tokens, and returns
   // how many they are.
   __device__ int list_survivors() {
@@ -516,6 +526,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
           }
         }
         keep[u] &= position < live;
+        if (keep[u]) prefetch_row(slot);  // it is read as soon as the list is complete
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {

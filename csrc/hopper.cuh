@@ -28,6 +28,9 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
+// Starts to bring a line to the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Two values rounded to the type, the first in the lower half.
 __device__ __forceinline__ uint32_t pack2(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);

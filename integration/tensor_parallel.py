@@ -122,6 +122,8 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     run(parse_arguments())
-    gc.collect()  # recorded graphs hold collectives, which must go before their group
+    # Recorded graphs hold collectives, which must go before their group; compiled steps hold the graphs.
+    torch.compiler.reset()
+    gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -15,10 +15,15 @@ from torch._dynamo.backends.registry import lookup_backend  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs  # noqa: E402
 from torch._dynamo.utils import ReinplaceCounters, counters  # noqa: E402
 from torch._inductor.compile_fx import compile_fx  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from twilight_ops import Full, Quest, Selector, ShadowPrefix, TwilightConfig  # noqa: E402
-from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
+from twilight_ops.integration import (  # noqa: E402
+    Decoder,
+    TwilightCache,
+    regions,  # noqa: E402
+)
 from twilight_ops.integration.generate import most_likely  # noqa: E402
 from twilight_ops.integration.regions import compile_regions  # noqa: E402
 from twilight_ops.selectors import Candidates  # noqa: E402
@@ -320,3 +325,45 @@ def test_the_most_likely_token_is_argmax(width):
     logits[1], logits[2, width // 2] = float("-inf"), float("nan")
     assert torch.equal(most_likely(logits), logits.argmax(-1))
     assert torch.equal(most_likely(logits.bfloat16()), logits.bfloat16().argmax(-1))
+
+
+def summed_over_processes(sizes, dtype=torch.bfloat16):
+    """A traced step that sums tensors of so many words over processes, as transformers' sharded layers do, on the fake GPU."""
+    graph, inputs = torch.fx.Graph(), {}
+    with FakeTensorMode():
+        for index, size in enumerate(sizes):
+            node = graph.placeholder(f"x_{index}")
+            node.meta["example_value"] = inputs[node] = torch.empty(1, 1, size, dtype=dtype, device="cuda")
+    for node in list(inputs):
+        pending = graph.call_function(torch.ops._c10d_functional.all_reduce, (node, "sum", "0"))
+        waited = graph.call_function(torch.ops._c10d_functional.wait_tensor, (pending,))
+        last = graph.call_method("copy_", (node, waited))
+    graph.output((last,))
+    return torch.fx.GraphModule(torch.nn.Module(), graph), inputs
+
+
+def test_small_sums_over_processes_share_one_buffer_a_shape_and_large_ones_stay(monkeypatch):
+    made = []
+    monkeypatch.setattr(regions, "_shared_buffer", lambda like, group: made.append((like.shape[-1], group)) or torch.empty(like.shape))
+    large = regions.ONE_SHOT_BYTES // 2 + 8
+    graph, inputs = summed_over_processes([4096, 4096, 64, large])
+    regions.reduce_in_one_shot(graph, inputs)
+    graph.graph.lint()
+    assert made == [(4096, "0"), (64, "0")]
+    sums = [node for node in graph.graph.nodes if node.target is torch.ops.symm_mem.one_shot_all_reduce_copy]
+    assert [node.args[0].name for node in sums] == ["shared_buffer_0", "shared_buffer_0", "shared_buffer_1"]
+    assert [node.name for node in inputs][-2:] == ["shared_buffer_0", "shared_buffer_1"]
+    left = [node for node in graph.graph.nodes if node.target is torch.ops._c10d_functional.all_reduce]
+    assert [node.args[0].name for node in left] == ["x_3"] and all(len(node.users) == 1 for node in left)
+    assert [len(node.users) for node in sums] == [1, 1, 1]
+
+
+def test_sums_over_processes_stay_where_no_memory_is_shared(monkeypatch):
+    monkeypatch.setattr(regions, "_shared_buffer", lambda like, group: None)
+    graph, inputs = summed_over_processes([64, 64])
+    before = [str(node.target) for node in graph.graph.nodes]
+    regions.reduce_in_one_shot(graph, inputs)
+    assert [str(node.target) for node in graph.graph.nodes] == before and len(inputs) == 2
+    graph, inputs = summed_over_processes([64], dtype=torch.float16)
+    regions.reduce_in_one_shot(graph, inputs)
+    assert not any("symm_mem" in str(node.target) for node in graph.graph.nodes)

@@ -43,13 +43,15 @@ STAGES = Stages()
 
 
 def _grid() -> list[Shape]:
-    """Every (dtype, D), with G 1/3/4/8, S 16/32/64 and T 1..8 taken in turn."""
+    """Every 16-bit (dtype, D), with G 1/3/4/8, S 16/32/64 and T 1..8 taken in turn, and every D in 32 bits."""
     groups, pages, tokens = itertools.cycle((1, 3, 4, 8)), itertools.cycle((16, 32, 64)), itertools.cycle((1, 2, 1, 5, 1, 8))
     shapes = []
     for dtype, dim, _ in itertools.product((torch.bfloat16, torch.float16), (64, 96, 128, 256), range(3)):
         group, page = next(groups), next(pages)
         lengths = (0, 1, page - 1, page, page + 1, 1000)
         shapes.append(Shape(lengths, 2 * group, 2, dim, page, next(tokens), dtype))
+    for dim, group in ((64, 2), (96, 1), (128, 4), (256, 1)):
+        shapes.append(Shape((0, 1, 15, 16, 17, 1000), 2 * group, 2, dim, 16, 1, torch.float32))
     return shapes
 
 

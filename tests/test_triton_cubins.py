@@ -102,6 +102,8 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     decode("given", brain, 96, 64, 16, group=3)
     decode("dense", half, 256, 16, 64, group=1)
     decode("quest", half, 256, 32, 64, group=8, model_bounds=True)
+    decode("shadow_prefix", torch.float32, 64, 16, 32, group=2)
+    decode("quest", torch.float32, 64, 16, 32, group=1)
     # Short rows and few of them: the smallest tiles.
     decode("shadow_prefix", half, 96, 32, 4, query_tokens=2, group=3)
     # Rows of 131072 tokens: ranked from a bound, pruned in loops.

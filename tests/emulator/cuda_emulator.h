@@ -392,6 +392,8 @@ inline float fma_rz(float a, float b, float c) {
   return std::abs(static_cast<double>(near)) > std::abs(exact) ? std::nextafter(near, 0.0f) : near;
 }
 
+inline void prefetch_line(const void*) {}
+
 inline uint4 load_stream(const void* p) {
   uint4 v;
   memcpy(&v, p, sizeof(v));

@@ -24,14 +24,10 @@ UNPACK_BYTES = tl.constexpr("prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4
 
 
 @triton.jit
-def _subnormal(DTYPE: tl.constexpr):
-    return NATIVE and DTYPE == tl.float16
-
-
-@triton.jit
 def unpack_nibbles(packed, DTYPE: tl.constexpr):
     """Low and high 4-bit codes of a uint8 tile as DTYPE in `nibble_order`; from masks alone they come times 2**-24 and 2**-20."""
-    if _subnormal(DTYPE):
+    # Written out in each function: what a call returns is no constant, so that both branches would be compiled.
+    if NATIVE and DTYPE == tl.float16:
         low, high = tl.inline_asm_elementwise(
             UNPACK_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
@@ -44,7 +40,7 @@ def unpack_nibbles(packed, DTYPE: tl.constexpr):
 @triton.jit
 def nibble_order(byte, DTYPE: tl.constexpr):
     """The byte of which `unpack_nibbles` puts the codes at each place of a row."""
-    if _subnormal(DTYPE):
+    if NATIVE and DTYPE == tl.float16:
         return (byte & -4) | ((byte & 1) << 1) | ((byte & 2) >> 1)
     else:
         return byte
@@ -53,7 +49,7 @@ def nibble_order(byte, DTYPE: tl.constexpr):
 @triton.jit
 def unpack_bytes(packed, DTYPE: tl.constexpr):
     """A uint8 tile as DTYPE, times 2**-24 where masks alone do it."""
-    if _subnormal(DTYPE):
+    if NATIVE and DTYPE == tl.float16:
         return tl.inline_asm_elementwise(UNPACK_BYTES, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
     else:
         return packed.to(DTYPE)
@@ -62,7 +58,7 @@ def unpack_bytes(packed, DTYPE: tl.constexpr):
 @triton.jit
 def code_scales(DTYPE: tl.constexpr):
     """Factors on queries that meet low and high codes, and on their product: the largest query becomes 2**12 to 2**13."""
-    if _subnormal(DTYPE):
+    if NATIVE and DTYPE == tl.float16:
         return 4096.0, 256.0, 4096.0
     else:
         return 1.0, 1.0, 1.0

@@ -26,11 +26,12 @@ FIXED_BYTES = {(64, 1): 3984, (64, 4): 7104, (64, 8): 11280, (128, 1): 5008, (12
 
 @dataclass(frozen=True)
 class ClusterRule:
-    """How many blocks share one (sequence, KV head).
+    """How many blocks share one (sequence, KV head), see `cluster_size`.
 
-    Where the (sequence, KV head) pairs alone do not give every multiprocessor a block, as many as do, up to LARGEST_FILL, but no share
-    shorter than `least_tokens`. Otherwise so many that no share of the tokens (of Quest: of the candidates) is longer than `share_tokens`,
-    or than `short_share_tokens` where several waves of rows have no more than SHORT_TOKENS. More where shared memory asks for it.
+    Args:
+        least_tokens: no share is made shorter than this to fill the chip.
+        share_tokens: no share of the tokens (of Quest: of the candidates) stays longer than this.
+        short_share_tokens: the same where several waves of rows have no more than SHORT_TOKENS.
     """
 
     share_tokens: int
@@ -39,31 +40,46 @@ class ClusterRule:
     short_share_tokens: int = 2**30
 
 
-# Below this many blocks some multiprocessors idle; an H200 has 132, and a grid of no more has one for every block.
+MULTIPROCESSORS = 132  # of an H200
+# With fewer blocks some multiprocessors idle.
 FILL_BLOCKS = 128
-MULTIPROCESSORS = 132
-# A cluster of sixteen asks for a whole cluster of the chip and a launch that waits for one. 32/8 B 1, microseconds of eight and of sixteen:
-# dense L 32k 38 and 49, L 128k 129 and 174; Quest L 128k 40 and 66.
+# Reading everything takes no more blocks than this, and clusters lie within groups of 14 to 18 multiprocessors, where some then hold two
+# blocks and others none. Pairs always fit. 32/8 L 32k, dense, microseconds by cluster size: B 1 four 67, eight 39, sixteen 49; B 2 four 70,
+# eight 78; B 4 two 131, four 156; B 8 one 253, two 241, four 254.
+DENSE_FILL_BLOCKS = 64
+# A cluster of sixteen waits for a whole group of multiprocessors. 32/8 L 32k, microseconds of eight and of sixteen: Quest B 1 33 and 34,
+# B 2 37 and 64; with four KV heads dense 37 and 28, Quest 33 and 31, shadow prefix 38 and 35.
 LARGEST_FILL = 8
+FEW_UNITS = 4
 # Rows so short that the last wave of blocks is much of the time.
 SHORT_TOKENS = 2048
 
-# H200, bf16, D 128, microseconds a layer by cluster size; 32/8 heads are groups of four, 32/32 of one. Shares shorter than 4096 tokens
-# are barriers around nothing: 32/8 B 8 L 8k (Quest) one 37, two 33, four 52.
+# H200, bf16, D 128, microseconds a layer by cluster size; 32/8 heads are groups of four, 32/32 of one. An eighth above powers of two, so
+# that a context and what is generated after it share alike.
 CLUSTER_RULES = {
-    ("shadow_prefix", False): ClusterRule(16384, 4096, "32/32 B 16 L 32k: one block 453, two 360"),
+    ("shadow_prefix", False): ClusterRule(
+        18432, 2048, "32/32 L 32k, B 16: one block 453, two 360; B 2: one 110, two 70, four 92; B 1: two 66, four 54"
+    ),
     ("shadow_prefix", True): ClusterRule(
-        8192, 4096, "32/8 L 32k, B 64: two 614, four 565; B 8: two 82, four 113; B 1: eight 39, sixteen 38"
+        9216,
+        2048,
+        "32/8 L 32k, B 64: two 614, four 565; B 16: two 159, four 176; B 8: two 82, four 113; B 4: two 78, four 67, eight 80; B 2: four "
+        "54, eight 45; B 1: eight 39, sixteen 38; L 128k, eight and sixteen, B 16: 787 and 723, B 8: 429 and 379, B 4: 258 and 217, B 1: "
+        "86 and 77; L 8k, B 4: two 37, four 34, eight 58; B 2: two 36, four 30, eight 30",
     ),
-    ("quest", False): ClusterRule(8192, 4096, "32/32 B 16 L 32k: one block 196, two 241"),
+    ("quest", False): ClusterRule(
+        9216, 2048, "32/32 L 32k, B 16: one block 196, two 241; B 2: one 68, two 50, four 74; B 1: two 48, four 44, eight 66"
+    ),
     ("quest", True): ClusterRule(
-        4096,
-        4096,
-        "32/8 L 32k, 8192 candidates, B 64: one 503, two 310, four 403; B 16: one 144, two 93, four 132; B 8: two 62, four 82; B 1: eight "
-        "33, sixteen 34; L 128k with as many, B 8: two 91, four 117, eight 132; B 64 L 8k with 2048: one 93, two 138",
+        4608,
+        2048,
+        "32/8 L 32k, 8192 candidates, B 64: one 503, two 310, four 403; B 16: one 144, two 93, four 132; B 8: two 62, four 82; B 4: two "
+        "57, four 46, eight 64; B 2: four 40, eight 37; L 128k with as many, B 64: one 739, two 540, four 597; B 8: two 91, four 117, "
+        "eight 132; B 4: two 82, four 63, eight 83; L 8k with 2048, B 64: one 93, two 138; B 8: one 37, two 33, four 52; B 4: two 32, "
+        "four 31; B 2: two 31, four 27, eight 28",
     ),
-    ("full", False): ClusterRule(16384, 4096, "as quest: its estimates are what full makes of every token"),
-    ("full", True): ClusterRule(8192, 4096, "shared memory holds 9k tokens of four rows in half a multiprocessor"),
+    ("full", False): ClusterRule(18432, 4096, "as quest: its estimates are what full makes of every token"),
+    ("full", True): ClusterRule(9216, 4096, "shared memory holds 9k tokens of four rows in half a multiprocessor"),
     ("dense", False): ClusterRule(2**30, 1024, "as groups of four", 512),
     ("dense", True): ClusterRule(
         2**30, 128, "B 64 L 1k: one 77.8, two 75.2; L 32k: one 1878, two 1904; B 1 L 8k: eight 14.8, sixteen 16.7; L 1k: eight 6.4", 512
@@ -143,7 +159,10 @@ def cluster_size(
     capacity: int,
     dense_below: int,
 ) -> int:
-    """Blocks a (sequence, KV head); 0 where even the largest cluster's shared memory does not hold the selection."""
+    """Blocks a (sequence, KV head): as many as fill the chip and shared memory asks for, then so many that no share is too long.
+
+    0 where even the largest cluster's shared memory does not hold the selection.
+    """
     max_tokens = max_pages * page_size
     rule = CLUSTER_RULES[selector, rows > 1]
 
@@ -151,17 +170,25 @@ def cluster_size(
         geometry = (selector, prunes, head_dim, rows, page_size, max_pages, capacity, dense_below, size)
         return any(shared_bytes(*geometry, evens_out) <= SHARED_LIMIT for evens_out in {True, units * size > MULTIPROCESSORS})
 
+    def leaves_idle(size: int) -> bool:
+        if selector == "dense":
+            return units * size < DENSE_FILL_BLOCKS or (size == 1 and 2 * units <= FILL_BLOCKS)
+        return units * size < FILL_BLOCKS and (size < LARGEST_FILL or units <= FEW_UNITS)
+
     size = 1
-    if units < FILL_BLOCKS:
-        while size < LARGEST_FILL and units * size < FILL_BLOCKS and max_tokens // size > rule.least_tokens:
-            size *= 2
-    else:
-        short = max_tokens <= SHORT_TOKENS and units > MULTIPROCESSORS
-        share_tokens = rule.short_share_tokens if short else rule.share_tokens
-        shared_tokens = capacity * page_size if selector == "quest" else max_tokens
-        while size < CLUSTER_SIZES[-1] and -(-shared_tokens // size) > share_tokens:
-            size *= 2
-    return next((c for c in CLUSTER_SIZES if c >= size and fits(c)), 0)
+    while size < CLUSTER_SIZES[-1] and leaves_idle(size) and max_tokens // size > rule.least_tokens:
+        size *= 2
+    size = next((c for c in CLUSTER_SIZES if c >= size and fits(c)), 0)
+    # One wave of pairs that fills the chip, or two, take longer shares rather than more waves.
+    whole_waves = size == 2 and (FILL_BLOCKS <= 2 * units <= MULTIPROCESSORS or 2 * FILL_BLOCKS <= 2 * units <= 2 * MULTIPROCESSORS)
+    if size == 0 or whole_waves:
+        return size
+    short = max_tokens <= SHORT_TOKENS and units > MULTIPROCESSORS
+    share_tokens = rule.short_share_tokens if short else rule.share_tokens
+    shared_tokens = capacity * page_size if selector == "quest" else max_tokens
+    while size < CLUSTER_SIZES[-1] and -(-shared_tokens // size) > share_tokens:
+        size *= 2
+    return size
 
 
 def fused_supports(

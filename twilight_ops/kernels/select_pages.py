@@ -160,7 +160,8 @@ def run_select_pages(
     num_pages, kv_heads = page_bounds.shape[:2]
     max_pages = page_table.shape[1]
     rows = batch * kv_heads
-    launch = LAUNCHES[2 * next_power_of_2(head_dim) * page_bounds.itemsize]
+    unpacked = 4 if q.dtype == torch.float32 else page_bounds.itemsize  # bytes: tensor cores take 8-bit bounds as they are only for halves
+    launch = LAUNCHES[2 * next_power_of_2(head_dim) * unpacked]
     chunk = chunk_size(rows, max_pages, q, launch.block, WAVES)
     splits = max(cdiv(max_pages, chunk), 1)
     stride = padded_row(max_pages)
