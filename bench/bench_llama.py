@@ -116,6 +116,7 @@ def twilight_config(method: str, context: int, head_dim: int, options: argparse.
         top_p=options.top_p if method.endswith("+twilight") else 1.0,
         page_size=PAGE_SIZE,
         dense_layers=1 << 20 if method == "dense" else options.dense_layers,
+        dense_below=options.dense_below,
     )
 
 
@@ -402,7 +403,7 @@ class Run:
                 times, columns = decode_hf_static(self.model, batch, context, options)
             else:
                 times, columns = decode_twilight(self.model, method, batch, context, options)
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and self.gpus == 1:  # shards of the random layers share one layer's memory
                 peak = torch.cuda.max_memory_allocated()
                 columns["peak_over_kv"] = (peak - self.weight_bytes - kv_bytes) / kv_bytes
             if "attention_ms" in columns:
@@ -418,7 +419,7 @@ class Run:
             } | columns
 
         settings = {"kind": "decode", "context": length, "batch": batch, "method": method, "top_p": options.top_p, "spread": options.spread}
-        settings |= {"dense_layers": options.dense_layers, "reduce_rows": options.reduce_rows}
+        settings |= {"dense_layers": options.dense_layers, "dense_below": options.dense_below, "reduce_rows": options.reduce_rows}
         self.measure(settings, call)
 
     def prefill(self, method: str, length: int) -> None:
@@ -469,7 +470,7 @@ def first_layers(model: PreTrainedModel, count: int) -> Iterator[None]:
 
 def latest(rows: Sequence[dict], kind: str) -> list[dict]:
     """Rows of one kind without those measured again later, in order of their first appearance."""
-    keys = ("shape", "layers", "context", "batch", "method", "dense_layers", "top_p", "reduce_rows", "gpus")
+    keys = ("shape", "layers", "context", "batch", "method", "dense_layers", "dense_below", "top_p", "reduce_rows", "gpus")
     found = {tuple(row.get(key) for key in keys): row for row in rows if row["kind"] == kind}
     return list(found.values())
 
@@ -573,6 +574,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--top-p", type=float, default=0.85)
     parser.add_argument("--spread", type=float, default=SPREAD, help="standard deviation of the logits")
     parser.add_argument("--dense-layers", type=int, default=2, help="first layers that attend to everything")
+    parser.add_argument(
+        "--dense-below", type=int, help="tokens up to which sparse methods attend to everything too; default: as shipped, the break-even"
+    )
     parser.add_argument("--reduce-rows", action="store_true", help="generated sums instead of library products at batch 1")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     parser.add_argument("--warmup", type=int, default=8)

@@ -1,6 +1,7 @@
-"""Plots of bench_decode_attention.py's rows: speed-up over FlashAttention 2 in the shape of the paper's Figure 7, and the stage breakdown.
+"""Plots of bench_decode_attention.py's rows: speed-up over FlashAttention 2 in the shape of the paper's Figure 7, and the stage breakdowns.
 
-The breakdown needs bench_stages.py's rows of the same shapes too: give both files.
+The breakdown of the Triton stages needs bench_stages.py's rows of the same shapes too: give both files. That of the fused kernel needs rows
+of its phases, such as results/h200_fused_phases.json.
 """
 
 from __future__ import annotations
@@ -18,8 +19,17 @@ from matplotlib.patches import Patch
 from peers import FA2
 from timing import read_rows
 
-SPEEDUP, BREAKDOWN = "decode_attention_speedup.png", "decode_attention_stages.png"
+SPEEDUP, BREAKDOWN, PHASES = "decode_attention_speedup.png", "decode_attention_stages.png", "decode_attention_phases.png"
 STAGES = ("select", "estimate", "prune", "attend")
+# What the fused kernel does between two readings of the clock, by what it is for.
+PHASES_OF = {
+    "query read": ("start", "query"),
+    "candidates scored": ("tokens scored", "pages scored", "snorms"),
+    "candidates chosen": ("counted", "bin", "marked+keys", "settled", "dealt"),
+    "weights estimated": ("estimated", "wnorms"),
+    "pruned": ("weights listed", "survivors listed", "shared out"),
+    "attended": ("attended", "written", "end"),
+}
 # (B, Hq, Hkv, L): one cell of the bench.
 Cell = tuple[int, int, int, int]
 
@@ -150,30 +160,67 @@ def plot_breakdown(rows: Sequence[dict]) -> plt.Figure:
     return figure
 
 
+def phases(rows: Sequence[dict]) -> list[tuple[str, dict[str, float]]]:
+    """(label, microseconds by purpose) of one block of every call of the fused kernel whose phases were timed."""
+    found = []
+    for row in rows:
+        if row.get("stage") != "fused phases":
+            continue
+        if unknown := set(row["phase_us"]) - {name for names in PHASES_OF.values() for name in names}:
+            raise ValueError(f"phase_us: expected phases of PHASES_OF, got {', '.join(sorted(unknown))}")
+        batch, query_heads, kv_heads, length = cell_of(row)
+        blocks = f"{row['cluster_size']} block" + ("s" if row["cluster_size"] > 1 else "")
+        label = f"{row['selector'].replace('_', ' ')}\n{query_heads}/{kv_heads}, batch {batch}, {tokens(length)}, {blocks}"
+        found.append((label, {what: sum(row["phase_us"].get(name, 0.0) for name in names) for what, names in PHASES_OF.items()}))
+    return found
+
+
+def plot_phases(rows: Sequence[dict]) -> plt.Figure:
+    """One stacked bar a call: where the time of one of its blocks goes, waiting for the others included."""
+    calls = phases(rows)
+    if not calls:
+        raise ValueError("rows: expected phases of the fused kernel, got none")
+    figure, ax = plt.subplots(figsize=(9, 0.75 * len(calls) + 1.2), layout="constrained")
+    left = [0.0] * len(calls)
+    for i, what in enumerate(PHASES_OF):
+        widths = [parts[what] for _, parts in calls]
+        bars = ax.barh(range(len(calls)), widths, 0.7, left=left, color=f"C{i}", label=what)
+        ax.bar_label(bars, [f"{width:.0f}" if width >= 2 else "" for width in widths], label_type="center", fontsize=7)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for place, total in enumerate(left):
+        ax.text(total, place, f" {total:.0f}", va="center", fontsize=8)
+    ax.set_yticks(range(len(calls)), [label for label, _ in calls], fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.06)
+    ax.set_xlabel("microseconds of one block")
+    figure.legend(loc="outside lower center", ncols=len(PHASES_OF), fontsize=8, frameon=False)
+    return figure
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("rows", nargs="+", type=Path, help="JSON-lines files of bench_decode_attention.py and bench_stages.py")
+    p.add_argument("rows", nargs="+", type=Path, help="JSON-lines files of bench_decode_attention.py, bench_stages.py and of phases")
     p.add_argument("-o", "--output", type=Path, default=Path("."), help="folder for the images")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes each plot that the rows suffice for; exit status 1 where one had too few."""
+    """Writes each plot that the rows suffice for; exit status 1 where they suffice for none."""
     options = parser().parse_args(arguments)
     rows = [row for path in options.rows for row in read_rows(path) if row["device"] == "cuda"]
     options.output.mkdir(parents=True, exist_ok=True)
-    status = 0
-    for name, plot in ((SPEEDUP, plot_speedup), (BREAKDOWN, plot_breakdown)):
+    written = 0
+    for name, plot in ((SPEEDUP, plot_speedup), (BREAKDOWN, plot_breakdown), (PHASES, plot_phases)):
         try:
             figure = plot(rows)
         except ValueError as error:
             print(f"{name}: not written, {error}")
-            status = 1
             continue
         figure.savefig(options.output / name, dpi=150)
         plt.close(figure)
         print(f"wrote {options.output / name}")
-    return status
+        written += 1
+    return 0 if written else 1
 
 
 if __name__ == "__main__":

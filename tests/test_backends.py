@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from twilight_ops import backends
+from twilight_ops.capacity import page_capacity, token_capacity
+from twilight_ops.kernels import fused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,6 +102,63 @@ def test_an_install_without_native_code_works_from_another_directory(tmp_path):
     command = [sys.executable, "-S", "-m", "twilight_ops", "info"]
     info = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert info.returncode == 0 and "reference" in info.stdout, info.stderr
+
+
+# Batch, tokens, query and KV heads: what was fastest on an H200 (bench/results/h200_fused_time.log).
+FASTEST = {
+    "dense": {
+        (1, 32768, 32, 8): 8,
+        (1, 32768, 16, 4): 16,
+        (2, 32768, 32, 8): 4,
+        (4, 32768, 32, 8): 2,
+        (8, 32768, 32, 8): 2,
+        (64, 32768, 32, 8): 1,
+    },
+    "quest": {
+        (1, 131072, 32, 8): 8,
+        (2, 32768, 32, 8): 8,
+        (4, 32768, 32, 8): 4,
+        (8, 131072, 32, 8): 2,
+        (16, 32768, 32, 8): 2,
+        (64, 8192, 32, 8): 1,
+        (64, 32768, 32, 8): 2,
+        (64, 131072, 32, 8): 2,
+        (1, 32768, 32, 32): 4,
+        (2, 32768, 32, 32): 2,
+        (16, 32768, 32, 32): 1,
+    },
+    "shadow_prefix": {
+        (1, 131072, 32, 8): 16,
+        (2, 32768, 32, 8): 8,
+        (4, 32768, 32, 8): 4,
+        (4, 131072, 32, 8): 16,
+        (8, 32768, 32, 8): 2,
+        (8, 131072, 32, 8): 16,
+        (16, 32768, 32, 8): 2,
+        (64, 32768, 32, 8): 4,
+        (1, 32768, 32, 32): 4,
+        (16, 32768, 32, 32): 2,
+    },
+}
+
+
+@pytest.mark.parametrize("selector", FASTEST)
+@pytest.mark.parametrize("generated", [0, 96])
+def test_as_many_blocks_share_a_head_as_were_fastest(selector, generated):
+    """Also with some room behind the context for what is generated."""
+    capacity = page_capacity if selector == "quest" else token_capacity
+    for (batch, tokens, query_heads, kv_heads), blocks in FASTEST[selector].items():
+        pages = (tokens + generated) // 16
+        budget, fraction = (min(8192, tokens // 4), 0.0) if selector == "quest" else (0, 0.125)
+        items = capacity(pages, 16, 1, budget, fraction, 0, 0)
+        chosen = fused.cluster_size(
+            batch * kv_heads, selector, selector != "dense", 128, query_heads // kv_heads, 16, pages, items, dense_below=512
+        )
+        assert chosen == blocks, (batch, tokens, query_heads, kv_heads)
+
+
+def test_no_cluster_serves_what_no_shared_memory_holds():
+    assert fused.cluster_size(8, "full", True, 128, 4, 16, 1 << 16, 1 << 20, 0) == 0
 
 
 def test_poisoned_empties_are_nan(poisoned_empties):

@@ -421,10 +421,30 @@ def test_plots_show_a_bar_a_method_and_cell(tmp_path):
 def test_the_plot_command_writes_what_the_rows_suffice_for(tmp_path, capsys):
     path = tmp_path / "rows.json"
     path.write_text("".join(json.dumps(r) + "\n" for r in example_rows()))
-    assert plots.main([str(path), "-o", str(tmp_path)]) == 1
+    assert plots.main([str(path), "-o", str(tmp_path)]) == 0
     assert (tmp_path / plots.SPEEDUP).stat().st_size > 10_000 and not (tmp_path / plots.BREAKDOWN).exists()
     assert f"{plots.BREAKDOWN}: not written" in capsys.readouterr().out
     stages = tmp_path / "stages.json"
     stages.write_text("".join(json.dumps(r) + "\n" for r in stage_rows()))
     assert plots.main([str(path), str(stages), "-o", str(tmp_path)]) == 0
-    assert (tmp_path / plots.BREAKDOWN).stat().st_size > 5_000
+    assert (tmp_path / plots.BREAKDOWN).stat().st_size > 5_000 and not (tmp_path / plots.PHASES).exists()
+    (tmp_path / "phases.json").write_text(json.dumps(phase_row()) + "\n")
+    assert plots.main([str(tmp_path / "phases.json"), "-o", str(tmp_path)]) == 0
+    assert (tmp_path / plots.PHASES).stat().st_size > 5_000
+    empty = tmp_path / "empty.json"
+    empty.write_text("")
+    assert plots.main([str(empty), "-o", str(tmp_path)]) == 1
+
+
+def phase_row(**phases) -> dict:
+    shape = {"B": 64, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "S": 16, "L": 32768}
+    phases = {"query": 2.0, "pages scored": 20.0, "bin": 1.0, "settled": 3.0, "estimated": 10.0, "attended": 4.0} | phases
+    return {"shape": shape, "device": "cuda", "stage": "fused phases", "selector": "quest", "cluster_size": 2, "phase_us": phases}
+
+
+def test_phases_add_up_by_what_they_are_for():
+    ((label, parts),) = plots.phases([*example_rows(), phase_row()])
+    assert label == "quest\n32/8, batch 64, 32k, 2 blocks"
+    assert parts["candidates chosen"] == 4.0 and sum(parts.values()) == 40.0
+    with pytest.raises(ValueError, match="got dreamt"):
+        plots.phases([phase_row(dreamt=1.0)])

@@ -1,4 +1,4 @@
-"""Two gloo processes give the tokens and, KV head by KV head, the kept sets of one."""
+"""Two processes, with gloo or on two GPUs, give the tokens and, KV head by KV head, the kept sets of one."""
 
 import pytest
 import torch
@@ -14,15 +14,28 @@ def model_path(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("selector", ["quest", "shadow_prefix"])
-def test_two_processes_give_the_tokens_and_kept_sets_of_one(model_path, tmp_path, selector):
-    (alone,) = generate_with(1, model_path, tmp_path / "alone", selector, 12, timed_steps=2)
-    ranks = generate_with(2, model_path, tmp_path / "sharded", selector, 12, timed_steps=2)
+def check(model_path, folder, selector: str, capture: str) -> None:
+    (alone,) = generate_with(1, model_path, folder / "alone", selector, 12, timed_steps=2)
+    ranks = generate_with(2, model_path, folder / "sharded", selector, 12, timed_steps=2)
     result = compare(alone, ranks)
     assert result["tokens equal"]
-    assert result["captured step's tokens equal"] and result["capture"] == "compile"
+    assert result["captured step's tokens equal"] and result["capture"] == capture
     assert result["kept sets equal"]
     assert result["KV heads"] == 2 and result["KV heads a rank"] == 1
     pruned = sum(int((call >= 0).sum()) for call in alone["kept"]) / sum(call.shape[0] * call.shape[1] * 300 for call in alone["kept"])
     assert 0.0 < pruned < 0.9  # something was kept and something was pruned
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes take GPUs where there are some: the test of two GPUs is for those")
+@pytest.mark.parametrize("selector", ["quest", "shadow_prefix"])
+def test_two_processes_give_the_tokens_and_kept_sets_of_one(model_path, tmp_path, selector):
+    check(model_path, tmp_path, selector, "compile")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("selector", ["quest", "shadow_prefix"])
+def test_two_gpus_give_the_tokens_and_kept_sets_of_one(model_path, tmp_path, selector):
+    """Eagerly and from a recorded graph, whose sums over processes are one launch each."""
+    check(model_path, tmp_path, selector, "cuda_graph")

@@ -80,7 +80,7 @@ CLUSTER_RULES = {
     ),
     ("full", False): ClusterRule(18432, 4096, "as quest: its estimates are what full makes of every token"),
     ("full", True): ClusterRule(9216, 4096, "shared memory holds 9k tokens of four rows in half a multiprocessor"),
-    ("dense", False): ClusterRule(2**30, 1024, "as groups of four", 512),
+    ("dense", False): ClusterRule(2**30, 128, "as groups of four: the same bytes a KV head; 32/32 B 1 L 1k: one 12.7", 512),
     ("dense", True): ClusterRule(
         2**30, 128, "B 64 L 1k: one 77.8, two 75.2; L 32k: one 1878, two 1904; B 1 L 8k: eight 14.8, sixteen 16.7; L 1k: eight 6.4", 512
     ),
