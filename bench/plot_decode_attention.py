@@ -1,7 +1,7 @@
 """Plots of bench_decode_attention.py's rows: speed-up over FlashAttention 2 in the shape of the paper's Figure 7, and the stage breakdowns.
 
-The breakdown of the Triton stages needs bench_stages.py's rows of the same shapes too: give both files. That of the fused kernel needs rows
-of its phases, such as results/h200_fused_phases.json.
+The breakdown of the Triton stages needs bench_stages.py's rows of the same shapes too: give both files. That of the fused kernel needs
+bench_fused_phases.py's.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SPEEDUP, BREAKDOWN, PHASES = "decode_attention_speedup.png", "decode_attention_s
 STAGES = ("select", "estimate", "prune", "attend")
 # What the fused kernel does between two readings of the clock, by what it is for.
 PHASES_OF = {
-    "query read": ("start", "query"),
-    "candidates scored": ("tokens scored", "pages scored", "snorms"),
-    "candidates chosen": ("counted", "bin", "marked+keys", "settled", "dealt"),
-    "weights estimated": ("estimated", "wnorms"),
-    "pruned": ("weights listed", "survivors listed", "shared out"),
-    "attended": ("attended", "written", "end"),
+    "query read": ("query read",),
+    "candidates scored": ("candidates scored", "scores normalized"),
+    "candidates chosen": ("scores counted", "bin found", "boundary marked", "boundary settled", "candidates dealt"),
+    "weights estimated": ("weights estimated", "weights normalized"),
+    "pruned": ("weights listed", "thresholds found", "survivors listed", "survivors shared out"),
+    "attended": ("attended", "written"),
 }
 # (B, Hq, Hkv, L): one cell of the bench.
 Cell = tuple[int, int, int, int]

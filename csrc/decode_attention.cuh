@@ -3,6 +3,8 @@
 // Grid: a cluster of C blocks a (sequence, KV head). Each block owns an even share of the sequence while scoring. Of
 // the candidates while estimating and of the survivors while attending it owns an even share too, handed over through
 // distributed shared memory, or what its own tokens gave (FusedParams::evens_out).
+//
+// Comments name the phase that ends there: bench/bench_fused_phases.py reads the clock at each.
 #pragma once
 
 #include "fused_attention.cuh"
@@ -24,6 +26,7 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
   __device__ explicit FusedDecode(const FusedParams& params) : Base(params) {}
 
   __device__ void run() {
+    // phase: start
     cluster.start();
     if (live == 0) {
       write_empty();
@@ -52,12 +55,14 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
     }
     load_query(!dense, scores_items, prefix);
     if (!dense) cluster.started();
+    // phase: query read
     if (selects) {
       if (!kByPage) unit_shift = 0;
       const int2 own = choose_candidates(wanted, items);
       first_slot = own.x << unit_shift;
       slot_count = own.y << unit_shift;
       total_slots = wanted << unit_shift;
+      // phase: candidates dealt
     }
     if (tid() == 0) s.published_slots = slot_count;
     // The page of the newest token is always a candidate: the tokens it lacks are not.
@@ -71,6 +76,7 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
     if (estimated) {
       find_thresholds(total_slots);
       const int own_survivors = list_survivors();
+      // phase: survivors listed
       if (cluster.size > 1 && p.evens_out && p.slot_capacity > kUnsharedSlots) {
         entries = Entries::kSharedSurvivors;
         cluster.sync();
@@ -78,6 +84,7 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
         const int even = blocks_of(cluster.size, kept_tokens);
         start = list_start = cluster.rank * even;
         count = min(max(kept_tokens - start, 0), even);
+        // phase: survivors shared out
       } else {
         entries = Entries::kOwnSurvivors;
         start = 0;
@@ -89,7 +96,9 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
     } else {
       this->template attend<false>(entries, start, count, stream);
     }
+    // phase: attended
     write_output();
+    // phase: written
     if (entries == Entries::kOwnSurvivors) {
       kept_tokens = count_survivors();
       list_start = s.kept_first[cluster.rank];

@@ -470,12 +470,16 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     } else {
       estimate<false>();
     }
+    // phase: weights estimated
     cluster.sync();
     read_norms(s.weight_stat, s.weight_norm);
+    // phase: weights normalized
     list_weights(total_slots);
     cluster.sync();
+    // phase: weights listed
     solve_rows(total_slots);
     cluster.sync();
+    // phase: thresholds found
   }
 
   // Starts to bring the key and the value of a candidate slot to the L2 cache.

@@ -168,7 +168,9 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
       const int shift = max(0, log2_width - 11);
       count_keys(makes_keys && log2_width == 32, low_key, log2_width, shift);
       __syncthreads();
+      // phase: scores counted
       const int3 found = find_bin(need);
+      // phase: bin found
       const bool first_round = log2_width == 32;
       in_bin = found.y;
       need = found.z;
@@ -192,8 +194,10 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     }
     mark_items(low_key, width, ranked);
     if (ranked) key_boundary(near);
+    // phase: boundary marked
     cluster.sync();
     if (!settle_boundary(ranked, low_key, wanted)) return false;
+    // phase: boundary settled
     deal_candidates(ranked, !ranked && (near || need == in_bin), wanted);
     return true;
   }
@@ -323,8 +327,10 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
   }
 
   __device__ __forceinline__ void exchange_norms() {
+    // phase: candidates scored
     cluster.sync();
     read_norms(s.score_stat, s.score_norm);
+    // phase: scores normalized
   }
 
   // What the common case leaves out is made up for where it shows: logits beyond the range of the sums, or of a level;

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import bench_decode_attention as bench  # noqa: E402
+import bench_fused_phases as fused_phases  # noqa: E402
 import peers  # noqa: E402
 import plot_decode_attention as plots  # noqa: E402
 import runner  # noqa: E402
@@ -438,7 +439,8 @@ def test_the_plot_command_writes_what_the_rows_suffice_for(tmp_path, capsys):
 
 def phase_row(**phases) -> dict:
     shape = {"B": 64, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "S": 16, "L": 32768}
-    phases = {"query": 2.0, "pages scored": 20.0, "bin": 1.0, "settled": 3.0, "estimated": 10.0, "attended": 4.0} | phases
+    scored = {"query read": 2.0, "candidates scored": 20.0, "bin found": 1.0, "boundary settled": 3.0}
+    phases = scored | {"weights estimated": 10.0, "attended": 4.0} | phases
     return {"shape": shape, "device": "cuda", "stage": "fused phases", "selector": "quest", "cluster_size": 2, "phase_us": phases}
 
 
@@ -448,3 +450,20 @@ def test_phases_add_up_by_what_they_are_for():
     assert parts["candidates chosen"] == 4.0 and sum(parts.values()) == 40.0
     with pytest.raises(ValueError, match="got dreamt"):
         plots.phases([phase_row(dreamt=1.0)])
+
+
+def test_every_phase_that_the_sources_mark_is_timed_and_drawn(tmp_path):
+    names = fused_phases.instrumented(ROOT / "csrc", tmp_path)
+    assert sorted(names) == sorted([fused_phases.START, *(name for group in plots.PHASES_OF.values() for name in group)])
+    copied = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert not fused_phases.MARK.search(copied)
+    assert [copied.count(f"mark_phase({number});") for number in range(len(names))] == [1] * len(names)
+    assert f"phase_clock[{len(names)}][2];" in copied
+
+
+def test_phases_last_from_mark_to_mark_and_those_not_passed_are_left_out():
+    clock = [(0, 0), (1000, 5000), (3000, 6000), (4000, 6500)]
+    times = fused_phases.durations(clock, ["dreamt", "start", "candidates scored", "attended"])
+    assert times == {"candidates scored": 1.0, "attended": 0.5}
+    with pytest.raises(ValueError, match="expected `start` first"):
+        fused_phases.durations([(5, 5), (1, 1)], ["start", "attended"])
