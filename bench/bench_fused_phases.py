@@ -23,11 +23,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import runner
 import torch
 import workload
-from rich.console import Console
 from rich.table import Table
-from timing import ROOT, Sizes, append_rows, environment
+from timing import ROOT, append_rows, environment
 from torch.utils.cpp_extension import include_paths
 
 MODULE = "twilight_ops._C_cuda"
@@ -114,14 +114,13 @@ def measure(data: workload.Workload, selector: str, budget: int, top_p: float, l
     """(median microseconds by phase, blocks a KV head) of calls of the fused kernel on one buffer set."""
     from twilight_ops.kernels import native
 
-    q, layer = data.queries[0], data.cache.layers[0]
-    k_quant, k_scale, order, prefix = workload.shadow_of(layer)
-    tensors = (q, layer.k_cache, layer.v_cache, k_quant, k_scale, layer.page_bounds, layer.bounds_scale, order, prefix, *data.paging)
-    call = native.bind_decode_attention((*tensors, selector, budget, 0.0, top_p, data.sm_scale), {"dense_below": 0})
+    arguments = workload.decode_arguments(data.queries[0], data.cache.layers[0], data.paging, data.sm_scale)
+    asked = {"selector": selector, "token_budget": budget, "budget_fraction": 0.0, "top_p": top_p, "dense_below": 0}
+    call = native.bind_decode_attention((), arguments | asked)
     blocks = native.fused_cluster_size(call)
     if blocks == 0:
         raise ValueError(f"{selector}: {data.sizes}: the fused kernel does not serve it")
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=q.device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=call["q"].device)
     clock = ((ctypes.c_longlong * 2) * len(phases))()
     found: list[dict[str, float]] = []
     for _ in range(CALLS):
@@ -147,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--spread", type=float, default=workload.SPREAD, help="standard deviation of the logits")
     p.add_argument("--library", type=Path, help="the compiled copy: used where it exists, else kept there")
     p.add_argument("--compile-only", action="store_true", help="make --library, for which no GPU is needed")
+    p.set_defaults(query_tokens=1, page_size=16)
     p.add_argument("--json", type=Path, help="append the rows to this file, one JSON object a line")
     return p
 
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.error("--compile-only: expected --library FILE")
     if not options.compile_only and (not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)):
         cli.error("expected an sm_90 GPU, got none")
-    console = Console()
+    console = runner.console_of(160)
     with tempfile.TemporaryDirectory() as folder:
         phases = instrumented(ROOT / "csrc", Path(folder))
         path = options.library or Path(folder) / "phases.abi3.so"
@@ -168,12 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compile_only:
             return 0
         library = serve_from(path.resolve())
-        for batch, length, heads in options.cells:
-            query_heads, kv_heads = map(int, heads.split("/"))
-            sizes = Sizes(batch, 1, query_heads, kv_heads, options.head_dim, 16, length, torch.bfloat16)
+        for cell in options.cells:
+            sizes = runner.sizes_of(options, *cell, "bf16")
             data = workload.build(sizes, "cuda", 1, spread=options.spread)
             for selector in options.selectors:
-                budget = {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 0}[selector]
+                budget = {"quest": min(8192, sizes.length // 4), "shadow_prefix": sizes.length // 8, "full": 0}[selector]
                 times, blocks = measure(data, selector, budget, options.top_p, library, phases)
                 table = Table("phase", "us", title=f"{selector}, {sizes}, {blocks} blocks a KV head", title_justify="left")
                 for name, microseconds in times.items():
@@ -181,16 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 table.add_row("all", f"{sum(times.values()):.1f}")
                 console.print(table)
                 if options.json is not None:
-                    row = {
-                        "device": "cuda",
-                        "shape": sizes.describe(),
-                        "dtype": "bfloat16",
-                        "stage": "fused phases",
-                        "selector": selector,
-                        "cluster_size": blocks,
-                    }
-                    row |= {"phase_us": {name: round(us, 2) for name, us in times.items()}, "method": "clock64 of block 0 in a cold call"}
-                    append_rows(options.json, [row | {"token_budget": budget, "top_p": options.top_p}], environment("cuda"))
+                    row = runner.row_head(sizes, "cuda", "clock64 of block 0 in a cold call")
+                    row |= {"stage": "fused phases", "selector": selector, "token_budget": budget, "top_p": options.top_p}
+                    row |= {"cluster_size": blocks, "phase_us": {name: round(us, 2) for name, us in times.items()}}
+                    append_rows(options.json, [row], environment("cuda"))
             del data
             torch.cuda.empty_cache()
     return 0

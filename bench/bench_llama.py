@@ -36,6 +36,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from runner import console_of
 from timing import environment
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -646,7 +647,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
             for method in methods:
                 run.decode(method, sequences, length)
                 progress.advance(task)
-    tables = Console(width=None if sys.stdout.isatty() else 200, quiet=RANK > 0)
+    tables = console_of(200, soft_wrap=False, quiet=RANK > 0)
     for kind, table in (("decode", decode_table), ("prefill", prefill_table)):
         rows = latest(run.rows, kind)
         if rows:

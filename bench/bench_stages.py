@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import workload
-from rich.console import Console
 from rich.table import Table
+from runner import console_of
 from timing import Sizes, environment, replay_us
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -159,7 +158,7 @@ def main() -> None:
     p.add_argument("--json", type=Path, default=None, metavar="FILE")
     options = p.parse_args()
     heads, kv_heads = map(int, options.heads.split("/"))
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    console = console_of(200)
     where = environment("cuda")
     bandwidth = read_bandwidth("cuda")
     console.print(f"{where['machine']}, torch {where['torch']}, {where['backend']}, streamed reads {bandwidth:,.0f} GB/s")

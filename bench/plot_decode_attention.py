@@ -21,6 +21,7 @@ from timing import read_rows
 
 SPEEDUP, BREAKDOWN, PHASES = "decode_attention_speedup.png", "decode_attention_stages.png", "decode_attention_phases.png"
 STAGES = ("select", "estimate", "prune", "attend")
+PHASE_ROW = "fused phases"  # what the rows of bench_fused_phases.py call themselves
 # What the fused kernel does between two readings of the clock, by what it is for.
 PHASES_OF = {
     "query read": ("query read",),
@@ -164,7 +165,7 @@ def phases(rows: Sequence[dict]) -> list[tuple[str, dict[str, float]]]:
     """(label, microseconds by purpose) of one block of every call of the fused kernel whose phases were timed."""
     found = []
     for row in rows:
-        if row.get("stage") != "fused phases":
+        if row.get("stage") != PHASE_ROW:
             continue
         if unknown := set(row["phase_us"]) - {name for names in PHASES_OF.values() for name in names}:
             raise ValueError(f"phase_us: expected phases of PHASES_OF, got {', '.join(sorted(unknown))}")
@@ -205,22 +206,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes each plot that the rows suffice for; exit status 1 where they suffice for none."""
+    """Writes each plot that the rows suffice for; exit status 1 where one had too few. Phases are drawn where there are some."""
     options = parser().parse_args(arguments)
     rows = [row for path in options.rows for row in read_rows(path) if row["device"] == "cuda"]
     options.output.mkdir(parents=True, exist_ok=True)
-    written = 0
-    for name, plot in ((SPEEDUP, plot_speedup), (BREAKDOWN, plot_breakdown), (PHASES, plot_phases)):
+    plots = [(SPEEDUP, plot_speedup), (BREAKDOWN, plot_breakdown)]
+    if any(row.get("stage") == PHASE_ROW for row in rows):
+        plots.append((PHASES, plot_phases))
+    status = 0
+    for name, plot in plots:
         try:
             figure = plot(rows)
         except ValueError as error:
             print(f"{name}: not written, {error}")
+            status = 1
             continue
         figure.savefig(options.output / name, dpi=150)
         plt.close(figure)
         print(f"wrote {options.output / name}")
-        written += 1
-    return 0 if written else 1
+    return status
 
 
 if __name__ == "__main__":

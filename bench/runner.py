@@ -61,6 +61,11 @@ def parser(description: str, lengths: Sequence[int]) -> argparse.ArgumentParser:
     return p
 
 
+def console_of(width: int, soft_wrap: bool = True, quiet: bool = False) -> Console:
+    """A console as wide as the terminal, or, where there is none, so many columns: tables stay whole in a log."""
+    return Console(width=None if sys.stdout.isatty() else width, soft_wrap=soft_wrap, quiet=quiet)
+
+
 def resolve(options: argparse.Namespace) -> None:
     """Fills in what depends on the device."""
     for name, value in DEVICE_DEFAULTS[options.device].items():
@@ -148,7 +153,7 @@ def method_of(name: str, call: Callable, sets: Iterable[tuple], moved: int, **co
 
 def announce(options: argparse.Namespace, notes: str) -> tuple[Console, dict[str, object]]:
     """Prints where and on what data the figures are taken; returns the console and the environment."""
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console = console_of(160)
     where = environment(options.device)
     console.print(f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['backend']}, commit {where['commit']}")
     console.print(f"data: {workload.assumptions(options.spread, options.page_order)}")

@@ -87,7 +87,6 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
         // phase: survivors shared out
       } else {
         entries = Entries::kOwnSurvivors;
-        start = 0;
         count = own_survivors;
       }
     }

@@ -422,15 +422,16 @@ def test_plots_show_a_bar_a_method_and_cell(tmp_path):
 def test_the_plot_command_writes_what_the_rows_suffice_for(tmp_path, capsys):
     path = tmp_path / "rows.json"
     path.write_text("".join(json.dumps(r) + "\n" for r in example_rows()))
-    assert plots.main([str(path), "-o", str(tmp_path)]) == 0
+    assert plots.main([str(path), "-o", str(tmp_path)]) == 1
     assert (tmp_path / plots.SPEEDUP).stat().st_size > 10_000 and not (tmp_path / plots.BREAKDOWN).exists()
     assert f"{plots.BREAKDOWN}: not written" in capsys.readouterr().out
     stages = tmp_path / "stages.json"
     stages.write_text("".join(json.dumps(r) + "\n" for r in stage_rows()))
     assert plots.main([str(path), str(stages), "-o", str(tmp_path)]) == 0
     assert (tmp_path / plots.BREAKDOWN).stat().st_size > 5_000 and not (tmp_path / plots.PHASES).exists()
-    (tmp_path / "phases.json").write_text(json.dumps(phase_row()) + "\n")
-    assert plots.main([str(tmp_path / "phases.json"), "-o", str(tmp_path)]) == 0
+    phases = tmp_path / "phases.json"
+    phases.write_text(json.dumps(phase_row()) + "\n")
+    assert plots.main([str(path), str(stages), str(phases), "-o", str(tmp_path)]) == 0
     assert (tmp_path / plots.PHASES).stat().st_size > 5_000
     empty = tmp_path / "empty.json"
     empty.write_text("")

@@ -19,11 +19,7 @@ from torch._subclasses import FakeTensorMode  # noqa: E402
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from twilight_ops import Full, Quest, Selector, ShadowPrefix, TwilightConfig  # noqa: E402
-from twilight_ops.integration import (  # noqa: E402
-    Decoder,
-    TwilightCache,
-    regions,  # noqa: E402
-)
+from twilight_ops.integration import Decoder, TwilightCache, regions  # noqa: E402
 from twilight_ops.integration.generate import most_likely  # noqa: E402
 from twilight_ops.integration.regions import compile_regions  # noqa: E402
 from twilight_ops.selectors import Candidates  # noqa: E402

@@ -180,7 +180,7 @@ def cluster_size(
         size *= 2
     size = next((c for c in CLUSTER_SIZES if c >= size and fits(c)), 0)
     # One wave of pairs that fills the chip, or two, take longer shares rather than more waves.
-    whole_waves = size == 2 and (FILL_BLOCKS <= 2 * units <= MULTIPROCESSORS or 2 * FILL_BLOCKS <= 2 * units <= 2 * MULTIPROCESSORS)
+    whole_waves = size == 2 and any(waves * FILL_BLOCKS <= 2 * units <= waves * MULTIPROCESSORS for waves in (1, 2))
     if size == 0 or whole_waves:
         return size
     short = max_tokens <= SHORT_TOKENS and units > MULTIPROCESSORS
