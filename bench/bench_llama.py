@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import importlib
 import json
 import os
 import re
@@ -100,7 +99,6 @@ PROBE_TOKENS = 64  # whose queries are measured
 EXTRA_OVER_KV = 0.17  # beside K and V, what the largest batch leaves room for
 RESERVE_BYTES = 6 << 30  # left free for workspaces, logits and graph pools when the largest batch is computed
 PREFILL_REPEATS = 5
-GENERATION = importlib.import_module("twilight_ops.integration.generate")  # the package's attribute of this name is the function
 WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))  # as torchrun sets them
 
 
@@ -420,7 +418,7 @@ class Run:
             } | columns
 
         settings = {"kind": "decode", "context": length, "batch": batch, "method": method, "top_p": options.top_p, "spread": options.spread}
-        settings |= {"dense_layers": options.dense_layers, "dense_below": options.dense_below, "reduce_rows": options.reduce_rows}
+        settings |= {"dense_layers": options.dense_layers, "dense_below": options.dense_below}
         self.measure(settings, call)
 
     def prefill(self, method: str, length: int) -> None:
@@ -471,7 +469,7 @@ def first_layers(model: PreTrainedModel, count: int) -> Iterator[None]:
 
 def latest(rows: Sequence[dict], kind: str) -> list[dict]:
     """Rows of one kind without those measured again later, in order of their first appearance."""
-    keys = ("shape", "layers", "context", "batch", "method", "dense_layers", "dense_below", "top_p", "reduce_rows", "gpus")
+    keys = ("shape", "layers", "context", "batch", "method", "dense_layers", "dense_below", "top_p", "gpus")
     found = {tuple(row.get(key) for key in keys): row for row in rows if row["kind"] == kind}
     return list(found.values())
 
@@ -578,7 +576,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--dense-below", type=int, help="tokens up to which sparse methods attend to everything too; default: as shipped, the break-even"
     )
-    parser.add_argument("--reduce-rows", action="store_true", help="generated sums instead of library products at batch 1")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--steps", type=int, default=64)
@@ -626,7 +623,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
     options = parse_arguments(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_llama.py: --device: expected cpu, because this machine has no usable GPU, got cuda")
-    GENERATION.REDUCE_ROWS = options.reduce_rows
     if WORLD_SIZE > 1 and (options.model or options.prefill):
         sys.exit("bench_llama.py: torchrun: expected decode cells of a random model, got --model or --prefill")
     console = Console(stderr=True, quiet=RANK > 0)

@@ -7,7 +7,6 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from .regions import compile_regions
 CAPTURES = ("cuda_graph", "compile", "eager")
 MAX_END_TOKENS = 8
 ARGMAX_PARTS = 64
-REDUCE_ROWS = False  # see compile_regions; bench/bench_llama.py --reduce-rows compares
 # Reading whether all sequences have ended makes the host wait for the device, so it is done once in this many steps.
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16}
 
@@ -184,7 +182,7 @@ class Decoder:
         if self.capture == "eager":
             return self.step_eager
         # Calling pieces one by one costs the host time on every step, which only a recorded graph does not pay.
-        compiler = partial(compile_regions, reduce_rows=REDUCE_ROWS) if self.capture == "cuda_graph" else lookup_backend("inductor")
+        compiler = compile_regions if self.capture == "cuda_graph" else lookup_backend("inductor")
 
         def backend(graph: torch.fx.GraphModule, example_inputs: list):
             self.graphs += 1

@@ -29,9 +29,7 @@ ONE_SHOT_BYTES = 512 * 1024
 ONE_SHOT_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def compile_regions(
-    graph: fx.GraphModule, example_inputs: Sequence[Tensor], reduce_rows: bool = False, compiler: Callable = compile_fx
-) -> Callable[..., tuple]:
+def compile_regions(graph: fx.GraphModule, example_inputs: Sequence[Tensor], compiler: Callable = compile_fx) -> Callable[..., tuple]:
     """Compiles a traced step, equal pieces once: a backend of torch.compile(dynamic=False).
 
     Linear layers of one input (query, key and value; gate and up) become one product, see `join_linears`; all-reduces of a sharded model
@@ -39,7 +37,6 @@ def compile_regions(
 
     Args:
         graph, example_inputs: as Dynamo hands them over.
-        reduce_rows: products of a single row become sums that the compiler generates, instead of library calls.
         compiler: of a piece; takes a module that returns a tuple, and fake inputs.
     """
     graph = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Dynamo goes on to read the inputs of its own
@@ -47,8 +44,6 @@ def compile_regions(
     shards = take_local_shards(graph, inputs)
     join_linears(graph, inputs, apart=() if JOINS_SHARDS else shards)
     reduce_in_one_shot(graph, inputs)
-    if reduce_rows:
-        reduce_single_rows(graph)
     graph.recompile()
     split = split_at_operators(graph)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -258,18 +253,3 @@ def _shared_buffer(like: Tensor, group: str) -> Tensor | None:
         warnings.warn(f"compile_regions: sums over processes go through NCCL, because their GPUs share no memory: {error}", stacklevel=2)
         return None
     return buffer
-
-
-def reduce_single_rows(graph: fx.GraphModule) -> None:
-    """Writes linear(x, W) of a single row x as (x * W).sum(-1), in place; sums of 16-bit products are kept in 32 bits."""
-    for node in graph.graph.find_nodes(op="call_function", target=linear):
-        source, weight, *rest = node.args
-        x = source.meta.get("example_value")
-        if any(value is not None for value in rest) or node.kwargs or x is None or x.numel() != x.shape[-1]:
-            continue
-        with graph.graph.inserting_before(node):
-            row = graph.graph.call_method("reshape", (source, (1, -1)))
-            product = graph.graph.call_function(operator.mul, (row, weight))
-            total = graph.graph.call_method("sum", (product, -1))
-            node.replace_all_uses_with(graph.graph.call_method("reshape", (total, (*x.shape[:-1], -1))))
-            graph.graph.erase_node(node)

@@ -113,16 +113,6 @@ def test_a_method_that_fails_leaves_its_reason_and_the_run_goes_on(monkeypatch, 
     assert "OutOfMemoryError: CUDA out of memory" in shown.err and "OutOfMemoryError" in shown.out
 
 
-@pytest.mark.parametrize("flag, expected", [([], False), (["--reduce-rows"], True)])
-def test_reduce_rows_reaches_the_decoder(monkeypatch, flag, expected):
-    from twilight_ops.integration.generate import Decoder
-
-    monkeypatch.setattr(bench, "decode_twilight", lambda *_: ([float(Decoder._make_step.__globals__["REDUCE_ROWS"]), 1.0], {}))
-    (row,) = bench.main([*CPU, "--cell", "64:1:dense", *flag])
-    bench.main([*CPU, "--cell", "64:1:dense"])
-    assert row["reduce_rows"] is expected and row["ms"] == (1.0 if expected else 0.5)
-
-
 def test_later_rows_replace_earlier_ones_and_ratios_stay_in_their_cell():
     def row(method, ms, batch=1, **more):
         return {"kind": "decode", "shape": "s", "layers": 2, "context": 64, "batch": batch, "gpus": 1, "method": method, "ms": ms} | more

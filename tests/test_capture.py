@@ -237,7 +237,7 @@ def test_several_query_tokens_are_a_graph_of_their_own(model):
     assert cache.live_seq_lens.tolist() == [PROMPT + 12]
 
 
-def through_regions(model, name, batch=1, steps=STEPS, **options):
+def through_regions(model, name, batch=1, steps=STEPS):
     """(tokens, budget, pieces compiled) of a decoder whose step `compile_regions` compiles."""
     compiled = []
     torch._dynamo.reset()
@@ -248,7 +248,7 @@ def through_regions(model, name, batch=1, steps=STEPS, **options):
 
     cache = TwilightCache(model.config, SELECTORS[name], max_batch_size=batch, max_cache_len=256)
     decoder = Decoder(model, cache, batch, eos_token_ids=(), capture="eager")
-    backend = partial(compile_regions, compiler=compiler, **options)
+    backend = partial(compile_regions, compiler=compiler)
     decoder.step = torch.compile(decoder.step_eager, backend=backend, fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         generation = decoder.generate(prompt(batch), max_new_tokens=steps)
@@ -305,14 +305,6 @@ def test_weights_of_one_input_become_one_without_room_of_their_own():
     again, _, _ = through_regions(fresh, "full", steps=24)
     assert torch.equal(again, tokens)
     assert [weight.data_ptr() for weight in fresh.parameters()] == addresses  # the second decoder finds them joined
-
-
-def test_single_rows_can_be_reduced_by_the_compiler():
-    tokens, budget, compiled = through_regions(make_model(), "quest", reduce_rows=True)
-    assert not any(node.target is torch.nn.functional.linear for piece in compiled for node in piece.graph.nodes)
-    expected_tokens, expected_budget = through_eager(make_model(), "quest")
-    assert torch.equal(tokens, expected_tokens)
-    assert budget == expected_budget
 
 
 @pytest.mark.parametrize("width", [128, 640, 100])
