@@ -36,8 +36,11 @@ START = "start"
 CLOCK = """
 // Cycles and nanoseconds at which block 0 last passed each mark.
 __device__ long long phase_clock[{count}][2];
+// Copies them and sets them to 0: the next call may pass fewer, on a multiprocessor with another clock.
 extern "C" __attribute__((visibility("default"))) int read_phase_clock(void* to) {{
-  return cudaMemcpyFromSymbol(to, phase_clock, sizeof(phase_clock));
+  static const long long none[{count}][2] = {{}};
+  const cudaError_t error = cudaMemcpyFromSymbol(to, phase_clock, sizeof(phase_clock));
+  return error != cudaSuccess ? error : cudaMemcpyToSymbol(phase_clock, none, sizeof(phase_clock));
 }}
 __device__ __forceinline__ void mark_phase(int phase) {{
   if (blockIdx.x != 0 || threadIdx.x != 0) return;

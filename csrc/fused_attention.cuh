@@ -226,7 +226,7 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
       all.z = __shfl_sync(~0u, all.z, 0);
       if (lane < kWarps) s.rescale[lane][warp] = exp2_fast(own.x - all.peak);
       if (lane < cluster.size) {
-        cluster.write(&s.out_stat[cluster.rank][warp], lane, make_float2(all.peak, all.z));
+        cluster.write(&s.stat_parts[cluster.rank][warp], lane, make_float2(all.peak, all.z));
       }
     }
     __syncthreads();
@@ -248,7 +248,7 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
     float* factors = warp_rows();  // [RP][kMaxClusterSize]
     if (warp < RP) {
       SoftmaxSum all;
-      const float2 own = lane < cluster.size ? s.out_stat[lane][warp] : make_float2(kEmptyPeak, 0.0f);
+      const float2 own = lane < cluster.size ? s.stat_parts[lane][warp] : make_float2(kEmptyPeak, 0.0f);
       all.peak = own.x;
       all.z = own.y;
       all.template merge_lanes<kMaxClusterSize / 2, 1>();

@@ -107,6 +107,15 @@ struct FusedBlock {
     const uint32_t offset = slot & ((1 << unit_shift) - 1);
     return make_uint2(unit.x + offset, unit.y + offset);
   }
+  // The cluster's blocks divide the lines of this sequence's page table among them, before the length is known.
+  __device__ __forceinline__ void prefetch_page_table() const {
+    constexpr int kLine = 32;  // entries
+    const int* table = p.page_table + static_cast<int64_t>(sequence) * p.max_pages;
+#pragma unroll 1
+    for (int i = (tid() * cluster.size + cluster.rank) * kLine; i < p.max_pages; i += kThreads * cluster.size * kLine) {
+      prefetch_line(table + i);
+    }
+  }
   // Makes whole pages candidates: `count` of them from logical page `begin`.
   __device__ __forceinline__ void list_pages(int begin, int count) {
 #pragma unroll 1
@@ -194,8 +203,8 @@ struct FusedBlock {
     __syncthreads();
   }
 
-  // One block's softmax sums, two columns a thread, into `published`.
-  __device__ void publish_sums(SoftmaxSum (&sum)[2], float2* published) {
+  // Hands every block of the cluster this one's softmax sums, two columns a thread.
+  __device__ void publish_sums(SoftmaxSum (&sum)[2]) {
     constexpr int kNumColumns = RP == 1 ? 1 : 2;
     if (RP == 1) sum[0].merge(sum[1].peak, sum[1].z);
 #pragma unroll
@@ -211,24 +220,24 @@ struct FusedBlock {
         all.z = s.warp_stat[lane][warp].y;
       }
       all.template merge_lanes<kWarps / 2, 1>();
-      if (lane == 0) published[warp] = make_float2(all.peak, all.z);
+      all.peak = __shfl_sync(~0u, all.peak, 0);
+      all.z = __shfl_sync(~0u, all.z, 0);
+      if (lane < cluster.size) {
+        cluster.write(&s.stat_parts[cluster.rank][warp], lane, make_float2(all.peak, all.z));
+      }
     }
   }
 
-  __device__ __forceinline__ SoftmaxSum merge_cluster(const float2* published, int row) {
-    SoftmaxSum all;
-    if (lane < cluster.size) {
-      const float2 stat = cluster.read(published + row, lane);
-      all.peak = stat.x;
-      all.z = stat.y;
-    }
-    all.template merge_lanes<kMaxClusterSize / 2, 1>();
-    return all;
-  }
-
-  __device__ void read_norms(const float2* published, float* norms) {
+  // What the rows' logits are lowered by, once the cluster has met.
+  __device__ void read_norms(float* norms) {
     if (warp < RP) {
-      const SoftmaxSum all = merge_cluster(published, warp);
+      SoftmaxSum all;
+      if (lane < cluster.size) {
+        const float2 stat = s.stat_parts[lane][warp];
+        all.peak = stat.x;
+        all.z = stat.y;
+      }
+      all.template merge_lanes<kMaxClusterSize / 2, 1>();
       if (lane == 0) norms[warp] = warp < rows ? all.norm() : infinity();
     }
     __syncthreads();

@@ -16,6 +16,7 @@ constexpr int kScoreBins = 2048;      // of candidate scores
 constexpr int kMassBins = 1024;       // of estimated weights, where a row is solved from all of them
 constexpr int kBoundaryList = 256;    // keys that share the threshold's bin and are ranked one by one
 constexpr int kScratchLists = 8192;   // bytes before the lists in scratch: the histograms
+constexpr int kRowBins = 1024;        // of the weights listed for the rows that a block solves, which divide them
 constexpr int kUnsharedSlots = 1024;  // a block with so few slots attends to its own survivors: evening out costs more
 constexpr int kMaxClusterSize = 16;
 constexpr int kStreamSlots = 3;                      // tiles of keys or of values that a warp holds or has on their way
@@ -76,9 +77,8 @@ struct FusedShared {
   uint4 q_rows[RP][D / 8];  // as the model made them
   // Partial results that the cluster's blocks leave for the outputs written here: [blocks][RP * D / blocks].
   float out_parts[RP * D];
-  float2 out_stat[kMaxClusterSize][RP];
+  float2 stat_parts[kMaxClusterSize][RP];  // softmax sums of every block: of scores, of weights, of the output
   float2 warp_stat[kWarps][RP];
-  float2 score_stat[RP], weight_stat[RP];
   float score_norm[RP], weight_norm[RP];
   float gain[RP], q_sum[RP], q_sum_prefix[RP];
   float threshold[RP], captured[RP];
@@ -90,10 +90,14 @@ struct FusedShared {
   int horizon[RP];    // the last position a row sees
   bool from_all[RP];  // rows whose lists do not settle them
   uint32_t found_size[RP];
+  // Of each row solved here, the bin where the mass reaches p, or -1, and the mass above it.
+  int found_bin[RP];
+  unsigned long long found_above[RP];
   uint32_t scan_totals_small[kWarps];
   uint32_t group_counts[64];  // this block's histogram by groups of 32 bins; read by the cluster
   uint32_t group_total[64];
-  uint32_t published_above, published_boundary;  // items above the boundary and inside it; read by the cluster
+  uint32_t own_above, own_inside;       // items above the boundary and inside it
+  uint2 above_inside[kMaxClusterSize];  // of every block
   uint32_t local_boundary;
   int bin, in_bin, need;
   uint32_t boundary_key, ties_needed;
@@ -118,13 +122,13 @@ constexpr int checked_bytes() {
 
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   if (head_dim == 64) {
-    return padded_rows == 1   ? checked_bytes<64, 1, 3984>()
-           : padded_rows == 4 ? checked_bytes<64, 4, 7104>()
-                              : checked_bytes<64, 8, 11280>();
+    return padded_rows == 1   ? checked_bytes<64, 1, 4096>()
+           : padded_rows == 4 ? checked_bytes<64, 4, 7216>()
+                              : checked_bytes<64, 8, 11376>();
   }
-  return padded_rows == 1   ? checked_bytes<128, 1, 5008>()
-         : padded_rows == 4 ? checked_bytes<128, 4, 10432>()
-                            : checked_bytes<128, 8, 17680>();
+  return padded_rows == 1   ? checked_bytes<128, 1, 5120>()
+         : padded_rows == 4 ? checked_bytes<128, 4, 10544>()
+                            : checked_bytes<128, 8, 17776>();
 }
 
 // Lays out the dynamic shared memory behind FusedShared and returns its size in bytes. kernels/fused.py holds the same

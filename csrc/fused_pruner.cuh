@@ -141,7 +141,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
       accumulate(sum[0], value[0]);
       accumulate(sum[1], value[1]);
     }
-    publish_sums(sum, s.weight_stat);
+    publish_sums(sum);
   }
 
   __device__ __forceinline__ float weight(float logit, float norm) const {
@@ -181,6 +181,19 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
   __device__ __forceinline__ int solved_rows() const { return blocks_of(cluster.size, RP); }
   __device__ __forceinline__ int part_capacity() const { return p.list_capacity / (solved_rows() * row_parts()); }
 
+  // Bins of a row: down from 2, at least an eighth of an octave each in the first round. The rows that a block solves
+  // divide kRowBins, and each holds the upper and the lower halves of its mass.
+  static_assert(kRowBins * 8 <= kScratchLists && kRowBins / RP >= 32, "bins of all rows of a block");
+  static constexpr uint32_t kLowRowKey = 96u << 23;  // 2^-31
+  static constexpr int kLog2RowKeys = 28;            // from there to 2
+  __device__ __forceinline__ int log2_row_bins() const { return 31 - __clz(kRowBins / solved_rows()); }
+  __device__ __forceinline__ uint32_t* row_bins(int row) const {
+    return histogram() + ((row / cluster.size) << (log2_row_bins() + 1));
+  }
+  __device__ __forceinline__ unsigned long long bin_mass(const uint32_t* bins, int bin) const {
+    return joined_mass(*reinterpret_cast<const uint2*>(bins + 2 * bin));
+  }
+
   // Adds up this block's masses, a warp one row, and sends the weights that can be thresholds to the row's solver. The
   // lists start at four times the floor, which leaves them short; should they not reach p, or not fit, the row is
   // solved from all estimates.
@@ -194,27 +207,31 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     float* list = weight_list() + index * capacity;
     uint2 total = make_uint2(0, 0);
     int listed = 0;
-    constexpr int kBatch = 4, kStep = 32 * kRowWarps;
+    constexpr int kBatch = 8, kStep = 32 * kRowWarps;
 #pragma unroll 1
     for (int base = part * 32 + lane; base - lane < slot_count; base += kBatch * kStep) {
       float w[kBatch];
+      uint32_t matters = 0;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int slot = base + u * kStep;
-        w[u] = slot < slot_count ? weight(estimate[slot], norm) : 0.0f;
+        const bool there = slot < slot_count;
+        w[u] = there ? weight(estimate[slot], norm) : 0.0f;
+        if (there && w[u] >= listed_from) matters |= 1u << u;
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const uint2 mass = split_mass(w[u]);
         total.x += mass.x;
         total.y += mass.y;
-        const bool matters = w[u] >= listed_from && base + u * kStep < slot_count;
-        const uint32_t bits = __ballot_sync(~0u, matters);
-        if (matters) {
-          const int at = listed + __popc(bits & ((1u << lane) - 1));
-          if (at < capacity) cluster.write(list + at, solver, w[u]);
-        }
-        listed += __popc(bits);
+      }
+      const int own = __popc(matters), through = warp_inclusive_scan(own);
+      int at = listed + through - own;
+      listed += __shfl_sync(~0u, through, 31);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if ((matters >> u & 1) == 0 || at >= capacity) continue;
+        cluster.write(list + at++, solver, w[u]);
       }
     }
     const unsigned long long mass = warp_sum(joined_mass(total));
@@ -222,15 +239,6 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
       cluster.write(&s.part_mass[index], solver, mass);
       cluster.write(&s.part_size[index], solver, listed);
     }
-  }
-
-  // Bins of one row: an eighth of an octave each from 2^-31 up to 2, a quarter where a block solves eight rows.
-  static constexpr int kLog2RowBins = RP == 8 ? 7 : 8;
-  static constexpr int kRowBins = 1 << kLog2RowBins;
-  static constexpr uint32_t kLowRowKey = 96u << 23;
-  static_assert(RP * kRowBins * 8 <= kScratchLists || RP == 1, "bins of all rows of a block");
-  __device__ __forceinline__ unsigned long long bin_mass(const uint32_t* bins, int bin) const {
-    return joined_mass(*reinterpret_cast<const uint2*>(bins + 2 * bin));
   }
 
   // Shows `place` the listed weights of every `stride`-th part from `part`.
@@ -245,15 +253,39 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     }
   }
 
+  // One warp finds the bin where a row's mass reaches `need`: the lanes' shares of the bins, each read from a place of
+  // its own so that they meet in no bank, then the bins of one share.
+  __device__ void find_row_bin(const uint32_t* bins, int local, unsigned long long above, unsigned long long need) {
+    const int share = 1 << (log2_row_bins() - 5), top = 32 * share - 1;
+    unsigned long long part = 0;
+#pragma unroll 4
+    for (int i = 0; i < share; ++i) part += bin_mass(bins, top - share * lane - ((i + lane) & (share - 1)));
+    unsigned long long before = above + warp_inclusive_scan(part) - part;
+    uint32_t reaches = __ballot_sync(~0u, before < need && before + part >= need);
+    int bin = -1;
+    if (reaches != 0) {
+      const int owner = __ffs(reaches) - 1;
+      bin = top - share * owner - min(lane, share - 1);
+      part = lane < share ? bin_mass(bins, bin) : 0;
+      before = __shfl_sync(~0u, before, owner) + warp_inclusive_scan(part) - part;
+      reaches = __ballot_sync(~0u, before < need && before + part >= need);
+    }
+    if (lane == max(__ffs(reaches) - 1, 0)) {
+      s.found_bin[local] = bin;
+      s.found_above[local] = before;
+      s.found_size[local] = 0;
+    }
+  }
+
   // Thresholds of this block's rows: the largest weight whose mass, with everything above, reaches p. The block's warps
-  // divide among its rows. Each round narrows a row down to one of its bins, then to 1/256 of that, until 32 lanes hold
-  // what is left, or it is all the same.
+  // divide among its rows. Each round narrows a row down to one of its bins, until 32 lanes hold what is left, or it is
+  // all the same.
   __device__ void solve_rows(int total_slots) {
     const int team = kWarps / solved_rows(), local = warp / team, member = warp - local * team;
     const int row = local * cluster.size + cluster.rank;
     const int first_part = local * row_parts(), end_part = first_part + row_parts();
-    uint32_t* bins = histogram() + local * kRowBins * 2;  // upper and lower halves of each bin's mass
-    uint32_t* found = chosen() + local * 32;              // the bitmaps are idle here
+    uint32_t* bins = row_bins(row);
+    uint32_t* found = chosen() + local * 32;  // the bitmaps are idle here
     unsigned long long total = 0;
     bool fits = true;
 #pragma unroll 1
@@ -276,49 +308,38 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     }
     open = open && fits;
 
-    uint32_t low_key = kLowRowKey, width = 0;  // of the first round: all
-    int shift = 28 - kLog2RowBins;
+    uint32_t low_key = 0, width = 0;  // of what is left
+    int shift = kLog2RowKeys - log2_row_bins();
     unsigned long long above = 0;
-    while (__syncthreads_or(open)) {
 #pragma unroll 1
-      for (int i = member * 32 + lane; i < kRowBins * 2; i += team * 32) bins[i] = 0;
-      if (member == 0 && lane == 0) s.found_size[local] = 0;
+    for (bool first_round = true; __syncthreads_or(open); first_round = false) {
+#pragma unroll 1
+      for (int i = member * 32 + lane; i < 2 << log2_row_bins(); i += team * 32) bins[i] = 0;
       __syncthreads();
       if (open) {
         each_listed(first_part + member, end_part, team, [&](float w) {
           const uint32_t key = __float_as_uint(w);
-          if (width != 0 && key - low_key >= width) return;
+          if (!first_round && key - low_key >= width) return;
           const uint2 mass = split_mass(w);
-          const uint32_t bin = width == 0 && key < low_key ? 0 : (key - low_key) >> shift;
+          const uint32_t bin = (first_round ? max(key, kLowRowKey) - kLowRowKey : key - low_key) >> shift;
           atomicAdd(&bins[2 * bin], mass.x);
           atomicAdd(&bins[2 * bin + 1], mass.y);
         });
       }
       __syncthreads();
+      if (open && member == 0) find_row_bin(bins, local, above, need);
+      __syncthreads();
       if (open) {
-        // Every warp of the row finds the bin: lane l looks at the l-th share of them from above.
-        constexpr int kShare = kRowBins / 32;
-        unsigned long long part = 0;
-#pragma unroll
-        for (int i = 0; i < kShare; ++i) part += bin_mass(bins, kRowBins - 1 - kShare * lane - i);
-        const unsigned long long before = above + warp_inclusive_scan(part) - part;
-        const uint32_t reaches = __ballot_sync(~0u, before < need && before + part >= need);
-        open = reaches != 0;
+        const int bin = s.found_bin[local];
+        open = bin >= 0;
         if (!open && member == 0 && lane == 0) s.from_all[row] = true;
         if (open) {
-          const int owner = __ffs(reaches) - 1;
-          above = __shfl_sync(~0u, before, owner);
-          int bin = kRowBins - 1 - kShare * owner;
-#pragma unroll 1
-          for (;; --bin) {
-            const unsigned long long mass = bin_mass(bins, bin);
-            if (above + mass >= need) break;
-            above += mass;
-          }
-          const bool lowest = width == 0 && bin == 0;
-          width = lowest ? low_key + (1u << shift) : 1u << shift;
-          low_key = lowest ? 0 : low_key + (static_cast<uint32_t>(bin) << shift);
-          shift = max(0, 32 - kLog2RowBins - __clz(width - 1));
+          above = s.found_above[local];
+          const uint32_t start = first_round ? kLowRowKey : low_key;
+          const bool lowest = first_round && bin == 0;
+          low_key = lowest ? 0 : start + (static_cast<uint32_t>(bin) << shift);
+          width = lowest ? start + (1u << shift) : 1u << shift;
+          shift = max(0, 32 - log2_row_bins() - __clz(width - 1));
           each_listed(first_part + member, end_part, team, [&](float w) {
             if (__float_as_uint(w) - low_key >= width) return;
             const uint32_t at = atomicAdd(&s.found_size[local], 1u);
@@ -348,7 +369,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
       const uint32_t key = lane < count ? found[lane] : 0;
       const unsigned long long mass = lane < count ? mass_of(__uint_as_float(key)) : 0;
       unsigned long long reached = above;
-#pragma unroll 1
+#pragma unroll 4
       for (int i = 0; i < count; ++i) {
         const unsigned long long other = __shfl_sync(~0u, mass, i);
         reached += __shfl_sync(~0u, key, i) >= key ? other : 0;
@@ -472,7 +493,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     }
     // phase: weights estimated
     cluster.sync();
-    read_norms(s.weight_stat, s.weight_norm);
+    read_norms(s.weight_norm);
     // phase: weights normalized
     list_weights(total_slots);
     cluster.sync();

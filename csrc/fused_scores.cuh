@@ -218,7 +218,7 @@ struct FusedScores : FusedBlock<T, D, RP, kSelector> {
       sum[k].peak = kReference;
       sum[k].z = kLevels && outside >> 16 != 0 ? __int_as_float(0x7fffffff) : z[k];
     }
-    publish_sums(sum, s.score_stat);
+    publish_sums(sum);
   }
 
   // The same for logits of any size, from those kept of one row.
@@ -229,7 +229,7 @@ struct FusedScores : FusedBlock<T, D, RP, kSelector> {
       const float value[1] = {finite_or_masked(scores()[i], true)};
       accumulate(sum[0], value);
     }
-    publish_sums(sum, s.score_stat);
+    publish_sums(sum);
   }
 
   // The same for several rows in two passes over the leading codes: their sums, then the tokens' keys.
@@ -274,7 +274,7 @@ struct FusedScores : FusedBlock<T, D, RP, kSelector> {
         }
       }
     }
-    if (!makes_keys) publish_sums(sum, s.score_stat);
+    if (!makes_keys) publish_sums(sum);
   }
 
   // Score of one owned token, from its codes; four threads share it.
@@ -402,7 +402,7 @@ struct FusedScores : FusedBlock<T, D, RP, kSelector> {
       accumulate(sum[0], value[0]);
       accumulate(sum[1], value[1]);
     }
-    publish_sums(sum, s.score_stat);
+    publish_sums(sum);
   }
 };
 

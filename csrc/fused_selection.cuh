@@ -21,7 +21,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
   // Histogram of this block's keys, of which `makes_keys` makes those; all, or those in [low_key, low_key +
   // 2^log2_width).
   __device__ void count_keys(bool makes_keys, uint32_t low_key, int log2_width, int shift) {
-    constexpr int kBatch = 4;  // loads in flight before the first atomic, which the compiler moves no load across
+    constexpr int kBatch = kByPage || kLevels ? 4 : 8;  // in flight before the first atomic, which no load moves across
     const int2 competing = competing_items();
     float lowered[RP];  // what turns a logit into a log-weight
 #pragma unroll
@@ -56,7 +56,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
   // Bitmaps (above, inside) and numbers of this block's items above the boundary [low_key, low_key + width) and inside
   // it; a `ranked` boundary is listed item by item.
   __device__ void mark_items(uint32_t low_key, uint32_t width, bool ranked) {
-    constexpr int kBatch = 4;
+    constexpr int kBatch = kByPage || kLevels ? 4 : 8;
     const uint32_t end_key = low_key + width;
     int above = 0, inside = 0;
     const auto mark = [&](int start, bool whole) {
@@ -87,8 +87,8 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     above = warp_sum(above);
     inside = warp_sum(inside);
     if (lane == 0) {
-      atomicAdd(&s.published_above, static_cast<uint32_t>(above));
-      atomicAdd(&s.published_boundary, static_cast<uint32_t>(inside));
+      atomicAdd(&s.own_above, static_cast<uint32_t>(above));
+      atomicAdd(&s.own_inside, static_cast<uint32_t>(inside));
     }
     __syncthreads();
   }
@@ -148,7 +148,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
       if (lane == 0) {
         s.bin = group * 32 + 31 - pick;
         s.need = left;
-        s.local_boundary = s.published_above = s.published_boundary = 0;
+        s.local_boundary = s.own_above = s.own_inside = 0;
       }
     }
     __syncthreads();
@@ -193,6 +193,9 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
       }
     }
     mark_items(low_key, width, ranked);
+    if (tid() < cluster.size) {
+      cluster.write(&s.above_inside[cluster.rank], tid(), make_uint2(s.own_above, s.own_inside));
+    }
     if (ranked) key_boundary(near);
     // phase: boundary marked
     cluster.sync();
@@ -208,8 +211,8 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     uint32_t* all_keys = boundary_keys() + kBoundaryList;
     if (warp == 0) {
       const bool there = lane < cluster.size;
-      const int above = there ? cluster.read(&s.published_above, lane) : 0;
-      const int boundary = there ? cluster.read(&s.published_boundary, lane) : 0;
+      const uint2 counts = there ? s.above_inside[lane] : make_uint2(0, 0);
+      const int above = counts.x, boundary = counts.y;
       const int through = warp_inclusive_scan(boundary);
       if (lane < kMaxClusterSize) {
         s.rank_offset[lane] = through - boundary;
@@ -240,19 +243,27 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
       if (tid() >= count && tid() < round_up(count, 4))
         all_keys[tid()] = 0;  // no key of the bin: sorts last, never drawn
       __syncthreads();
+      // A key's rank by two threads, or by one.
+      const int parts = 2 * count <= kThreads ? 2 : 1, own = tid() / parts;
       int greater = 0, equal = 0;
-      if (tid() < count) {
+      if (own < count) {
+        const uint32_t ranked_key = all_keys[own];
 #pragma unroll 2
-        for (int i = 0; i < count; i += 4) {
+        for (int i = tid() % parts * 4; i < count; i += 4 * parts) {
           const uint4 other = *reinterpret_cast<const uint4*>(all_keys + i);
-          greater += (other.x > key) + (other.y > key) + (other.z > key) + (other.w > key);
-          equal += (other.x == key) + (other.y == key) + (other.z == key) + (other.w == key);
+          greater += (other.x > ranked_key) + (other.y > ranked_key) + (other.z > ranked_key) + (other.w > ranked_key);
+          equal +=
+              (other.x == ranked_key) + (other.y == ranked_key) + (other.z == ranked_key) + (other.w == ranked_key);
         }
-        // Ties all write the same.
-        if (greater < need && need <= greater + equal) {
-          atomicExch(&s.boundary_key, key);
-          atomicExch(&s.ties_needed, static_cast<uint32_t>(need - greater));
-        }
+      }
+      if (parts == 2) {
+        greater += __shfl_xor_sync(~0u, greater, 1);
+        equal += __shfl_xor_sync(~0u, equal, 1);
+      }
+      // Ties all write the same.
+      if (own < count && greater < need && need <= greater + equal) {
+        atomicExch(&s.boundary_key, all_keys[own]);
+        atomicExch(&s.ties_needed, static_cast<uint32_t>(need - greater));
       }
       __syncthreads();
       if (tid() < count) {
@@ -283,6 +294,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
   __device__ void deal_candidates(bool ranked, bool whole_bin, int wanted) {
     const int share = p.evens_out ? blocks_of(cluster.size, wanted) : INT32_MAX, word_count = blocks_of(32, owned);
     const uint32_t boundary = s.boundary_key;
+    const bool takes_all_ties = s.rank_ties[cluster.rank] == static_cast<int>(s.rank_equal[cluster.rank]);
     int ties_left = s.rank_ties[cluster.rank], position = p.evens_out ? s.rank_first[cluster.rank] : 0;
 #pragma unroll 1
     for (int start = 0; start < word_count; start += kThreads) {
@@ -301,13 +313,17 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
         }
       }
       uint32_t total;
-      const int ties_before = block_exclusive_scan<uint32_t>(__popc(ties), s.scan_totals_small, total);
+      if (takes_all_ties) {
+        bits |= ties;
+      } else {
+        const int ties_before = block_exclusive_scan<uint32_t>(__popc(ties), s.scan_totals_small, total);
 #pragma unroll 1
-      for (int quota = ties_left - ties_before; quota > 0 && ties != 0; --quota) {
-        bits |= ties & -ties;
-        ties &= ties - 1;
+        for (int quota = ties_left - ties_before; quota > 0 && ties != 0; --quota) {
+          bits |= ties & -ties;
+          ties &= ties - 1;
+        }
+        ties_left -= total;
       }
-      ties_left -= total;
       int to = position + block_exclusive_scan<uint32_t>(__popc(bits), s.scan_totals_small, total);
       position += total;
       int owner = p.evens_out ? to / share : cluster.rank;
@@ -329,7 +345,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
   __device__ __forceinline__ void exchange_norms() {
     // phase: candidates scored
     cluster.sync();
-    read_norms(s.score_stat, s.score_norm);
+    read_norms(s.score_norm);
     // phase: scores normalized
   }
 

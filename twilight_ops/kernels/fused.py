@@ -21,7 +21,7 @@ SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
 # Bytes of FusedShared by (head_dim, padded rows); csrc/fused_layout.cuh asserts the same numbers.
-FIXED_BYTES = {(64, 1): 3984, (64, 4): 7104, (64, 8): 11280, (128, 1): 5008, (128, 4): 10432, (128, 8): 17680}
+FIXED_BYTES = {(64, 1): 4096, (64, 4): 7216, (64, 8): 11376, (128, 1): 5120, (128, 4): 10544, (128, 8): 17776}
 
 
 @dataclass(frozen=True)
