@@ -77,7 +77,9 @@ gpu-sanitize:
 gpu-bench:
 	$(GPU_PYTHON) bench/bench_stages.py --json $(GPU_RESULTS)/h200_stages.json
 	$(GPU_PYTHON) bench/bench_decode_attention.py --device cuda --json $(GPU_RESULTS)/h200_decode_attention.json
-	$(GPU_PYTHON) bench/plot_decode_attention.py $(GPU_RESULTS)/h200_decode_attention.json $(GPU_RESULTS)/h200_stages.json -o $(GPU_RESULTS)
+	$(GPU_PYTHON) bench/bench_fused_phases.py --json $(GPU_RESULTS)/h200_fused_phases.json
+	$(GPU_PYTHON) bench/plot_decode_attention.py $(GPU_RESULTS)/h200_decode_attention.json $(GPU_RESULTS)/h200_stages.json \
+		$(GPU_RESULTS)/h200_fused_phases.json -o $(GPU_RESULTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info twilight_ops/*.so .pytest_cache .ruff_cache .hypothesis
