@@ -27,7 +27,7 @@ import runner
 import torch
 import workload
 from rich.table import Table
-from timing import ROOT, append_rows, environment
+from timing import ROOT, append_rows, candidate_budget, environment
 from torch.utils.cpp_extension import include_paths
 
 MODULE = "twilight_ops._C_cuda"
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sizes = runner.sizes_of(options, *cell, "bf16")
             data = workload.build(sizes, "cuda", 1, spread=options.spread)
             for selector in options.selectors:
-                budget = {"quest": min(8192, sizes.length // 4), "shadow_prefix": sizes.length // 8, "full": 0}[selector]
+                budget = candidate_budget(selector, sizes.length)
                 times, blocks = measure(data, selector, budget, options.top_p, library, phases)
                 table = Table("phase", "us", title=f"{selector}, {sizes}, {blocks} blocks a KV head", title_justify="left")
                 for name, microseconds in times.items():

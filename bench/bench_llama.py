@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from runner import console_of
-from timing import environment
+from timing import candidate_budget, environment
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -106,7 +106,7 @@ def twilight_config(method: str, context: int, head_dim: int, options: argparse.
     """A method's configuration; budgets are the paper's for Quest and an eighth of the context for the shadow prefix."""
     selectors = {
         "dense": Full(),
-        "quest": Quest(token_budget=min(8192, context // 4)),
+        "quest": Quest(token_budget=candidate_budget("quest", context)),
         "full": Full(),
         "shadow_prefix": ShadowPrefix(prefix_channels=None if calibrated else max(8, head_dim // 4)),
     }

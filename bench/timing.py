@@ -195,8 +195,8 @@ class Sizes:
     @property
     def touched_bytes(self) -> int:
         """About the least that any method timed here reads a call, attended rows left out."""
-        quest = decode_bytes(self, "quest", min(8192, self.length // 4), 0, 0, True)
-        prefix = decode_bytes(self, "shadow_prefix", self.length // 8, 0, self.head_dim // 4, True)
+        quest = decode_bytes(self, "quest", candidate_budget("quest", self.length), 0, 0, True)
+        prefix = decode_bytes(self, "shadow_prefix", candidate_budget("shadow_prefix", self.length), 0, self.head_dim // 4, True)
         return min(self.kv_bytes, quest, prefix)
 
     def describe(self) -> dict[str, int]:
@@ -214,6 +214,11 @@ class Sizes:
         dtype = str(self.dtype).removeprefix("torch.")
         heads = f"{self.num_qo_heads}/{self.num_kv_heads}"
         return f"B{self.batch} T{self.query_tokens} heads {heads} D{self.head_dim} S{self.page_size} L{self.length} {dtype}"
+
+
+def candidate_budget(selector: str, length: int) -> int:
+    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter, and the shadow prefix an eighth."""
+    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 0}[selector]
 
 
 def decode_bytes(sizes: Sizes, selector: str, candidates: float, kept: float, prefix_channels: int, prunes: bool) -> int:

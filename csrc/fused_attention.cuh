@@ -11,9 +11,9 @@ template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
   using Base = FusedPruner<T, D, RP, kSelector>;
   using Base::candidates, Base::cluster, Base::entry_of, Base::first, Base::g, Base::head, Base::kept, Base::lane,
-      Base::live, Base::log2_scale, Base::out_row, Base::owned, Base::p, Base::page_block, Base::resolve, Base::rows,
-      Base::s, Base::sequence, Base::slot_in_page, Base::streamed_tiles, Base::t, Base::tid, Base::unit_shift,
-      Base::warp, Base::warp_rows;
+      Base::live, Base::log2_scale, Base::part_of, Base::publish_row_sum, Base::out_row, Base::owned, Base::p,
+      Base::page_block, Base::resolve, Base::rows, Base::s, Base::sequence, Base::slot_in_page, Base::streamed_tiles,
+      Base::t, Base::tid, Base::unit_shift, Base::warp, Base::warp_rows;
 
   __device__ explicit FusedAttention(const FusedParams& params) : Base(params) {}
 
@@ -217,17 +217,9 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
     __syncthreads();
     if (kStreams) cluster.started();
     if (warp < RP) {
-      SoftmaxSum all;
-      const float2 own = lane < kWarps ? s.warp_stat[lane][warp] : make_float2(kEmptyPeak, 0.0f);
-      all.peak = own.x;
-      all.z = own.y;
-      all.template merge_lanes<kWarps / 2, 1>();
-      all.peak = __shfl_sync(~0u, all.peak, 0);
-      all.z = __shfl_sync(~0u, all.z, 0);
+      const float2 own = part_of(s.warp_stat, kWarps);
+      const SoftmaxSum all = publish_row_sum(own);
       if (lane < kWarps) s.rescale[lane][warp] = exp2_fast(own.x - all.peak);
-      if (lane < cluster.size) {
-        cluster.write(&s.stat_parts[cluster.rank][warp], lane, make_float2(all.peak, all.z));
-      }
     }
     __syncthreads();
     const int slice = RP * D / cluster.size;
@@ -247,11 +239,8 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
   __device__ void write_output() {
     float* factors = warp_rows();  // [RP][kMaxClusterSize]
     if (warp < RP) {
-      SoftmaxSum all;
-      const float2 own = lane < cluster.size ? s.stat_parts[lane][warp] : make_float2(kEmptyPeak, 0.0f);
-      all.peak = own.x;
-      all.z = own.y;
-      all.template merge_lanes<kMaxClusterSize / 2, 1>();
+      const float2 own = part_of(s.stat_parts, cluster.size);
+      const SoftmaxSum all = this->template merge_parts<kMaxClusterSize>(own);
       const float top = __shfl_sync(~0u, all.peak, 0), z = __shfl_sync(~0u, all.z, 0);
       if (lane < cluster.size) factors[warp * kMaxClusterSize + lane] = z == 0.0f ? 0.0f : exp2_fast(own.x - top) / z;
       if (lane == 0 && cluster.rank == 0 && warp < rows) {

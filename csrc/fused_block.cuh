@@ -213,31 +213,36 @@ struct FusedBlock {
       if (g == 0 && 2 * t + k < RP) s.warp_stat[warp][2 * t + k] = make_float2(sum[k].peak, sum[k].z);
     }
     __syncthreads();
-    if (warp < RP) {
-      SoftmaxSum all;
-      if (lane < kWarps) {
-        all.peak = s.warp_stat[lane][warp].x;
-        all.z = s.warp_stat[lane][warp].y;
-      }
-      all.template merge_lanes<kWarps / 2, 1>();
-      all.peak = __shfl_sync(~0u, all.peak, 0);
-      all.z = __shfl_sync(~0u, all.z, 0);
-      if (lane < cluster.size) {
-        cluster.write(&s.stat_parts[cluster.rank][warp], lane, make_float2(all.peak, all.z));
-      }
+    if (warp < RP) publish_row_sum(part_of(s.warp_stat, kWarps));
+  }
+
+  // A lane's part of the sum of row `warp`, and what up to kParts of them add up to.
+  __device__ __forceinline__ float2 part_of(const float2 (*parts)[RP], int count) const {
+    return lane < count ? parts[lane][warp] : make_float2(kEmptyPeak, 0.0f);
+  }
+  template <int kParts>
+  __device__ __forceinline__ SoftmaxSum merge_parts(float2 part) const {
+    SoftmaxSum all;
+    all.peak = part.x;
+    all.z = part.y;
+    all.template merge_lanes<kParts / 2, 1>();
+    return all;
+  }
+  // Merges the warps' sums of row `warp`, hands the result to every block of the cluster and returns it.
+  __device__ __forceinline__ SoftmaxSum publish_row_sum(float2 own) {
+    SoftmaxSum all = merge_parts<kWarps>(own);
+    all.peak = __shfl_sync(~0u, all.peak, 0);
+    all.z = __shfl_sync(~0u, all.z, 0);
+    if (lane < cluster.size) {
+      cluster.write(&s.stat_parts[cluster.rank][warp], lane, make_float2(all.peak, all.z));
     }
+    return all;
   }
 
   // What the rows' logits are lowered by, once the cluster has met.
   __device__ void read_norms(float* norms) {
     if (warp < RP) {
-      SoftmaxSum all;
-      if (lane < cluster.size) {
-        const float2 stat = s.stat_parts[lane][warp];
-        all.peak = stat.x;
-        all.z = stat.y;
-      }
-      all.template merge_lanes<kMaxClusterSize / 2, 1>();
+      const SoftmaxSum all = merge_parts<kMaxClusterSize>(part_of(s.stat_parts, cluster.size));
       if (lane == 0) norms[warp] = warp < rows ? all.norm() : infinity();
     }
     __syncthreads();
