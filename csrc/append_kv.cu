@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "append_kv.cuh"
+#include "launch.cuh"
 
 namespace twilight {
 namespace {
@@ -19,15 +20,15 @@ using OptionalTensor = std::optional<Tensor>;
 template <typename T, int D>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {
   const dim3 grid(blocks_of(kChunkTokens, p.tokens), p.kv_heads, batch);
+  const auto start = [&](void (*kernel)(AppendParams)) { launch_early(kernel, grid, 1, 0, stream, p); };
   if (p.page_bounds == nullptr) {
-    append_kernel<T, D, true, false><<<grid, kThreads, 0, stream>>>(p);
+    start(append_kernel<T, D, true, false>);
   } else if (grid.x == 1) {
-    append_kernel<T, D, true, true><<<grid, kThreads, 0, stream>>>(p);
+    start(append_kernel<T, D, true, true>);
   } else {
-    append_kernel<T, D, true, false><<<grid, kThreads, 0, stream>>>(p);
-    append_kernel<T, D, false, true><<<grid, kThreads, 0, stream>>>(p);
+    start(append_kernel<T, D, true, false>);
+    start(append_kernel<T, D, false, true>);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>

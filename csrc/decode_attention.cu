@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "decode_attention.cuh"
+#include "launch.cuh"
 
 namespace twilight {
 namespace {
@@ -33,19 +34,7 @@ void launch(const FusedParams& p, int grid, int cluster_size, int shared_bytes, 
   const auto kernel = fused_decode_kernel<T, D, RP, kSelector>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   if (cluster_size > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = cluster_size;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+  launch_early(kernel, dim3(grid), cluster_size, shared_bytes, stream, p);
 }
 
 template <typename T, int D, int RP>

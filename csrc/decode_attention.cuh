@@ -20,8 +20,8 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
   using Base::begin_stream, Base::choose_candidates, Base::cluster, Base::count_budget, Base::count_survivors,
       Base::find_thresholds, Base::first, Base::head, Base::kByPage, Base::kOnlyDense, Base::kSelects, Base::lead_words,
       Base::list_pages, Base::list_survivors, Base::live, Base::load_query, Base::owned, Base::p, Base::page_size,
-      Base::prefetch_page_table, Base::s, Base::slot_count, Base::tid, Base::unit_shift, Base::wanted_items,
-      Base::write_empty, Base::write_kept, Base::write_output;
+      Base::prefetch_page_table, Base::s, Base::sequence, Base::slot_count, Base::tid, Base::unit_shift,
+      Base::wanted_items, Base::write_empty, Base::write_kept, Base::write_output;
 
   __device__ explicit FusedDecode(const FusedParams& params) : Base(params) {}
 
@@ -29,6 +29,9 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
     // phase: start
     cluster.start();
     prefetch_page_table();
+    await_earlier_kernels();
+    allow_later_kernels();
+    live = min(max(p.seq_lens[sequence], 0), p.max_pages << p.log2_page_size);
     if (live == 0) {
       write_empty();
       if (p.kept_indices != nullptr) write_kept(Entries::kCandidates, 0, 0, 0, 0);

@@ -10,10 +10,10 @@ namespace {
 template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
   using Base = FusedPruner<T, D, RP, kSelector>;
-  using Base::candidates, Base::cluster, Base::entry_of, Base::first, Base::g, Base::head, Base::kept, Base::lane,
-      Base::live, Base::log2_scale, Base::part_of, Base::publish_row_sum, Base::out_row, Base::owned, Base::p,
-      Base::page_block, Base::resolve, Base::rows, Base::s, Base::sequence, Base::slot_in_page, Base::streamed_tiles,
-      Base::t, Base::tid, Base::unit_shift, Base::warp, Base::warp_rows;
+  using Base::candidates, Base::cluster, Base::entry_of, Base::first, Base::g, Base::head, Base::kOnlyDense, Base::kept,
+      Base::lane, Base::live, Base::log2_scale, Base::part_of, Base::publish_row_sum, Base::out_row, Base::owned,
+      Base::p, Base::page_block, Base::resolve, Base::rows, Base::s, Base::sequence, Base::slot_in_page,
+      Base::streamed_tiles, Base::t, Base::tid, Base::unit_shift, Base::warp, Base::warp_rows;
 
   __device__ explicit FusedAttention(const FusedParams& params) : Base(params) {}
 
@@ -216,10 +216,13 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
     }
     __syncthreads();
     if (kStreams) cluster.started();
+    const bool alone = kOnlyDense && cluster.size == 1;  // then the result is complete here
     if (warp < RP) {
       const float2 own = part_of(s.warp_stat, kWarps);
       const SoftmaxSum all = publish_row_sum(own);
-      if (lane < kWarps) s.rescale[lane][warp] = exp2_fast(own.x - all.peak);
+      const float share = !alone ? 1.0f : all.z == 0.0f ? 0.0f : 1.0f / all.z;
+      if (lane < kWarps) s.rescale[lane][warp] = exp2_fast(own.x - all.peak) * share;
+      if (alone && lane == 0) write_lse(warp, all.peak, all.z);
     }
     __syncthreads();
     const int slice = RP * D / cluster.size;
@@ -228,25 +231,32 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum = fmaf(s.rescale[w][i / D], warp_rows()[w * RP * D + i], sum);
-      const int writer = i / slice;
-      cluster.write(&s.out_parts[cluster.rank * slice + i - writer * slice], writer, sum);
+      if (alone) {
+        if (i / D < rows) store(static_cast<T*>(p.out) + out_row(i / D) * D + i % D, sum);
+      } else {
+        const int writer = i / slice;
+        cluster.write(&s.out_parts[cluster.rank * slice + i - writer * slice], writer, sum);
+      }
     }
-    cluster.sync();
+    if (!alone) cluster.sync();
+  }
+
+  __device__ __forceinline__ void write_lse(int row, float top, float z) const {
+    const float lse = top == infinity() ? top : (top + log2f(z)) * kLn2;
+    if (row < rows) p.lse[out_row(row)] = z == 0.0f ? -infinity() : lse;
   }
 
   // Adds up the blocks' partial results for this block's part of the output. From here on no block needs another's
   // shared memory.
   __device__ void write_output() {
+    if (kOnlyDense && cluster.size == 1) return;
     float* factors = warp_rows();  // [RP][kMaxClusterSize]
     if (warp < RP) {
       const float2 own = part_of(s.stat_parts, cluster.size);
       const SoftmaxSum all = this->template merge_parts<kMaxClusterSize>(own);
       const float top = __shfl_sync(~0u, all.peak, 0), z = __shfl_sync(~0u, all.z, 0);
       if (lane < cluster.size) factors[warp * kMaxClusterSize + lane] = z == 0.0f ? 0.0f : exp2_fast(own.x - top) / z;
-      if (lane == 0 && cluster.rank == 0 && warp < rows) {
-        const float lse = top == infinity() ? top : (top + log2f(z)) * kLn2;
-        p.lse[out_row(warp)] = z == 0.0f ? -infinity() : lse;
-      }
+      if (lane == 0 && cluster.rank == 0) write_lse(warp, top, z);
     }
     __syncthreads();
     const int slice = RP * D / cluster.size;

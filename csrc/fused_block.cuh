@@ -30,7 +30,8 @@ struct FusedBlock {
   const FusedParams& p;
   Shared& s;
   Cluster cluster;
-  int sequence, head, rows, live;
+  int sequence, head, rows;
+  int live;  // tokens of the sequence
   int warp, lane, g, t;
   int first, owned;
   int lead_words;  // of a row's codes in the page's leading block
@@ -46,7 +47,6 @@ struct FusedBlock {
     lane = threadIdx.x & 31;
     g = lane >> 2;
     t = lane & 3;
-    live = min(max(p.seq_lens[sequence], 0), p.max_pages << p.log2_page_size);
   }
 
   // Parts of the dynamic shared memory; addresses are cheaper made again than kept in registers.
@@ -68,9 +68,9 @@ struct FusedBlock {
   __device__ __forceinline__ uint32_t* tiles() const { return part<uint32_t>(p.pages_at); }
   // (first row, first position) of every 2^unit_shift slots.
   __device__ __forceinline__ uint2* candidates() const { return part<uint2>(p.candidates_at); }
-  // Bitmaps: of items (above the boundary, inside it), later of survivors.
+  // Bitmaps of items (above the boundary, inside it); later the last weights that thresholds are sought among.
   __device__ __forceinline__ uint2* marks() const { return part<uint2>(p.bitmap_at); }
-  __device__ __forceinline__ uint32_t* chosen() const { return part<uint32_t>(p.bitmap_at); }
+  __device__ __forceinline__ uint32_t* last_weights() const { return part<uint32_t>(p.bitmap_at); }
   // Base-2 logits: of items as [items][kScoreStride], then their keys; of candidates as [RP][slot_capacity]. Then the
   // slots of survivors.
   __device__ __forceinline__ float* scores() const { return part<float>(p.state_at); }
@@ -148,13 +148,29 @@ struct FusedBlock {
     if (scores_items) {
       // Entries behind the last repeat it, so that whole tiles, or whole steps of a warp, can be read.
       const int filled = kByPage ? round_up(owned, kTileTokens) : round_up(owned, kBlockTokens) / kTileTokens;
+      constexpr int kBatch = 4;  // loads in flight
 #pragma unroll 1
-      for (int i = tid(); i < filled; i += kThreads) {
-        if (kByPage) {
-          pages()[i] = page_block(first + min(i, owned - 1));
-        } else {
-          const int token = first + (min(i * kTileTokens, owned - 1) & -kTileTokens);
-          tiles()[i] = (page_block(token >> p.log2_page_size) << p.log2_page_size) + slot_in_page(token);
+      for (int start = tid(); start < filled; start += kBatch * kThreads) {
+        uint32_t entry[kBatch];
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          const int i = start + u * kThreads;
+          if (kByPage) {
+            entry[u] = page_block(first + min(i, owned - 1));
+          } else {
+            const int token = first + (min(i * kTileTokens, owned - 1) & -kTileTokens);
+            entry[u] = (page_block(token >> p.log2_page_size) << p.log2_page_size) + slot_in_page(token);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (start + u * kThreads < filled) pages()[start + u * kThreads] = entry[u];
+        }
+        if (kByPage && start < kWarps * kTileTokens) {  // the first pages that are scored
+#pragma unroll
+          for (int d = 0; d < 2 * D; d += 128) {
+            prefetch_line(p.page_bounds + static_cast<int64_t>(entry[0]) * (2 * D) + d);
+          }
         }
       }
     }

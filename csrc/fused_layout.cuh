@@ -90,9 +90,6 @@ struct FusedShared {
   int horizon[RP];    // the last position a row sees
   bool from_all[RP];  // rows whose lists do not settle them
   uint32_t found_size[RP];
-  // Of each row solved here, the bin where the mass reaches p, or -1, and the mass above it.
-  int found_bin[RP];
-  unsigned long long found_above[RP];
   uint32_t scan_totals_small[kWarps];
   uint32_t group_counts[64];  // this block's histogram by groups of 32 bins; read by the cluster
   uint32_t group_total[64];
@@ -123,12 +120,12 @@ constexpr int checked_bytes() {
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   if (head_dim == 64) {
     return padded_rows == 1   ? checked_bytes<64, 1, 4096>()
-           : padded_rows == 4 ? checked_bytes<64, 4, 7216>()
-                              : checked_bytes<64, 8, 11376>();
+           : padded_rows == 4 ? checked_bytes<64, 4, 7168>()
+                              : checked_bytes<64, 8, 11280>();
   }
   return padded_rows == 1   ? checked_bytes<128, 1, 5120>()
-         : padded_rows == 4 ? checked_bytes<128, 4, 10544>()
-                            : checked_bytes<128, 8, 17776>();
+         : padded_rows == 4 ? checked_bytes<128, 4, 10496>()
+                            : checked_bytes<128, 8, 17680>();
 }
 
 // Lays out the dynamic shared memory behind FusedShared and returns its size in bytes. kernels/fused.py holds the same
@@ -148,7 +145,7 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
   // Of 16,384 candidates about 1,700 weights a row are listed, by up to 32 warps and not evenly.
   const int candidate_tokens = by_page ? p.capacity * page_size : by_token ? p.capacity : max_tokens;
   p.list_capacity = padded_rows > 1 && candidate_tokens > 8192 ? 4096 : 2048;
-  p.bitmap_words = std::max({blocks_of(32, own_items), blocks_of(32, p.slot_capacity), kBoundaryList / 2});
+  p.bitmap_words = std::max(blocks_of(32, own_items), kBoundaryList / 2);
 
   int end = fused_shared_bytes(head_dim, padded_rows);
   const auto take = [&](int bytes) {

@@ -9,8 +9,8 @@ namespace {
 template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
   using Base = FusedSelection<T, D, RP, kSelector>;
-  using Base::accumulate, Base::chosen, Base::cluster, Base::estimates, Base::fold, Base::g, Base::head,
-      Base::histogram, Base::kCopies, Base::kScales, Base::kWords, Base::kept, Base::lane, Base::lead_word,
+  using Base::accumulate, Base::cluster, Base::estimates, Base::fold, Base::g, Base::head, Base::histogram,
+      Base::kCopies, Base::kScales, Base::kWords, Base::kept, Base::lane, Base::last_weights, Base::lead_word,
       Base::lead_words, Base::live, Base::load_codes, Base::load_scale, Base::mass_histogram, Base::p, Base::page_size,
       Base::publish_sums, Base::read_norms, Base::resolve, Base::rest_word, Base::row_of_column, Base::rows, Base::s,
       Base::sequence, Base::slot_count, Base::slot_in_page, Base::t, Base::tid, Base::warp, Base::weight_list;
@@ -133,7 +133,9 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
             const bool there = column && tile + at < slot_count;
             float logit = fmaf(scale.x, acc[set][2 * half + k] * gain[k], scale.y * zero_gain[k]);
             if (!there || static_cast<int>(candidate(tile, at).y) > horizon[k]) logit = -infinity();
-            if (there) estimates()[row_of_column(k) * p.slot_capacity + tile + at] = logit;
+            if (column && tile + at < round_up(slot_count, 4)) {  // they are read by fours
+              estimates()[row_of_column(k) * p.slot_capacity + tile + at] = logit;
+            }
             value[k][2 * set + half] = logit;
           }
         }
@@ -203,35 +205,38 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     const int capacity = part_capacity();
     const float norm = s.weight_norm[row];
     const float listed_from = row < rows ? 4.0f * floor_weight(row_top_p(row), total_slots) : 2.0f;  // above any weight
-    const float* estimate = estimates() + row * p.slot_capacity;
-    float* list = weight_list() + index * capacity;
+    const float4* estimate = reinterpret_cast<const float4*>(estimates() + row * p.slot_capacity);
+    const ClusterArray<float> list(weight_list() + index * capacity, solver);
     uint2 total = make_uint2(0, 0);
     int listed = 0;
-    constexpr int kBatch = 8, kStep = 32 * kRowWarps;
+    constexpr int kVectors = 2, kStep = 32 * kRowWarps;  // of four slots
+    const int vectors = blocks_of(4, slot_count);
 #pragma unroll 1
-    for (int base = part * 32 + lane; base - lane < slot_count; base += kBatch * kStep) {
-      float w[kBatch];
-      uint32_t matters = 0;
+    for (int base = part * 32; base < vectors; base += kVectors * kStep) {
+      float w[kVectors][4];
+      int own = 0;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int slot = base + u * kStep;
-        const bool there = slot < slot_count;
-        w[u] = there ? weight(estimate[slot], norm) : 0.0f;
-        if (there && w[u] >= listed_from) matters |= 1u << u;
-      }
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = base + v * kStep + lane;
+        float4 four = make_float4(-infinity(), -infinity(), -infinity(), -infinity());
+        if (at < vectors) four = estimate[at];
+        w[v][0] = weight(four.x, norm), w[v][1] = weight(four.y, norm);
+        w[v][2] = weight(four.z, norm), w[v][3] = weight(four.w, norm);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const uint2 mass = split_mass(w[u]);
-        total.x += mass.x;
-        total.y += mass.y;
+        for (int u = 0; u < 4; ++u) {
+          own += w[v][u] >= listed_from;
+          const uint2 mass = split_mass(w[v][u]);
+          total.x += mass.x;
+          total.y += mass.y;
+        }
       }
-      const int own = __popc(matters), through = warp_inclusive_scan(own);
+      const int through = warp_inclusive_scan(own);
       int at = listed + through - own;
       listed += __shfl_sync(~0u, through, 31);
+      if (listed > capacity) continue;  // no use for the list
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if ((matters >> u & 1) == 0 || at >= capacity) continue;
-        cluster.write(list + at++, solver, w[u]);
+      for (int u = 0; u < kVectors * 4; ++u) {
+        if (w[u / 4][u % 4] >= listed_from) list.write(at++, w[u / 4][u % 4]);
       }
     }
     const unsigned long long mass = warp_sum(joined_mass(total));
@@ -253,28 +258,31 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     }
   }
 
-  // One warp finds the bin where a row's mass reaches `need`: the lanes' shares of the bins, each read from a place of
-  // its own so that they meet in no bank, then the bins of one share.
-  __device__ void find_row_bin(const uint32_t* bins, int local, unsigned long long above, unsigned long long need) {
+  // The bin where a row's mass reaches `need`, or -1, and the mass above it, by one warp: the lanes' shares of the
+  // bins, each read from a place of its own so that they meet in no bank, then the bins of one share.
+  __device__ int find_row_bin(const uint32_t* bins, unsigned long long& above, unsigned long long need) const {
     const int share = 1 << (log2_row_bins() - 5), top = 32 * share - 1;
     unsigned long long part = 0;
 #pragma unroll 4
     for (int i = 0; i < share; ++i) part += bin_mass(bins, top - share * lane - ((i + lane) & (share - 1)));
     unsigned long long before = above + warp_inclusive_scan(part) - part;
     uint32_t reaches = __ballot_sync(~0u, before < need && before + part >= need);
-    int bin = -1;
-    if (reaches != 0) {
-      const int owner = __ffs(reaches) - 1;
-      bin = top - share * owner - min(lane, share - 1);
-      part = lane < share ? bin_mass(bins, bin) : 0;
-      before = __shfl_sync(~0u, before, owner) + warp_inclusive_scan(part) - part;
-      reaches = __ballot_sync(~0u, before < need && before + part >= need);
+    if (reaches == 0) return -1;
+    const int owner = __ffs(reaches) - 1, bin = top - share * owner - min(lane, share - 1);
+    part = lane < share ? bin_mass(bins, bin) : 0;
+    before = __shfl_sync(~0u, before, owner) + warp_inclusive_scan(part) - part;
+    reaches = __ballot_sync(~0u, before < need && before + part >= need);
+    above = __shfl_sync(~0u, before, __ffs(reaches) - 1);
+    return __shfl_sync(~0u, bin, __ffs(reaches) - 1);
+  }
+
+  // Before the cluster meets, and between rounds.
+  __device__ __forceinline__ void clear_row_bins() {
+#pragma unroll
+    for (int i = 0; i < kRowBins / 2; i += kThreads) {
+      reinterpret_cast<uint4*>(histogram())[i + tid()] = make_uint4(0, 0, 0, 0);
     }
-    if (lane == max(__ffs(reaches) - 1, 0)) {
-      s.found_bin[local] = bin;
-      s.found_above[local] = before;
-      s.found_size[local] = 0;
-    }
+    if (tid() < RP) s.found_size[tid()] = 0;
   }
 
   // Thresholds of this block's rows: the largest weight whose mass, with everything above, reaches p. The block's warps
@@ -285,7 +293,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     const int row = local * cluster.size + cluster.rank;
     const int first_part = local * row_parts(), end_part = first_part + row_parts();
     uint32_t* bins = row_bins(row);
-    uint32_t* found = chosen() + local * 32;  // the bitmaps are idle here
+    uint32_t* found = last_weights() + local * 32;
     unsigned long long total = 0;
     bool fits = true;
 #pragma unroll 1
@@ -312,10 +320,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     int shift = kLog2RowKeys - log2_row_bins();
     unsigned long long above = 0;
 #pragma unroll 1
-    for (bool first_round = true; __syncthreads_or(open); first_round = false) {
-#pragma unroll 1
-      for (int i = member * 32 + lane; i < 2 << log2_row_bins(); i += team * 32) bins[i] = 0;
-      __syncthreads();
+    for (bool first_round = true;; first_round = false) {
       if (open) {
         each_listed(first_part + member, end_part, team, [&](float w) {
           const uint32_t key = __float_as_uint(w);
@@ -327,14 +332,11 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
         });
       }
       __syncthreads();
-      if (open && member == 0) find_row_bin(bins, local, above, need);
-      __syncthreads();
       if (open) {
-        const int bin = s.found_bin[local];
+        const int bin = find_row_bin(bins, above, need);
         open = bin >= 0;
         if (!open && member == 0 && lane == 0) s.from_all[row] = true;
         if (open) {
-          above = s.found_above[local];
           const uint32_t start = first_round ? kLowRowKey : low_key;
           const bool lowest = first_round && bin == 0;
           low_key = lowest ? 0 : start + (static_cast<uint32_t>(bin) << shift);
@@ -353,6 +355,9 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
         open = count > 32 && width > 1;
         if (!open && member == 0) finish_row(row, low_key, count, found, above, need, total);
       }
+      if (!__syncthreads_or(open)) break;
+      clear_row_bins();
+      __syncthreads();
     }
 #pragma unroll 1
     for (int r = cluster.rank; r < rows; r += cluster.size) {
@@ -445,7 +450,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
   }
 
   // Shares space with the bitmaps, which are idle while thresholds are sought.
-  __device__ __forceinline__ float* boundary_list() { return reinterpret_cast<float*>(chosen()); }
+  __device__ __forceinline__ float* boundary_list() { return reinterpret_cast<float*>(last_weights()); }
 
   // All candidates for the threshold lie in one short list, or share one key.
   __device__ void finish_row_from_all(int row, uint32_t low_key, unsigned long long above, unsigned long long need,
@@ -486,6 +491,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
 
   // Estimates this block's candidates; every block learns every row's threshold.
   __device__ void find_thresholds(int total_slots) {
+    clear_row_bins();
     if (lead_words % kChunks == 0) {
       estimate<true>();
     } else {
@@ -517,7 +523,6 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
   // how many they are.
   __device__ int list_survivors() {
     const int word_count = blocks_of(32, slot_count);
-    constexpr int kBatch = 4;
     // A logit tells what its weight is: at least the threshold, below it, or so near that the weight itself must say.
     bool keeps_all = false;
     float low[RP], high[RP];
@@ -529,49 +534,39 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
       low[r] = r < rows ? logit - margin : infinity();
       high[r] = r < rows ? logit + margin : infinity();
     }
+    // A warp takes up to 32 words of slots in a row, and each of its lanes one of these words.
+    int count = 0;
 #pragma unroll 1
-    for (int start = warp; start < word_count; start += kBatch * kWarps) {
-      bool keep[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int slot = min((start + u * kWarps) * 32 + lane, slot_count - 1);
+    for (int start = 0; start < word_count; start += 32 * kWarps) {
+      const int words = min(blocks_of(kWarps, word_count - start), 32), first_word = start + warp * words;
+      uint32_t own = 0, total;
+#pragma unroll 1
+      for (int word = 0; word < words; ++word) {
+        const int at = (first_word + word) * 32 + lane, slot = min(at, slot_count - 1);
         const int position = resolve(slot).y;
-        bool near = false;
-        keep[u] = keeps_all || position < p.sink_tokens || position >= live - p.recent_tokens;
+        bool keep = keeps_all || position < p.sink_tokens || position >= live - p.recent_tokens, near = false;
 #pragma unroll
         for (int r = 0; r < RP; ++r) {
           const float logit = estimates()[r * p.slot_capacity + slot];
           near |= logit >= low[r];
-          keep[u] |= logit >= high[r];
+          keep |= logit >= high[r];
         }
-        if (near && !keep[u]) {
+        if (near && !keep) {
 #pragma unroll 1
           for (int r = 0; r < rows; ++r) {
-            keep[u] |= weight(estimates()[r * p.slot_capacity + slot], s.weight_norm[r]) >= s.threshold[r];
+            keep |= weight(estimates()[r * p.slot_capacity + slot], s.weight_norm[r]) >= s.threshold[r];
           }
         }
-        keep[u] &= position < live;
-        if (keep[u]) prefetch_row(slot);  // it is read as soon as the list is complete
+        keep &= position < live && at < slot_count;
+        if (keep) prefetch_row(slot);  // it is read as soon as the list is complete
+        const uint32_t bits = __ballot_sync(~0u, keep);
+        if (lane == word) own = bits;
       }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int word = start + u * kWarps;
-        const uint32_t bits = __ballot_sync(~0u, keep[u] && word * 32 + lane < slot_count);
-        if (lane == 0 && word < word_count) chosen()[word] = bits;
-      }
-    }
-    __syncthreads();
-    int count = 0;
-#pragma unroll 1
-    for (int start = 0; start < word_count; start += kThreads) {
-      const int word = start + tid();
-      uint32_t bits = word < word_count ? chosen()[word] : 0, total;
-      int to = count + block_exclusive_scan<uint32_t>(__popc(bits), s.scan_totals_small, total);
+      // The list takes the place of estimates that were looked at before.
+      int to = count + block_exclusive_scan<uint32_t>(__popc(own), s.scan_totals_small, total);
       count += total;
 #pragma unroll 1
-      for (; bits != 0; bits &= bits - 1) {
-        kept()[to++] = word * 32 + __ffs(bits) - 1;
-      }
+      for (; own != 0; own &= own - 1) kept()[to++] = (first_word + lane) * 32 + __ffs(own) - 1;
     }
     if (tid() < cluster.size) cluster.write(&s.kept_count[cluster.rank], tid(), count);
     __syncthreads();

@@ -155,16 +155,22 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     return make_int3(s.bin, s.in_bin, s.need);
   }
 
+  __device__ __forceinline__ void clear_histogram() {
+    static_assert(kScoreBins % (4 * kThreads) == 0, "whole vectors of every thread");
+#pragma unroll
+    for (int i = 0; i < kScoreBins / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(histogram())[i + tid()] = make_uint4(0, 0, 0, 0);
+    }
+  }
+
   // The `wanted` best items of the cluster, ties to the lower index, dealt out evenly into `candidates`. The keys of
-  // the first round are made from the logits, or stored already. Scores made from levels are only near the exact ones:
-  // those that may end on either side of the boundary are made again; false where they are too many.
+  // the first round, for which the histogram is clear, are made from the logits, or stored already. Scores made from
+  // levels are only near the exact ones: those that may end on either side of the boundary are made again; false where
+  // they are too many.
   __device__ bool select(int wanted, bool makes_keys, bool near) {
     uint32_t low_key = 0;
     int log2_width = 32, need = wanted, in_bin;
     for (;;) {
-#pragma unroll 1
-      for (int i = tid(); i < kScoreBins; i += kThreads) histogram()[i] = 0;
-      __syncthreads();
       const int shift = max(0, log2_width - 11);
       count_keys(makes_keys && log2_width == 32, low_key, log2_width, shift);
       __syncthreads();
@@ -178,6 +184,8 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
       log2_width = first_round ? ScoreBins::log2_width(found.x) : shift;
       if (in_bin <= (near ? kBoundaryList / 2 : kBoundaryList) || need == in_bin || log2_width == 0) break;
       cluster.sync();  // the others still read this histogram
+      clear_histogram();
+      __syncthreads();
     }
     bool ranked = need < in_bin && in_bin <= kBoundaryList;
     uint32_t width = 1u << log2_width;
@@ -359,6 +367,8 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     while (!usable || !select(wanted, !kLevels || near, near)) {
       near = false;
       cluster.sync();  // the others still read what is written again
+      clear_histogram();
+      __syncthreads();
       if (!usable) {
         kLevels ? score_tokens_twice(false) : sum_kept_logits();
         exchange_norms();
@@ -394,6 +404,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     const int candidate_share = blocks_of(cluster.size, wanted);
     int begin = cluster.rank * candidate_share, mine = min(max(wanted - begin, 0), candidate_share);
     if (wanted < items) {
+      clear_histogram();
       if (kByPage) {
         score_pages();
         exchange_norms();

@@ -84,6 +84,11 @@ __device__ __forceinline__ void cluster_barrier() {
 __device__ __forceinline__ void cluster_start() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
 __device__ __forceinline__ void cluster_started() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
+// A kernel launched with programmatic stream serialization may start before those ahead of it in the stream have ended:
+// only behind the first may it touch what they read or write. The second lets the next such kernel start.
+__device__ __forceinline__ void await_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void allow_later_kernels() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -125,6 +130,19 @@ __device__ __forceinline__ void cluster_write(V* p, int peer, V value) {
                  : "memory");
   }
 }
+
+// Words of another block's shared memory.
+template <typename V>
+struct ClusterArray {
+  static_assert(sizeof(V) == 4, "one word");
+  uint32_t address;
+  __device__ __forceinline__ ClusterArray(V* p, int peer) : address(cluster_address(p, peer)) {}
+  __device__ __forceinline__ void write(int i, V value) const {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address + 4 * i), "r"(word) : "memory");
+  }
+};
 
 // Starts to copy 16 bytes to shared memory, or fills in zeros.
 __device__ __forceinline__ void start_copy(void* to, const void* from, bool there) {

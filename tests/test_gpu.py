@@ -160,6 +160,42 @@ def test_a_captured_step_replays_as_eager_while_lengths_grow(selector):
     assert_same_state(*caches)
 
 
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_kernels_that_start_early_see_what_earlier_ones_wrote(selector):
+    """Forty steps captured in one graph, where the fused kernels start before the ones ahead have ended, against the same with a wait
+    behind every call."""
+    steps = 40
+    shape = Shape((3000, 700, 90), 32, 8, 128, 16, 1, torch.bfloat16)
+    x = make_inputs(shape, device="cuda", bounds_dtype="uint8", extra_pages=4, spare_pages=30)
+    x.page_table.copy_(torch.arange(x.page_table.numel(), device="cuda").view_as(x.page_table))
+    REGISTERED.append_kv(**x.arguments("append_kv", k=x.keys, v=x.values, positions=test_append_kv.left_aligned(x)))
+    k, v = torch.randn(2, steps, 3, 1, 8, 128, device="cuda").bfloat16()
+    q = 3 * torch.randn(steps, *x.q.shape, device="cuda").bfloat16()
+    options = test_decode_attention.options_for(x, selector, token_budget=256, dense_below=100)
+
+    def run(cache, wait):
+        results = []
+        for i in range(steps):
+            cache.q.copy_(q[i])
+            cache.seq_lens.add_(1)
+            wait()
+            REGISTERED.append_kv(**cache.arguments("append_kv", k=k[i], v=v[i]))
+            wait()
+            results.extend(REGISTERED.decode_attention(**cache.arguments("decode_attention", **options)))
+            wait()
+        return results
+
+    waiting = x.clone()
+    want = run(waiting, torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(x, lambda: None)
+    graph.replay()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+    assert_same_state(x, waiting)
+
+
 def test_no_operator_waits_for_the_device():
     x = make_inputs(TINY, device="cuda", bounds_dtype="uint8")
     calls = [x.arguments("decode_attention", **test_decode_attention.options_for(x, selector)) for selector in SELECTORS]

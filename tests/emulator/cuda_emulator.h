@@ -466,6 +466,17 @@ inline void cluster_write(V* p, int peer, V value) {
   memcpy(cluster_place(p, peer), &value, sizeof(V));
 }
 
+template <typename V>
+struct ClusterArray {
+  V* p;
+  int peer;
+  ClusterArray(V* p, int peer) : p(p), peer(peer) {}
+  void write(int i, V value) const { cluster_write(p + i, peer, value); }
+};
+
+inline void await_earlier_kernels() {}
+inline void allow_later_kernels() {}
+
 // A copy takes its place when it starts, and brings its bytes when its thread waits for it.
 EMULATOR_OWN inline void start_copy(void* to, const void* from, bool there) {
   memset(to, 0xff, 16);

@@ -21,7 +21,7 @@ SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
 # Bytes of FusedShared by (head_dim, padded rows); csrc/fused_layout.cuh asserts the same numbers.
-FIXED_BYTES = {(64, 1): 4096, (64, 4): 7216, (64, 8): 11376, (128, 1): 5120, (128, 4): 10544, (128, 8): 17776}
+FIXED_BYTES = {(64, 1): 4096, (64, 4): 7168, (64, 8): 11280, (128, 1): 5120, (128, 4): 10496, (128, 8): 17680}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def shared_bytes(
         max(8192 + list_capacity * 4, 8 * rows * head_dim * 4),  # scratch
         own_pages * 4 if by_page else own_tokens // 16 * 4 if by_token else 0,  # pages or tiles
         (own_tokens // page_size if selector == "full" else own_candidates) * 8,  # candidates
-        max(-(-own_items // 32), -(-slots // 32), 128) * 2 * 4,  # bitmaps
+        max(-(-own_items // 32), 128) * 2 * 4,  # bitmaps
         max(own_items * (-(-rows // 2) if by_token else rows), slots * rows) * 4,  # scores and estimates
     )
     scratch = _round_up(FIXED_BYTES[head_dim, rows], 128)

@@ -1,0 +1,33 @@
+// How the fused kernels are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "fused_primitives.cuh"
+
+namespace twilight {
+
+// Launches `grid` blocks, clusters of `cluster_size`, which may start before the kernel ahead of them in the stream has
+// ended (programmatic dependent launch): the kernel calls await_earlier_kernels before it touches what others do.
+template <typename Params>
+void launch_early(void (*kernel)(Params), dim3 grid, int cluster_size, int shared_bytes, cudaStream_t stream,
+                  const Params& p) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster_size;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = cluster_size > 1 ? 2 : 1;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+}
+
+}  // namespace twilight
