@@ -174,7 +174,6 @@ struct Appender {
 template <typename T, int D, bool kRows, bool kBounds>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
   await_earlier_kernels();
-  allow_later_kernels();
   const Appender<T, D> appender{p};
   const int first = blockIdx.x * kChunkTokens, end = min(first + kChunkTokens, p.tokens);
   if (kRows) {

@@ -30,7 +30,6 @@ struct FusedDecode : FusedAttention<T, D, RP, kSelector> {
     cluster.start();
     prefetch_page_table();
     await_earlier_kernels();
-    allow_later_kernels();
     live = min(max(p.seq_lens[sequence], 0), p.max_pages << p.log2_page_size);
     if (live == 0) {
       write_empty();

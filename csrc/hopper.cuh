@@ -84,10 +84,9 @@ __device__ __forceinline__ void cluster_barrier() {
 __device__ __forceinline__ void cluster_start() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
 __device__ __forceinline__ void cluster_started() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// A kernel launched with programmatic stream serialization may start before those ahead of it in the stream have ended:
-// only behind the first may it touch what they read or write. The second lets the next such kernel start.
+// A kernel launched with programmatic stream serialization may start before what those ahead of it in the stream wrote
+// is visible: only behind this may it touch what they read or write.
 __device__ __forceinline__ void await_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void allow_later_kernels() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

@@ -8,8 +8,10 @@
 
 namespace twilight {
 
-// Launches `grid` blocks, clusters of `cluster_size`, which may start before the kernel ahead of them in the stream has
-// ended (programmatic dependent launch): the kernel calls await_earlier_kernels before it touches what others do.
+// Launches `grid` blocks, clusters of `cluster_size`, which start as soon as the blocks ahead of them in the stream
+// have ended, before what those wrote is visible (programmatic dependent launch): the kernel calls
+// await_earlier_kernels before it touches what others do. None lets the next one start any earlier: its blocks would be
+// placed where there is room that moment, and pile up. 32/8 B 8 L 32k, dense, behind an append: 296 us instead of 252.
 template <typename Params>
 void launch_early(void (*kernel)(Params), dim3 grid, int cluster_size, int shared_bytes, cudaStream_t stream,
                   const Params& p) {

@@ -161,25 +161,26 @@ def test_a_captured_step_replays_as_eager_while_lengths_grow(selector):
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_kernels_that_start_early_see_what_earlier_ones_wrote(selector):
-    """Forty steps captured in one graph, where the fused kernels start before the ones ahead have ended, against the same with a wait
-    behind every call."""
-    steps = 40
+def test_steps_in_a_row_in_one_graph_are_as_with_a_wait_behind_every_call(selector):
+    """Long appends and what attends to them at once; the fused kernels are launched before those ahead have ended."""
+    steps, tokens = 6, 256
     shape = Shape((3000, 700, 90), 32, 8, 128, 16, 1, torch.bfloat16)
-    x = make_inputs(shape, device="cuda", bounds_dtype="uint8", extra_pages=4, spare_pages=30)
+    x = make_inputs(shape, device="cuda", bounds_dtype="uint8", extra_pages=steps * tokens // 16, spare_pages=700)
     x.page_table.copy_(torch.arange(x.page_table.numel(), device="cuda").view_as(x.page_table))
     REGISTERED.append_kv(**x.arguments("append_kv", k=x.keys, v=x.values, positions=test_append_kv.left_aligned(x)))
-    k, v = torch.randn(2, steps, 3, 1, 8, 128, device="cuda").bfloat16()
+    # With bounds a long append is two kernels, without them one.
+    bounds = {} if selector == "quest" else {"page_bounds": None, "bounds_scale": None}
+    k, v = torch.randn(2, steps, 3, tokens, 8, 128, device="cuda").bfloat16()
     q = 3 * torch.randn(steps, *x.q.shape, device="cuda").bfloat16()
-    options = test_decode_attention.options_for(x, selector, token_budget=256, dense_below=100)
+    options = test_decode_attention.options_for(x, selector, token_budget=256, dense_below=1000)
 
     def run(cache, wait):
         results = []
         for i in range(steps):
             cache.q.copy_(q[i])
-            cache.seq_lens.add_(1)
+            cache.seq_lens.add_(tokens)
             wait()
-            REGISTERED.append_kv(**cache.arguments("append_kv", k=k[i], v=v[i]))
+            REGISTERED.append_kv(**cache.arguments("append_kv", k=k[i], v=v[i], **bounds))
             wait()
             results.extend(REGISTERED.decode_attention(**cache.arguments("decode_attention", **options)))
             wait()

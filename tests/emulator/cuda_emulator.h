@@ -20,6 +20,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_THREAD__
@@ -166,6 +167,7 @@ struct Machine {
   ucontext_t scheduler;
   void* scheduler_fiber = nullptr;
   std::function<void()> kernel;
+  std::function<void()> earlier_kernels;  // write what they have to once a thread awaits them
 };
 
 inline Machine& machine() {
@@ -474,8 +476,9 @@ struct ClusterArray {
   void write(int i, V value) const { cluster_write(p + i, peer, value); }
 };
 
-inline void await_earlier_kernels() {}
-inline void allow_later_kernels() {}
+inline void await_earlier_kernels() {
+  if (const auto write = std::exchange(emulated::machine().earlier_kernels, nullptr)) write();
+}
 
 // A copy takes its place when it starts, and brings its bytes when its thread waits for it.
 EMULATOR_OWN inline void start_copy(void* to, const void* from, bool there) {

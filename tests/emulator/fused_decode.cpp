@@ -7,6 +7,15 @@ namespace {
 using twilight::FusedParams;
 using twilight::FusedSelector;
 
+// No length can be read before earlier kernels were awaited: until then it is 0.
+void run_cluster(const int* length, emulated::Index first, int blocks, int shared_bytes, unsigned seed,
+                 const std::function<void()>& kernel) {
+  int& place = const_cast<int&>(*length);
+  emulated::machine().earlier_kernels = [&place, value = std::exchange(place, 0)] { place = value; };
+  emulated::run_cluster(first, blocks, twilight::kThreads, shared_bytes, seed, kernel);
+  twilight::await_earlier_kernels();  // blocks without work may not have
+}
+
 template <typename T, int D, int RP>
 void run_selector(const FusedParams& p) {
   switch (p.selector) {
@@ -34,7 +43,7 @@ void run_append(const twilight::AppendParams& p, emulated::Index grid, unsigned 
   const auto launch = [&](const std::function<void()>& kernel) {
     for (int z = 0; z < grid.z; ++z) {
       for (int y = 0; y < grid.y; ++y) {
-        for (int x = 0; x < grid.x; ++x) emulated::run_cluster({x, y, z}, 1, twilight::kThreads, 16, seed + x, kernel);
+        for (int x = 0; x < grid.x; ++x) run_cluster(p.seq_lens + z, {x, y, z}, 1, 16, seed + x, kernel);
       }
     }
   };
@@ -69,7 +78,8 @@ extern "C" int emulate_fused_decode(FusedParams* p, int batch, int head_dim, int
                                     unsigned seed) {
   const int bytes = twilight::lay_out(*p, head_dim, p->query_tokens * p->group_size, cluster_size);
   for (int unit = 0; unit < batch * p->kv_heads; ++unit) {
-    emulated::run_cluster({unit * cluster_size, 0, 0}, cluster_size, twilight::kThreads, bytes, seed + unit, [&] {
+    const int* length = p->seq_lens + unit / p->kv_heads;
+    run_cluster(length, {unit * cluster_size, 0, 0}, cluster_size, bytes, seed + unit, [&] {
       if (head_dim == 64) {
         is_half ? run_rows<__half, 64>(*p) : run_rows<__nv_bfloat16, 64>(*p);
       } else {

@@ -31,13 +31,11 @@ class ClusterRule:
     Args:
         least_tokens: no share is made shorter than this to fill the chip.
         share_tokens: no share of the tokens (of Quest: of the candidates) stays longer than this.
-        short_share_tokens: the same where several waves of rows have no more than SHORT_TOKENS.
     """
 
     share_tokens: int
     least_tokens: int
     reason: str
-    short_share_tokens: int = 2**30
 
 
 MULTIPROCESSORS = 132  # of an H200
@@ -51,8 +49,6 @@ DENSE_FILL_BLOCKS = 64
 # B 2 37 and 64; with four KV heads dense 37 and 28, Quest 33 and 31, shadow prefix 38 and 35.
 LARGEST_FILL = 8
 FEW_UNITS = 4
-# Rows so short that the last wave of blocks is much of the time.
-SHORT_TOKENS = 2048
 
 # H200, bf16, D 128, microseconds a layer by cluster size; 32/8 heads are groups of four, 32/32 of one. An eighth above powers of two, so
 # that a context and what is generated after it share alike.
@@ -80,9 +76,9 @@ CLUSTER_RULES = {
     ),
     ("full", False): ClusterRule(18432, 4096, "as quest: its estimates are what full makes of every token"),
     ("full", True): ClusterRule(9216, 4096, "shared memory holds 9k tokens of four rows in half a multiprocessor"),
-    ("dense", False): ClusterRule(2**30, 128, "as groups of four: the same bytes a KV head; 32/32 B 1 L 1k: one 12.7", 512),
+    ("dense", False): ClusterRule(2**30, 128, "32/32 L 1k, B 16: one 66.9, two 70.5; B 8: one 34.8, two 37.8; B 1: one 11.8, two 9.6"),
     ("dense", True): ClusterRule(
-        2**30, 128, "B 64 L 1k: one 77.8, two 75.2; L 32k: one 1878, two 1904; B 1 L 8k: eight 14.8, sixteen 16.7; L 1k: eight 6.4", 512
+        2**30, 128, "B 64 L 1k: one 70.3, two 75.6; L 32k: one 1878, two 1904; B 1 L 8k: eight 14.8, sixteen 16.7; L 1k: eight 6.4"
     ),
 }
 
@@ -183,10 +179,8 @@ def cluster_size(
     whole_waves = size == 2 and any(waves * FILL_BLOCKS <= 2 * units <= waves * MULTIPROCESSORS for waves in (1, 2))
     if size == 0 or whole_waves:
         return size
-    short = max_tokens <= SHORT_TOKENS and units > MULTIPROCESSORS
-    share_tokens = rule.short_share_tokens if short else rule.share_tokens
     shared_tokens = capacity * page_size if selector == "quest" else max_tokens
-    while size < CLUSTER_SIZES[-1] and -(-shared_tokens // size) > share_tokens:
+    while size < CLUSTER_SIZES[-1] and -(-shared_tokens // size) > rule.share_tokens:
         size *= 2
     return size
 
