@@ -276,7 +276,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     return __shfl_sync(~0u, bin, __ffs(reaches) - 1);
   }
 
-  // Before the cluster meets, and between rounds.
+  // The bins of all rows and the numbers of weights found, clear before the cluster meets and between rounds.
   __device__ __forceinline__ void clear_row_bins() {
 #pragma unroll
     for (int i = 0; i < kRowBins / 2; i += kThreads) {

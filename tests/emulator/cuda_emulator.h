@@ -477,7 +477,9 @@ struct ClusterArray {
 };
 
 inline void await_earlier_kernels() {
+  emulated::order_with_kernel();
   if (const auto write = std::exchange(emulated::machine().earlier_kernels, nullptr)) write();
+  emulated::order_with_kernel();
 }
 
 // A copy takes its place when it starts, and brings its bytes when its thread waits for it.
