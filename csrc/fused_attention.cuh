@@ -216,13 +216,12 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
     }
     __syncthreads();
     if (kStreams) cluster.started();
-    const bool alone = kOnlyDense && cluster.size == 1;  // then the result is complete here
     if (warp < RP) {
       const float2 own = part_of(s.warp_stat, kWarps);
       const SoftmaxSum all = publish_row_sum(own);
-      const float share = !alone ? 1.0f : all.z == 0.0f ? 0.0f : 1.0f / all.z;
+      const float share = !writes_alone() ? 1.0f : all.z == 0.0f ? 0.0f : 1.0f / all.z;
       if (lane < kWarps) s.rescale[lane][warp] = exp2_fast(own.x - all.peak) * share;
-      if (alone && lane == 0) write_lse(warp, all.peak, all.z);
+      if (writes_alone() && lane == 0) write_lse(warp, all.peak, all.z);
     }
     __syncthreads();
     const int slice = RP * D / cluster.size;
@@ -231,14 +230,14 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum = fmaf(s.rescale[w][i / D], warp_rows()[w * RP * D + i], sum);
-      if (alone) {
+      if (writes_alone()) {
         if (i / D < rows) store(static_cast<T*>(p.out) + out_row(i / D) * D + i % D, sum);
       } else {
         const int writer = i / slice;
         cluster.write(&s.out_parts[cluster.rank * slice + i - writer * slice], writer, sum);
       }
     }
-    if (!alone) cluster.sync();
+    if (!writes_alone()) cluster.sync();
   }
 
   __device__ __forceinline__ void write_lse(int row, float top, float z) const {
@@ -246,10 +245,13 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
     if (row < rows) p.lse[out_row(row)] = z == 0.0f ? -infinity() : lse;
   }
 
+  // Whether this block's result is the whole, and is written without an exchange.
+  __device__ __forceinline__ bool writes_alone() const { return kOnlyDense && cluster.size == 1; }
+
   // Adds up the blocks' partial results for this block's part of the output. From here on no block needs another's
   // shared memory.
   __device__ void write_output() {
-    if (kOnlyDense && cluster.size == 1) return;
+    if (writes_alone()) return;
     float* factors = warp_rows();  // [RP][kMaxClusterSize]
     if (warp < RP) {
       const float2 own = part_of(s.stat_parts, cluster.size);

@@ -58,6 +58,15 @@ struct FusedBlock {
   __device__ __forceinline__ unsigned long long* mass_histogram() const {
     return part<unsigned long long>(p.scratch_at);
   }
+  // All that lies before the lists, whichever of the histograms comes next.
+  __device__ __forceinline__ void clear_histograms() const {
+    constexpr int kVectors = kScratchLists / sizeof(uint4);
+    static_assert(kVectors % kThreads == 0, "whole vectors of every thread");
+    static_assert(kScoreBins * 4 <= kScratchLists && kMassBins * 8 <= kScratchLists && kRowBins * 8 <= kScratchLists,
+                  "every histogram");
+#pragma unroll
+    for (int i = 0; i < kVectors; i += kThreads) part<uint4>(p.scratch_at)[i + tid()] = make_uint4(0, 0, 0, 0);
+  }
   __device__ __forceinline__ float* warp_rows() const { return part<float>(p.scratch_at); }
   __device__ __forceinline__ T* streamed_tiles() const { return part<T>(p.scratch_at); }
   __device__ __forceinline__ float* weight_list() const { return part<float>(p.scratch_at + kScratchLists); }

@@ -57,7 +57,7 @@ struct FusedParams {
   int evens_out;
   // Shared memory, bytes from the start of the dynamic part and elements.
   int scratch_at, pages_at, candidates_at, bitmap_at, state_at;
-  int bitmap_words, slot_capacity;
+  int slot_capacity;
   int list_capacity;  // weights a block lists for the rows it solves; a row with more is solved from all
 };
 
@@ -145,7 +145,7 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
   // Of 16,384 candidates about 1,700 weights a row are listed, by up to 32 warps and not evenly.
   const int candidate_tokens = by_page ? p.capacity * page_size : by_token ? p.capacity : max_tokens;
   p.list_capacity = padded_rows > 1 && candidate_tokens > 8192 ? 4096 : 2048;
-  p.bitmap_words = std::max(blocks_of(32, own_items), kBoundaryList / 2);
+  const int bitmap_words = std::max(blocks_of(32, own_items), kBoundaryList / 2);
 
   int end = fused_shared_bytes(head_dim, padded_rows);
   const auto take = [&](int bytes) {
@@ -158,7 +158,7 @@ inline int lay_out(FusedParams& p, int head_dim, int rows, int cluster_size) {
   p.pages_at = take(by_page ? own_pages * 4 : by_token ? own_tokens / kTileTokens * 4 : 0);
   const bool lists_pages = p.selector == FusedSelector::kFull;
   p.candidates_at = take((lists_pages ? own_tokens / page_size : own_candidates) * 8);
-  p.bitmap_at = take(p.bitmap_words * 2 * 4);
+  p.bitmap_at = take(bitmap_words * 2 * 4);
   const int score_stride = by_token ? blocks_of(2, padded_rows) : padded_rows;
   p.state_at = take(std::max(own_items * score_stride, p.slot_capacity * padded_rows) * 4);
 

@@ -9,11 +9,12 @@ namespace {
 template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
   using Base = FusedSelection<T, D, RP, kSelector>;
-  using Base::accumulate, Base::cluster, Base::estimates, Base::fold, Base::g, Base::head, Base::histogram,
-      Base::kCopies, Base::kScales, Base::kWords, Base::kept, Base::lane, Base::last_weights, Base::lead_word,
-      Base::lead_words, Base::live, Base::load_codes, Base::load_scale, Base::mass_histogram, Base::p, Base::page_size,
-      Base::publish_sums, Base::read_norms, Base::resolve, Base::rest_word, Base::row_of_column, Base::rows, Base::s,
-      Base::sequence, Base::slot_count, Base::slot_in_page, Base::t, Base::tid, Base::warp, Base::weight_list;
+  using Base::accumulate, Base::clear_histograms, Base::cluster, Base::estimates, Base::fold, Base::g, Base::head,
+      Base::histogram, Base::kCopies, Base::kScales, Base::kWords, Base::kept, Base::lane, Base::last_weights,
+      Base::lead_word, Base::lead_words, Base::live, Base::load_codes, Base::load_scale, Base::mass_histogram, Base::p,
+      Base::page_size, Base::publish_sums, Base::read_norms, Base::resolve, Base::rest_word, Base::row_of_column,
+      Base::rows, Base::s, Base::sequence, Base::slot_count, Base::slot_in_page, Base::t, Base::tid, Base::warp,
+      Base::weight_list;
 
   __device__ explicit FusedPruner(const FusedParams& params) : Base(params) {}
 
@@ -185,7 +186,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
 
   // Bins of a row: down from 2, at least an eighth of an octave each in the first round. The rows that a block solves
   // divide kRowBins, and each holds the upper and the lower halves of its mass.
-  static_assert(kRowBins * 8 <= kScratchLists && kRowBins / RP >= 32, "bins of all rows of a block");
+  static_assert(kRowBins / RP >= 32, "a bin for every lane that looks for the threshold's");
   static constexpr uint32_t kLowRowKey = 96u << 23;  // 2^-31
   static constexpr int kLog2RowKeys = 28;            // from there to 2
   __device__ __forceinline__ int log2_row_bins() const { return 31 - __clz(kRowBins / solved_rows()); }
@@ -278,10 +279,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
 
   // The bins of all rows and the numbers of weights found, clear before the cluster meets and between rounds.
   __device__ __forceinline__ void clear_row_bins() {
-#pragma unroll
-    for (int i = 0; i < kRowBins / 2; i += kThreads) {
-      reinterpret_cast<uint4*>(histogram())[i + tid()] = make_uint4(0, 0, 0, 0);
-    }
+    clear_histograms();
     if (tid() < RP) s.found_size[tid()] = 0;
   }
 
@@ -402,8 +400,7 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
     int log2_width = 32;
     unsigned long long above = 0;
     for (;;) {
-#pragma unroll 1
-      for (int i = tid(); i < kMassBins; i += kThreads) mass_histogram()[i] = 0;
+      clear_histograms();
       if (tid() == 0) s.local_boundary = 0;
       __syncthreads();
       const bool first_round = log2_width == 32;

@@ -9,12 +9,12 @@ namespace {
 template <typename T, int D, int RP, FusedSelector kSelector>
 struct FusedSelection : FusedScores<T, D, RP, kSelector> {
   using Base = FusedScores<T, D, RP, kSelector>;
-  using Base::boundary_keys, Base::candidates, Base::cluster, Base::competing_items, Base::exact_score, Base::first,
-      Base::head, Base::histogram, Base::kByPage, Base::kLevels, Base::kLevelsPerUnit, Base::kLowestLevel, Base::lane,
-      Base::list_pages, Base::live, Base::marks, Base::norms_usable, Base::owned, Base::p, Base::page_block,
-      Base::page_size, Base::pages, Base::rank_key, Base::read_norms, Base::s, Base::score_key, Base::score_pages,
-      Base::score_tokens, Base::score_tokens_twice, Base::slot_in_page, Base::stored_key, Base::sum_kept_logits,
-      Base::t, Base::tid, Base::token_row, Base::warp;
+  using Base::boundary_keys, Base::candidates, Base::clear_histograms, Base::cluster, Base::competing_items,
+      Base::exact_score, Base::first, Base::head, Base::histogram, Base::kByPage, Base::kLevels, Base::kLevelsPerUnit,
+      Base::kLowestLevel, Base::lane, Base::list_pages, Base::live, Base::marks, Base::norms_usable, Base::owned,
+      Base::p, Base::page_block, Base::page_size, Base::pages, Base::rank_key, Base::read_norms, Base::s,
+      Base::score_key, Base::score_pages, Base::score_tokens, Base::score_tokens_twice, Base::slot_in_page,
+      Base::stored_key, Base::sum_kept_logits, Base::t, Base::tid, Base::token_row, Base::warp;
 
   __device__ explicit FusedSelection(const FusedParams& params) : Base(params) {}
 
@@ -155,14 +155,6 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     return make_int3(s.bin, s.in_bin, s.need);
   }
 
-  __device__ __forceinline__ void clear_histogram() {
-    static_assert(kScoreBins % (4 * kThreads) == 0, "whole vectors of every thread");
-#pragma unroll
-    for (int i = 0; i < kScoreBins / 4; i += kThreads) {
-      reinterpret_cast<uint4*>(histogram())[i + tid()] = make_uint4(0, 0, 0, 0);
-    }
-  }
-
   // The `wanted` best items of the cluster, ties to the lower index, dealt out evenly into `candidates`. The keys of
   // the first round, for which the histogram is clear, are made from the logits, or stored already. Scores made from
   // levels are only near the exact ones: those that may end on either side of the boundary are made again; false where
@@ -184,7 +176,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
       log2_width = first_round ? ScoreBins::log2_width(found.x) : shift;
       if (in_bin <= (near ? kBoundaryList / 2 : kBoundaryList) || need == in_bin || log2_width == 0) break;
       cluster.sync();  // the others still read this histogram
-      clear_histogram();
+      clear_histograms();
       __syncthreads();
     }
     bool ranked = need < in_bin && in_bin <= kBoundaryList;
@@ -367,7 +359,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     while (!usable || !select(wanted, !kLevels || near, near)) {
       near = false;
       cluster.sync();  // the others still read what is written again
-      clear_histogram();
+      clear_histograms();
       __syncthreads();
       if (!usable) {
         kLevels ? score_tokens_twice(false) : sum_kept_logits();
@@ -404,7 +396,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     const int candidate_share = blocks_of(cluster.size, wanted);
     int begin = cluster.rank * candidate_share, mine = min(max(wanted - begin, 0), candidate_share);
     if (wanted < items) {
-      clear_histogram();
+      clear_histograms();
       if (kByPage) {
         score_pages();
         exchange_norms();

@@ -46,7 +46,7 @@ class FusedParams(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "selector prunes query_tokens group_size kv_heads log2_page_size max_pages num_pages token_budget capacity dense_below "
-                "sink_tokens recent_tokens evens_out scratch_at pages_at candidates_at bitmap_at state_at bitmap_words slot_capacity "
+                "sink_tokens recent_tokens evens_out scratch_at pages_at candidates_at bitmap_at state_at slot_capacity "
                 "list_capacity"
             ).split()
         ],

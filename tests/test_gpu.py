@@ -125,14 +125,19 @@ def test_decode_attention_matches_the_oracle_on_131072_tokens(long_inputs, selec
     test_decode_attention.check(STAGES, long_inputs, **options)
 
 
+def growing_inputs(shape: Shape, **pages: int):
+    """Inputs whose tokens were appended; every page the sequences will grow into is theirs alone."""
+    x = make_inputs(shape, device="cuda", bounds_dtype="uint8", **pages)
+    x.page_table.copy_(torch.arange(x.page_table.numel(), device="cuda").view_as(x.page_table))
+    REGISTERED.append_kv(**x.arguments("append_kv", k=x.keys, v=x.values, positions=test_append_kv.left_aligned(x)))
+    return x
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_a_captured_step_replays_as_eager_while_lengths_grow(selector):
     """One graph of append and attend serves every length, past dense_below and across pages, bit for bit."""
     shape = Shape((60, 5, 0), 8, 2, 64, 16, 1, torch.bfloat16)
-    x = make_inputs(shape, device="cuda", bounds_dtype="uint8", extra_pages=4, spare_pages=30)
-    # Every page the sequences will grow into is theirs alone; what lies behind the last token stays NaN until it is written.
-    x.page_table.copy_(torch.arange(x.page_table.numel(), device="cuda").view_as(x.page_table))
-    REGISTERED.append_kv(**x.arguments("append_kv", k=x.keys, v=x.values, positions=test_append_kv.left_aligned(x)))
+    x = growing_inputs(shape, extra_pages=4, spare_pages=30)  # what lies behind the last token stays NaN until it is written
     size = (3, 1, 2, 64)
     k, v = torch.randn(size, device="cuda").bfloat16(), torch.randn(size, device="cuda").bfloat16()
     options = test_decode_attention.options_for(x, selector, token_budget=32, dense_below=62)
@@ -165,9 +170,7 @@ def test_steps_in_a_row_in_one_graph_are_as_with_a_wait_behind_every_call(select
     """Long appends and what attends to them at once; the fused kernels are launched before those ahead have ended."""
     steps, tokens = 6, 256
     shape = Shape((3000, 700, 90), 32, 8, 128, 16, 1, torch.bfloat16)
-    x = make_inputs(shape, device="cuda", bounds_dtype="uint8", extra_pages=steps * tokens // 16, spare_pages=700)
-    x.page_table.copy_(torch.arange(x.page_table.numel(), device="cuda").view_as(x.page_table))
-    REGISTERED.append_kv(**x.arguments("append_kv", k=x.keys, v=x.values, positions=test_append_kv.left_aligned(x)))
+    x = growing_inputs(shape, extra_pages=steps * tokens // 16, spare_pages=700)
     # With bounds a long append is two kernels, without them one.
     bounds = {} if selector == "quest" else {"page_bounds": None, "bounds_scale": None}
     k, v = torch.randn(2, steps, 3, tokens, 8, 128, device="cuda").bfloat16()
