@@ -166,12 +166,14 @@ class Context:
         for layer in cache.layers:
             if layer.paged.channel_order is not None:
                 layer.paged.channel_order.copy_(self.channel_order)
-        cache.begin_step(batch, self.length, torch.arange(self.length, device=device)[None])
+        cache.sequences.begin(batch, self.length)
         for b, start, k, v in self.chunks(batch):
             lens = torch.tensor([start + k.shape[1]], dtype=torch.int32, device=device)
             v = v.to(cache.layers[0].dtype)
             for layer, key_std in zip(cache.layers, self.key_std, strict=True):
-                append((k * key_std).to(layer.dtype), v, layer.paged, cache.page_table[b : b + 1], lens)
+                append((k * key_std).to(layer.dtype), v, layer.paged, cache.live_page_table[b : b + 1], lens)
+        cache.sequences.commit()
+        cache.sequences.begin_decoding()
 
     def fill_static(self, cache: StaticCache, batch: int) -> None:
         for b, start, k, v in self.chunks(batch):

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .. import calibration
 from ..config import TwilightConfig
-from ..ops._checks import MAX_QUERY_TOKENS
+from ..ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
 from ..paged_kv_cache import PagedKVLayer, allocate_layer
 from ..report import BudgetReport, budget_report
+from .sequences import Sequences
+from .sequences import _read_prompt_rows as _read_prompt_rows
 
 
-class PromptRow:
-    """Where one sequence's tokens lie in a prompt chunk: columns `column .. column + count - 1`, positions `start` onwards."""
+class LayerKeys:
+    """What `TwilightCache.update` returns for the keys: the layer and its new K, for attn_implementation="twilight" alone.
 
-    __slots__ = ("column", "count", "start")
-
-    def __init__(self, column: int, count: int, start: int):
-        self.column, self.count, self.start = column, count, start
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-
-@dataclass
-class PromptChunk:
-    """What the layers of one prompt forward share.
-
-    `rows` is None while a graph is traced, where nothing can be read on the host; `positions` None stands for no padding.
+    Any other attention takes it for a tensor, and is told so.
     """
 
-    rows: list[PromptRow] | None
-    positions: Tensor | None  # [B, T] int32, -1 where a column is padding
-    fills_empty_cache: bool
+    def __init__(self, layer: TwilightLayer, k: Tensor):
+        self.layer, self.k = layer, k
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(_FOREIGN_ATTENTION)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(_FOREIGN_ATTENTION)
+
+
+_FOREIGN_ATTENTION = (
+    'TwilightCache: attn_implementation: expected "twilight" (model.set_attn_implementation("twilight"), or attn_implementation="twilight" '
+    "in from_pretrained), got a model whose attention reads the cached keys itself"
+)
 
 
 class TwilightLayer(CacheLayerMixin):
@@ -47,38 +50,89 @@ class TwilightLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, cache: TwilightCache, index: int):
+    def __init__(self, sequences: Sequences, index: int, twilight: TwilightConfig, num_qo_heads: int, num_kv_heads: int):
         super().__init__()
-        self.cache = cache
-        self.index = index
-        self.paged: PagedKVLayer | None = None
+        self.sequences, self.index, self.twilight = sequences, index, twilight
+        self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads  # of the whole model
 
+    @property
+    def paged(self) -> PagedKVLayer | None:
+        return self.sequences.layers[self.index]
+
+    # Without fullgraph the layer is allocated between two graphs; with it, the reason is what the user reads.
+    @torch.compiler.disable(reason="TwilightCache: expected to be allocated before tracing: give it device and dtype")
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.cache._allocate(self, key_states)
+        """Allocates the layer for K [B, Hkv, T, D]; the head counts are this rank's under tensor parallelism."""
+        batch, kv_heads, _, head_dim = key_states.shape
+        sequences, device, dtype = self.sequences, key_states.device, _cache_dtype(key_states, value_states)
+        if value_states.shape[-1] != head_dim:
+            raise ValueError(
+                f"TwilightCache: layer {self.index}: expected values of {head_dim} channels as keys have, got {value_states.shape[-1]} "
+                "(multi-head latent attention is not supported)"
+            )
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"TwilightCache: head_dim: expected one of {HEAD_DIMS}, got {head_dim}")
+        if batch > sequences.max_batch_size:
+            raise ValueError(
+                f"TwilightCache: input_ids: expected at most max_batch_size = {sequences.max_batch_size} sequences, got {batch}"
+            )
+        # Tensors made under inference mode could not be written by a graph compiled outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            if sequences.page_table is None:
+                sequences.allocate(device)
+            elif sequences.page_table.device != device:
+                raise ValueError(f"TwilightCache: layer {self.index}: expected device {sequences.page_table.device}, got {device}")
+            paged = allocate_layer(
+                self.twilight.layer_plan(self.index, device.type, sequences.max_batch_size * kv_heads),
+                sequences.max_batch_size * sequences.max_pages,
+                self.num_qo_heads * kv_heads // self.num_kv_heads,
+                kv_heads,
+                head_dim,
+                sequences.page_size,
+                dtype,
+                device,
+                sequences.layers[self.index - 1] if self.index > 0 else None,
+            )
+            calibration.initialise(paged)
+        for tensor in paged.tensors():
+            torch._dynamo.mark_static_address(tensor)
+        sequences.layers[self.index] = paged
+        self.dtype, self.device, self.is_initialized = dtype, device, True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Returns ((layer, keys), values): the positions are known only to the attention function."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[LayerKeys, Tensor]:
+        """Hands the new K through with this layer: only the attention function knows which columns are padding."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return (self, key_states), value_states
+        return LayerKeys(self, key_states), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.max_cache_len, 0
+        return self.sequences.max_cache_len, 0
 
     def get_seq_length(self) -> Tensor | int:
-        return self.cache.seen if self.is_initialized else 0
+        return self.sequences.seen if self.is_initialized else 0
 
     def get_max_length(self) -> int:
-        return self.cache.max_cache_len
+        return self.sequences.max_cache_len
+
+    def activate_past_recording(self) -> None:
+        """transformers calls this before it decodes speculatively: forwards of several tokens are then decode steps."""
+        self.sequences.announced = True
 
     def reset(self) -> None:
-        self.cache.reset()
+        self.sequences.reset()
+        self.forget()
+
+    def forget(self) -> None:
+        """The layer's own part of a reset: budget counters, and a calibration that came from the prompt."""
+        if self.is_initialized:
+            self.paged.budget_counters.zero_()
+            calibration.initialise(self.paged)
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.cache.crop(tokens_to_remove)
+        self.sequences.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.cache.reorder_cache(beam_idx)
+        raise NotImplementedError("TwilightCache: reorder_cache: beam search is not supported; use greedy decoding or sampling")
 
     def offload(self) -> None:
         raise NotImplementedError("TwilightCache: offload: moving pages to the host is not supported")
@@ -89,8 +143,9 @@ class TwilightLayer(CacheLayerMixin):
 class TwilightCache(Cache):
     """Paged K and V, their 4-bit shadow and the selectors' data for one model.
 
-    A slot is a token's logical position, so padding takes no room and ragged batches stay packed. Tensors are allocated once, at the first
-    forward or at once where `device` and `dtype` are given, and only ever written in place.
+    A slot is the number of tokens before a token in its sequence, so padding takes no room and ragged batches stay packed. Tensors are
+    allocated once, at the first forward or at once where `device` and `dtype` are given, and only ever written in place. A forward counts
+    when its last layer is done: one that fails or is refused leaves the cache as it was.
 
     Args:
         config: the model's configuration.
@@ -98,9 +153,11 @@ class TwilightCache(Cache):
         max_batch_size: sequences.
         max_cache_len: tokens a sequence, prompt and new tokens together; rounded up to whole pages. None: the model's own maximum.
         device, dtype: of K and V; give both to allocate before a compiled prefill or an export.
+        step_tokens: forwards of up to so many tokens on a filled cache are decode steps, pruned; longer ones are prompts, exact. 1 to 8.
+            transformers' speculative decoding needs no setting here.
 
     Raises:
-        ValueError: a bad size, or a model with sliding-window layers shorter than the cache.
+        ValueError: a bad size, or a model with layers that this cache would get wrong.
     """
 
     # Properties of the base class, deprecated there; plain numbers here.
@@ -115,172 +172,69 @@ class TwilightCache(Cache):
         max_cache_len: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        step_tokens: int = 1,
     ):
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("TwilightCache: config: expected a decoder, got an encoder-decoder model")
         config = config.get_text_config(decoder=True)
         self.twilight = TwilightConfig() if twilight is None else twilight
         max_cache_len = config.max_position_embeddings if max_cache_len is None else max_cache_len
         for name, value in (("max_batch_size", max_batch_size), ("max_cache_len", max_cache_len)):
             if value < 1:
                 raise ValueError(f"TwilightCache: {name}: expected >= 1, got {value}")
-        self.max_batch_size = max_batch_size
-        self.max_pages = -(-max_cache_len // self.twilight.page_size)
-        self.max_cache_len = self.max_pages * self.twilight.page_size
-        self.num_qo_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        _refuse_sliding_window(config, max_cache_len)
-
-        self.page_table: Tensor | None = None  # [max_batch_size, M] int32
-        self.seq_lens: Tensor | None = None  # [max_batch_size] int32
-        self.seen: Tensor | int = 0  # columns forwarded so far, padding included: what generate() slices its inputs with
-        self.live_page_table: Tensor | None = None  # [B, M], the rows in use
-        self.live_seq_lens: Tensor | None = None  # [B]
-        self.filled = False
-        self.prompt: PromptChunk | None = None  # None while decoding
-        self.step_positions: Tensor | None = None
-        super().__init__(layers=[TwilightLayer(self, i) for i in range(config.num_hidden_layers)])
+        if not 1 <= step_tokens <= MAX_QUERY_TOKENS:
+            raise ValueError(f"TwilightCache: step_tokens: expected 1 to {MAX_QUERY_TOKENS}, got {step_tokens}")
         if (device is None) != (dtype is None):
             raise ValueError("TwilightCache: device: expected device and dtype together, got one without the other")
+        layers, heads, kv_heads = read_layers(config, max_cache_len)
+        pages = -(-max_cache_len // self.twilight.page_size)
+        self.sequences = Sequences(layers, max_batch_size, pages, self.twilight.page_size, step_tokens)
+        self.max_batch_size, self.max_cache_len = max_batch_size, self.sequences.max_cache_len
+        super().__init__(layers=[TwilightLayer(self.sequences, i, self.twilight, heads, kv_heads) for i in range(layers)])
         if device is not None:
-            self.early_initialization(max_batch_size, self.num_kv_heads, self.head_dim, dtype, torch.device(device))
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+            self.early_initialization(max_batch_size, kv_heads, head_dim, dtype, torch.device(device))
 
-    def _allocate(self, layer: TwilightLayer, k: Tensor) -> None:
-        """Allocates one layer for k [B, Hkv, T, D]; the head counts are this rank's under tensor parallelism."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError("TwilightCache: expected to be allocated before tracing: give it device and dtype, or early_initialization")
-        batch, kv_heads, _, head_dim = k.shape
-        if batch > self.max_batch_size:
-            raise ValueError(f"TwilightCache: input_ids: expected at most max_batch_size = {self.max_batch_size} sequences, got {batch}")
-        # Tensors made under inference mode could not be written by a graph compiled outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            if self.page_table is None:
-                self._allocate_shared(k.device)
-            elif self.page_table.device != k.device:
-                raise ValueError(f"TwilightCache: layer {layer.index}: expected device {self.page_table.device}, got {k.device}")
-            layer.paged = allocate_layer(
-                self.twilight.layer_plan(layer.index, k.device.type, self.max_batch_size * kv_heads),
-                self.max_batch_size * self.max_pages,
-                self.num_qo_heads * kv_heads // self.num_kv_heads,
-                kv_heads,
-                head_dim,
-                self.twilight.page_size,
-                k.dtype,
-                k.device,
-                self.layers[layer.index - 1].paged if layer.index > 0 else None,
-            )
-            calibration.initialise(layer.paged)
-        for tensor in layer.paged.tensors():
-            torch._dynamo.mark_static_address(tensor)
-        layer.dtype, layer.device, layer.is_initialized = k.dtype, k.device, True
+    @property
+    def filled(self) -> bool:
+        return self.sequences.filled
 
-    def _allocate_shared(self, device: torch.device) -> None:
-        pages = torch.arange(self.max_batch_size * self.max_pages, dtype=torch.int32, device=device)
-        self.page_table = pages.view(self.max_batch_size, self.max_pages)
-        self.seq_lens = torch.zeros(self.max_batch_size, dtype=torch.int32, device=device)
-        self.seen = torch.zeros((), dtype=torch.int64, device=device)
-        for tensor in (self.page_table, self.seq_lens, self.seen):
-            torch._dynamo.mark_static_address(tensor)
-        self._use_rows(self.max_batch_size)
+    @property
+    def live_seq_lens(self) -> Tensor:
+        """[B] int32, tokens cached of each sequence in use."""
+        return self.sequences.live_seq_lens
 
-    def _use_rows(self, batch: int) -> None:
-        """Points the live views at the first `batch` sequences; the views are made here because a graph holds their addresses."""
-        if self.live_seq_lens is not None and self.live_seq_lens.shape[0] == batch:
-            return
-        if not 1 <= batch <= self.max_batch_size:
-            raise ValueError(f"TwilightCache: input_ids: expected 1 to max_batch_size = {self.max_batch_size} sequences, got {batch}")
-        with torch.inference_mode(False):
-            self.live_page_table = self.page_table[:batch]
-            self.live_seq_lens = self.seq_lens[:batch]
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.live_page_table)
-            torch._dynamo.mark_static_address(self.live_seq_lens)
-
-    def begin_step(self, batch: int, tokens: int, position_ids: Tensor | None) -> None:
-        """Called by the first layer: checks the step, then updates what all layers share. A refused step changes nothing."""
-        if position_ids is None:
-            raise ValueError("TwilightCache: position_ids: expected a tensor [B or 1, T], got None")
-        positions = position_ids.expand(batch, -1)  # [B, T]
-        if self.filled and tokens <= MAX_QUERY_TOKENS:
-            if batch != self.live_seq_lens.shape[0]:
-                self._fail_batch(batch)
-            self._begin_decode(positions, tokens)
-        else:
-            if self.filled and batch != self.live_seq_lens.shape[0]:
-                self._fail_batch(batch)
-            self._begin_prompt(positions, batch, tokens)
-        self.seen.add_(tokens)
-
-    def _fail_batch(self, batch: int) -> None:
-        in_use = self.live_seq_lens.shape[0]
-        raise ValueError(f"TwilightCache: input_ids: expected the {in_use} sequences already cached (or reset()), got {batch}")
-
-    def _begin_decode(self, positions: Tensor, tokens: int) -> None:
-        new_lens = positions[:, -1] + 1  # [B]
-        fits = (new_lens <= self.max_cache_len) & (new_lens - tokens <= self.live_seq_lens)
-        explicit = None
-        if tokens > 1:
-            explicit, padded_left = _left_padded_positions(positions, new_lens)
-            fits &= padded_left
-        # No host read in a decode step: on a GPU this is an assertion of the device.
-        torch._assert_async(
-            fits.all(), f"TwilightCache: position_ids: expected new tokens that follow the cached ones and fit {self.max_cache_len} tokens"
-        )
-        self.live_seq_lens.copy_(new_lens)
-        self.prompt, self.step_positions = None, explicit
-
-    def _begin_prompt(self, positions: Tensor, batch: int, tokens: int) -> None:
-        fresh = not self.filled
-        if torch.compiler.is_compiling():
-            rows, new_lens = None, positions.amax(1) + 1
-            explicit, padded_left = _left_padded_positions(positions, new_lens)
-            fits = padded_left & (new_lens <= self.max_cache_len)
-            torch._assert_async(fits.all(), f"TwilightCache: position_ids: expected left-padded prompts within {self.max_cache_len} tokens")
-        else:
-            cached = [0] * batch if fresh else self.live_seq_lens.tolist()
-            rows, explicit = _read_prompt_rows(positions, cached, self.max_cache_len)
-            ends = [row.end if row.count else length for row, length in zip(rows, cached, strict=True)]
-            new_lens = torch.tensor(ends, dtype=torch.int32).to(positions.device)
-        self._use_rows(batch)
-        self.live_seq_lens.copy_(new_lens)
-        self.prompt, self.step_positions = PromptChunk(rows, explicit, fresh), explicit
-        self.filled = True
+    @property
+    def live_page_table(self) -> Tensor:
+        """[B, M] int32."""
+        return self.sequences.live_page_table
 
     def reset(self) -> None:
         """Forgets every sequence, the budget counters and a calibration that came from the prompt; addresses stay."""
-        self.filled, self.prompt, self.step_positions = False, None, None
-        if self.page_table is None:
-            return
-        self.seq_lens.zero_()
-        self.seen.zero_()
+        self.sequences.reset()
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.paged.budget_counters.zero_()
-                calibration.initialise(layer.paged)
+            layer.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` tokens of every sequence; a positive number is the length to keep, as in transformers."""
-        seen = int(self.seen)
-        removed = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
-        if removed > seen:
-            raise ValueError(f"TwilightCache: tokens_to_remove: expected at most the {seen} cached tokens, got {removed}")
-        if removed:
-            self.seq_lens.sub_(removed).clamp_(min=0)
-            self.seen.sub_(removed)
+        self.sequences.crop(tokens_to_remove)
 
     def reset_budget(self) -> None:
         """Starts the budget counters again."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.paged.budget_counters.zero_()
+        for layer in self._allocated():
+            layer.budget_counters.zero_()
 
     def budget_report(self) -> BudgetReport:
         """How many tokens each layer and KV head proposed and kept since the last reset; reads the device counters once."""
-        return budget_report([layer.paged for layer in self.layers if layer.is_initialized])
+        return budget_report(self._allocated())
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of plain K and V, and of everything kept beside them."""
-        sizes = [layer.paged.nbytes() for layer in self.layers if layer.is_initialized]
+        sizes = [layer.nbytes() for layer in self._allocated()]
         return {name: sum(size[name] for size in sizes) for name in ("kv", "extra")}
+
+    def _allocated(self) -> list[PagedKVLayer]:
+        return [layer for layer in self.sequences.layers if layer is not None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("TwilightCache: reorder_cache: beam search is not supported; use greedy decoding or sampling")
@@ -292,56 +246,43 @@ class TwilightCache(Cache):
         raise NotImplementedError("TwilightCache: batch_select_indices: choosing sequences is not supported")
 
 
-def _refuse_sliding_window(config, max_cache_len: int) -> None:
-    """A window at least as long as the cache never bites; a shorter one would be ignored silently."""
-    window = getattr(config, "sliding_window", None)
+def _cache_dtype(k: Tensor, v: Tensor) -> torch.dtype:
+    """What attention runs in: under autocast its dtype, whatever the projections and the position encoding gave."""
+    device = k.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.promote_types(k.dtype, v.dtype)
+
+
+def read_layers(config, max_cache_len: int) -> tuple[int, int, int]:
+    """Layers, query heads and KV heads of a text configuration.
+
+    Raises:
+        ValueError: a model that this cache would get wrong, by name.
+    """
+    name = getattr(config, "model_type", type(config).__name__)
+
+    def fail(argument: str, expected: str, got: object) -> None:
+        raise ValueError(f"TwilightCache: {argument}: expected {expected}, got {got}")
+
     kinds = getattr(config, "layer_types", None)
-    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-    if slides and window < max_cache_len:
-        raise ValueError(f"TwilightCache: sliding_window: expected none, or at least max_cache_len = {max_cache_len}, got {window}")
     unknown = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
     if unknown:
-        raise ValueError(f"TwilightCache: layer_types: expected full_attention in every layer, got {', '.join(unknown)}")
-
-
-def _left_padded_positions(positions: Tensor, new_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [B, T] int32 with -1 for padding, and whether each row is padding followed by consecutive tokens."""
-    tokens = positions.shape[1]
-    expected = new_lens[:, None] - tokens + torch.arange(tokens, device=positions.device)
-    live = (positions == expected) & (positions >= 0)
-    return torch.where(live, positions, -1).int(), (live | (positions <= 0)).all(1)
-
-
-def _read_prompt_rows(positions: Tensor, cached: list[int], max_cache_len: int) -> tuple[list[PromptRow], Tensor | None]:
-    """Finds each sequence's run of consecutive positions, with padding (position 0 or -1) on either side. Reads the host once."""
-    host = positions.cpu()
-    tokens = host.shape[1]
-    rows, explicit = [], torch.full(host.shape, -1, dtype=torch.int32)
-    for b, length in enumerate(cached):
-        line = host[b]
-        newest = int(line.max())
-        if newest < 0 or (newest == 0 and length > 1):
-            rows.append(PromptRow(0, 0, length))
-            continue
-        last = tokens - 1 - int(line.flip(0).argmax())
-        # A run ends where going left stops counting down by one, or reaches padding.
-        counts_down = (line[: last + 1] == newest - last + torch.arange(last + 1)) & (line[: last + 1] >= 0)
-        breaks = (~counts_down).nonzero()
-        column = int(breaks[-1]) + 1 if len(breaks) else 0
-        row = PromptRow(column, last + 1 - column, newest - (last - column))
-        outside = torch.cat([line[:column], line[last + 1 :]])
-        if (outside > 0).any():
-            raise ValueError(
-                "TwilightCache: position_ids: expected one run of consecutive positions a sequence, got several (packed sequences "
-                "are not supported)"
-            )
-        # A chunk of nothing but zeros may have been padding or one token: the next chunk of that sequence may start again.
-        if row.start != length and not (row.start == 0 and length == 1):
-            raise ValueError(f"TwilightCache: position_ids: expected sequence {b} to go on at {length}, got {row.start}")
-        if row.end > max_cache_len:
-            raise ValueError(f"TwilightCache: input_ids: expected at most max_cache_len = {max_cache_len} tokens a sequence, got {row.end}")
-        explicit[b, column : last + 1] = line[column : last + 1]
-        rows.append(row)
-    if all(row.count == tokens for row in rows):
-        return rows, None
-    return rows, explicit.to(positions.device)
+        fail("layer_types", "full_attention in every layer", ", ".join(unknown))
+    # A window at least as long as the cache never bites.
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < max_cache_len and (kinds is None or "sliding_attention" in kinds):
+        fail("sliding_window", f"none, or at least max_cache_len = {max_cache_len}", window)
+    if getattr(config, "attention_chunk_size", None) is not None and kinds is None:
+        fail("attention_chunk_size", "none", config.attention_chunk_size)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        fail("config", "K and V by head", f"{name} with multi-head latent attention")
+    # The cache works through transformers' attention interface; a model with attention of its own would read K and V itself.
+    model = MODEL_MAPPING.get(type(config), None) if type(config) in MODEL_MAPPING else None
+    if model is not None and not hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS"):
+        fail("config", "a model that calls transformers' attention interface", f"{name}, which has attention of its own")
+    sizes = []
+    for field in ("num_hidden_layers", "num_attention_heads"):
+        if not isinstance(size := getattr(config, field, None), int):
+            fail(field, "one number for all layers", f"{size} in {name}")
+        sizes.append(size)
+    layers, heads = sizes
+    return layers, heads, getattr(config, "num_key_value_heads", None) or heads

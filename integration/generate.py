@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import types
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -63,8 +66,17 @@ class Sampling:
             surplus = probability.cumsum(-1) - probability >= self.top_p
             logits = ranked.values.masked_fill(surplus, float("-inf")).gather(-1, ranked.indices.argsort(-1))
         # The largest of p / Exponential(1) is a draw from p, without the host read of torch.multinomial.
-        noise = -torch.log1p(-torch.rand_like(logits))
-        return most_likely(logits.softmax(-1) / noise.clamp(min=torch.finfo(noise.dtype).tiny))
+        return most_likely(logits.softmax(-1) / _exponential(logits))
+
+
+def _exponential(like: Tensor) -> Tensor:
+    """Draws from Exponential(1) in the shape of `like` [B, V] fp32, small ones with all their digits.
+
+    torch.rand knows 2**24 numbers. Among 128,256 words one of them is 0 in 0.8% of all draws, and 0 makes an impossible word win; a second
+    draw fills in the digits below.
+    """
+    uniform = torch.rand_like(like) + torch.rand_like(like) * 2.0**-24
+    return -torch.log1p(-uniform.clamp(min=2.0**-49, max=1.0 - 2.0**-24))
 
 
 def most_likely(logits: Tensor) -> Tensor:
@@ -119,7 +131,10 @@ class Decoder:
         eos_token_ids: tokens that end a sequence; None takes the model's, () never stops.
         pad_token_id: what follows the end.
         capture: "cuda_graph" (the default on a GPU; `compile_regions`, then recorded), "compile" (the default elsewhere) or
-            "eager".
+            "eager". By default a model that cannot be compiled decodes eagerly, and a warning says why.
+
+    Raises:
+        ValueError: a model, cache and capture that do not go together.
     """
 
     def __init__(
@@ -132,18 +147,18 @@ class Decoder:
         pad_token_id: int | None = None,
         capture: str | None = None,
     ):
-        device = model.device
+        device = execution_device(model)
         self.model, self.cache, self.sampling = model, cache, sampling
         self.device = device
+        self._chosen = capture is not None  # by the user, who then gets an error where the default would fall back
         self.capture = capture or ("cuda_graph" if device.type == "cuda" else "compile")
         if self.capture not in CAPTURES:
             raise ValueError(f"generate: capture: expected one of {', '.join(CAPTURES)}, got {capture!r}")
         if self.capture == "cuda_graph" and device.type != "cuda":
             raise ValueError(f'generate: capture: expected "compile" or "eager" on {device.type}, got "cuda_graph"')
-        if isinstance(cache, TwilightCache) and model.config._attn_implementation != "twilight":
-            raise ValueError(
-                f'generate: model: expected attn_implementation="twilight" for a TwilightCache, got "{model.config._attn_implementation}"'
-            )
+        attention = model.config.get_text_config(decoder=True)._attn_implementation
+        if isinstance(cache, TwilightCache) and attention != "twilight":
+            raise ValueError(f'generate: model: expected attn_implementation="twilight" for a TwilightCache, got "{attention}"')
         if eos_token_ids is None:
             eos = model.generation_config.eos_token_id
             eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
@@ -166,9 +181,18 @@ class Decoder:
             self.count = buffer(1)  # tokens written to `output`
             self.eos = buffer(MAX_END_TOKENS)
         self.stop_at(eos_token_ids)
-        self.graphs = self.breaks = 0
-        self.step = self._make_step()  # one decode step on the buffers, as captured
+        self.breaks = 0
+        self._traced: list[int] = []  # nodes of each graph that was traced
+        self._cache_name = cache_argument(model)
+        if self.capture != "eager" and is_offloaded(model):
+            self._fall_back("weights that accelerate loads for every layer can be neither compiled nor recorded")
+        self._captured = self._make_step()
         self._steps_run = 0
+
+    @property
+    def graphs(self) -> int:
+        """Graphs traced for the decode step since the decoder was made."""
+        return len(self._traced)
 
     def stop_at(self, eos_token_ids: Sequence[int]) -> None:
         """Changes the tokens that end a sequence; () never stops. The graph stays: it reads them from a buffer."""
@@ -178,28 +202,66 @@ class Decoder:
         padded = [*eos_token_ids, *[-1] * (MAX_END_TOKENS - len(eos_token_ids))]
         self.eos.copy_(torch.tensor(padded))
 
-    def _make_step(self) -> Callable[[], None]:
+    def step(self) -> None:
+        """One decode step on the buffers, as captured."""
+        if self._captured is None:
+            self.step_eager()
+            return
+        try:
+            self._captured()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Tracing runs nothing, so the step can still be made in another way.
+            self._fall_back(str(error).strip().splitlines()[0], error)
+            self.step_eager()
+
+    def _fall_back(self, reason: str, error: Exception | None = None) -> None:
+        """To capture="eager", unless the user asked for something else."""
+        if self._chosen:
+            raise ValueError(f'generate: capture: expected "eager" for this model, got "{self.capture}": {reason}') from error
+        warnings.warn(
+            f'generate: this model decodes with capture="eager" instead of "{self.capture}", which costs the host every operator of every '
+            f"step (about 3 times a token on a CPU, 5 on a GPU): {reason}",
+            stacklevel=3,
+        )
+        self.capture, self._captured = "eager", None
+
+    def _make_step(self) -> Callable[[], None] | None:
         if self.capture == "eager":
-            return self.step_eager
+            return None
         # Calling pieces one by one costs the host time on every step, which only a recorded graph does not pay.
         compiler = compile_regions if self.capture == "cuda_graph" else lookup_backend("inductor")
+        traced = self._traced
 
         def backend(graph: torch.fx.GraphModule, example_inputs: list):
-            self.graphs += 1
-            return compiler(graph, example_inputs)
+            # The compiler keeps every backend for ever, so this one must not hold the decoder and its cache.
+            compiled = compiler(graph, example_inputs)
+            traced.append(len(graph.graph.nodes))
+            return compiled
 
         # The compiler keeps its graphs by code object: with one of its own, a decoder neither counts as a recompile of the last one nor
         # uses up its recompile limit.
         function = type(self).step_eager
         own = types.FunctionType(function.__code__.replace(co_name=f"decode_step_{id(self):x}"), function.__globals__)
-        compiled = torch.compile(types.MethodType(own, self), backend=backend, fullgraph=True, dynamic=False)
-        return CapturedStep(compiled, self.device) if self.capture == "cuda_graph" else compiled
+        compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+        # A decoder that nobody else holds goes at once, with its cache.
+        decoder = weakref.ref(self)
+
+        def step() -> None:
+            compiled(decoder())
+
+        return CapturedStep(step, self.device) if self.capture == "cuda_graph" else step
+
+    def _forward(self, ids: Tensor, positions: Tensor, **kwargs) -> Tensor:
+        """Logits [B, T, V]."""
+        return self.model(input_ids=ids, position_ids=positions, use_cache=True, **{self._cache_name: self.cache}, **kwargs).logits
 
     def step_eager(self) -> None:
         """One decode step: reads and writes only the static buffers and the cache."""
-        logits = self.model(input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True).logits
+        logits = self._forward(self.token, self.position)
         # A sequence that has ended stays where it is, so that padding never grows its cache.
         self.position.add_((~self.finished).long()[:, None])
+        if isinstance(self.cache, TwilightCache):
+            self.cache.live_seq_lens.copy_(self.position[:, 0])
         self._emit(logits[:, -1])
 
     def _emit(self, logits: Tensor) -> None:
@@ -247,6 +309,8 @@ class Decoder:
         self.finished.zero_()
         self.count.zero_()
         self.position.copy_(prompt_lens[:, None])
+        if isinstance(cache, TwilightCache):
+            cache.sequences.begin_decoding()
         self._emit(logits)
         prefill_s = self._now() - start
         if on_tokens is not None:
@@ -256,17 +320,18 @@ class Decoder:
         breaks_before = _graph_breaks()
         warmup = 0 if self._steps_run > WARMUP_STEPS else WARMUP_STEPS + 1 - self._steps_run
         start = warm = time.perf_counter()
-        steps = reported = 0
+        steps, reported, ended = 0, 1, False
         for step in range(1, max_new_tokens):
-            if self.stops and (step - 1) % every == 0 and bool(self.finished.all()):
+            if self.stops and (step - 1) % every == 0 and (ended := bool(self.finished.all())):
                 break
             self.step()
             steps = step
             if step == warmup:
                 warm = self._now()
-            if on_tokens is not None and (step % every == 0 or step == max_new_tokens - 1):
-                on_tokens(self.output[:, reported + 1 : step + 1].clone())
-                reported = step
+            if on_tokens is not None and step % every == 0:
+                reported = self._report(on_tokens, reported, step + 1)
+        if on_tokens is not None and not ended:
+            self._report(on_tokens, reported, steps + 1)
         end = self._now()
         self._steps_run += steps
         self.breaks += _graph_breaks() - breaks_before
@@ -274,7 +339,7 @@ class Decoder:
         tokens, lengths = self._collect(steps + 1)
         if isinstance(cache, TwilightCache):
             cache.live_seq_lens.copy_(prompt_lens + lengths - 1)
-            cache.seen.copy_(seen + tokens.shape[1] - 1)
+            cache.sequences.seen.copy_(seen + tokens.shape[1] - 1)
         timed = steps - warmup
         return Generation(
             tokens=tokens,
@@ -346,6 +411,7 @@ class Decoder:
             raise ValueError(f"generate: prefill_chunk: expected > {MAX_QUERY_TOKENS}, got {chunk}")
         if on_prefill is not None:
             on_prefill(0, total)
+        keep = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         begin, logits = 0, None
         while begin < total:
             end = total if chunk is None else min(total, begin + chunk)
@@ -357,11 +423,19 @@ class Decoder:
                 on_prefill(begin + (end - begin) * layers // of, total)
 
             with nullcontext() if on_prefill is None else layer_progress(self.model, report):
-                logits = self.model(
-                    input_ids=ids[:, part], position_ids=positions[:, part], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-                ).logits[:, -1]
+                live = positions[:, part] >= 0
+                # A tensor of this shape reaches the attention function as it is.
+                padding = {} if bool(live.all()) else {"attention_mask": live[:, None, None]}
+                logits = self._forward(ids[:, part], positions[:, part].clamp(min=0), **padding, **keep)[:, -1]
             begin = end
         return logits
+
+    def _report(self, on_tokens: Callable[[Tensor], None], reported: int, written: int) -> int:
+        """Hands out the columns after the first `reported`, up to where the last sequence ends; returns how many are out then."""
+        tokens, _ = self._collect(written)
+        if tokens.shape[1] > reported:
+            on_tokens(tokens[:, reported:])
+        return tokens.shape[1]
 
     def _collect(self, written: int) -> tuple[Tensor, Tensor]:
         """The tokens written by this call, cut after the last sequence's end, and each sequence's length."""
@@ -373,10 +447,44 @@ class Decoder:
         return tokens[:, : int(lengths.max())], lengths
 
 
+def cache_argument(model) -> str:
+    """The name under which a model takes its cache: transformers 5.24 calls it `cache`, before it was `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The list of decoder layers, whatever the family calls it."""
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return next((modules for modules in lists if len(modules) == layers), torch.nn.ModuleList())
+
+
+def _hooks(model) -> Iterator:
+    """What accelerate hangs on modules whose weights lie elsewhere."""
+    for module in model.modules():
+        if (hook := getattr(module, "_hf_hook", None)) is not None:
+            yield from getattr(hook, "hooks", (hook,))
+
+
+def execution_device(model) -> torch.device:
+    """Where the model computes: its own device, or accelerate's where that holds no weights."""
+    if model.device.type != "meta":
+        return model.device
+    found = [device for hook in _hooks(model) if (device := getattr(hook, "execution_device", None)) is not None]
+    if not found:
+        raise ValueError("generate: model: expected weights on a device, got a model on meta")
+    return torch.device("cuda", found[0]) if isinstance(found[0], int) else torch.device(found[0])
+
+
+def is_offloaded(model) -> bool:
+    """Whether accelerate brings in weights for every layer."""
+    return any(getattr(hook, "offload", False) for hook in _hooks(model))
+
+
 @contextmanager
 def layer_progress(model, report: Callable[[int, int], None]) -> Iterator[None]:
     """Calls report(layers done, layers in all) after every decoder layer of the forwards inside."""
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model)
 
     def hook(done: int) -> Callable[..., None]:
         return lambda *_: report(done, len(layers))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from .. import calibration
 from ..decode_step import append, attend
-from .cache import PromptChunk, TwilightLayer
+from ..paged_kv_cache import PagedKVLayer
+from .cache import LayerKeys, TwilightLayer
+from .sequences import Forward
 
-# Arguments of transformers' attention functions that would change the result; none of the supported models passes them.
+# Arguments of transformers' attention functions that would change the result.
 _UNSUPPORTED = {
     "softcap": "logit soft-capping",
     "s_aux": "attention sinks learned by the model",
+    "position_bias": "a bias by position",
+    "alibi": "a bias by position",
+    "head_mask": "a mask by head",
     "cu_seq_lens_q": "packed sequences",
     "cu_seq_lens_k": "packed sequences",
     "block_table": "paged batching by transformers",
@@ -24,7 +33,7 @@ _UNSUPPORTED = {
 def twilight_attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | tuple[TwilightLayer, Tensor],
+    key: LayerKeys,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
@@ -32,108 +41,208 @@ def twilight_attention(
     position_ids: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer: prompts exactly, steps of 1 to 8 tokens on a filled cache through `append_kv` and `decode_attention`.
+    """Attention of one layer: prompts exactly, decode steps through `append_kv` and `decode_attention`.
 
     Args:
-        query: [B, Hq, T, D]. key: (cache layer, [B, Hkv, T, D]) as `TwilightCache.update` returns it. value: [B, Hkv, T, D].
-        position_ids: [B or 1, T], the tokens' positions in their own sequence; padding is 0 or -1.
+        query: [B, Hq, T, D]. key: what `TwilightCache.update` returned for [B, Hkv, T, D]. value: [B, Hkv, T, D].
+        attention_mask: [B, 1, 1, T] bool, False for padding, as `twilight_mask` gives it; None: no padding.
+        position_ids: [B or 1, T]; where there is no mask, -1 is padding, and so are zeros before the first token and after the last.
 
     Returns:
         [B, T, Hq, D], and None for the weights.
 
     Raises:
-        RuntimeError: anything this attention would silently get wrong, by name.
+        RuntimeError: anything this attention would silently get wrong, by name; the cache is as it was before the forward.
     """
-    layer, key = _refuse(module, query, key, attention_mask, dropout, kwargs)
-    cache = layer.cache
+    if not isinstance(key, LayerKeys) and not _is_causal(module, kwargs):
+        # The encoder of a model with images or sound has no cache and is none of our business.
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    layer, key, live = _refuse(module, query, key, attention_mask, dropout, kwargs)
+    dtype = query.dtype
+    query, key, value = (_to_cache_dtype(tensor, layer.dtype) for tensor in (query, key, value))
     batch, _, tokens, head_dim = query.shape
     scale = head_dim**-0.5 if scaling is None else scaling
-    if layer.index == 0:
-        cache.begin_step(batch, tokens, position_ids)
+    sequences = layer.sequences
+    forward = sequences.enter_layer(layer.index, batch, tokens, live, position_ids)
+    paged, table, lens = layer.paged, sequences.live_page_table, sequences.live_step_lens
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    table, lens = cache.live_page_table, cache.live_seq_lens
-    prompt = cache.prompt
-    if prompt is not None and prompt.fills_empty_cache:
-        calibration.from_prompt(layer.paged, q, k, prompt.positions, scale)
-    append(k, v, layer.paged, table, lens, cache.step_positions)
-    if prompt is None:
-        out, _ = attend(q, layer.paged, table, lens, scale)
-    elif prompt.rows is None:
-        out = _attend_paged(query, layer, table, lens, prompt.positions, scale)
+    if forward.calibrates:
+        calibration.from_prompt(paged, q, k, forward.slots, scale)
+    append(k, v, paged, table, lens, forward.slots)
+    if not forward.exact:
+        out = _attend_step(q, paged, table, lens, forward, scale)
+    elif forward.rows is None:
+        out = _attend_paged(query, paged, table, lens, forward, scale)
     else:
-        out = _attend_rows(query, key, value, layer, table, prompt, scale)
-    return out, None
+        out = _attend_rows(query, key, value, paged, table, forward, scale)
+    sequences.leave_layer(layer.index)
+    return out.to(dtype), None
 
 
 def _refuse(
-    module: torch.nn.Module, query: Tensor, key: Tensor | tuple, attention_mask: Tensor | None, dropout: float, kwargs: dict
-) -> tuple[TwilightLayer, Tensor]:
-    """Raises for anything not supported, before the cache is touched."""
+    module: torch.nn.Module, query: Tensor, key: LayerKeys, attention_mask: Tensor | None, dropout: float, kwargs: dict
+) -> tuple[TwilightLayer, Tensor, Tensor | None]:
+    """Raises for anything not supported, before the cache is touched; returns the layer, K, and the mask [B, T] of the new columns."""
 
     def fail(what: str) -> None:
         raise RuntimeError(f'attn_implementation="twilight": {what}')
 
-    if not isinstance(key, tuple) or not isinstance(key[0], TwilightLayer):
-        fail("past_key_values: expected a TwilightCache, got another cache or none")
-    layer, key = key
+    if not isinstance(key, LayerKeys):
+        fail("cache (past_key_values): expected a TwilightCache, got another cache or none")
+    layer, key = key.layer, key.k
     if torch.is_grad_enabled() and (module.training or query.requires_grad):
         fail("training is not supported: call model.eval() and wrap the call in torch.no_grad()")
     if dropout:
         fail(f"dropout: expected 0, got {dropout}")
     window = kwargs.get("sliding_window")
-    if window is not None and window < layer.cache.max_cache_len:
-        fail(f"sliding_window: expected none, or at least max_cache_len = {layer.cache.max_cache_len}, got {window}")
-    if attention_mask is not None:
-        fail("attention_mask: expected a 2-dimensional padding mask, got a custom mask")
+    if window is not None and window < layer.sequences.max_cache_len:
+        fail(f"sliding_window: expected none, or at least max_cache_len = {layer.sequences.max_cache_len}, got {window}")
     if kwargs.get("output_attentions"):
         fail("output_attentions: expected False, because weights are never computed as a whole")
-    if not getattr(module, "is_causal", True):
+    if not _is_causal(module, kwargs):
         fail("is_causal: expected a causal decoder layer")
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             fail(f"{name}: expected None, because {meaning} is not supported")
-    return layer, key
+    live = None
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.uint8:
+            fail("attention_mask: expected a causal mask, got one in which tokens see later ones, a window, blocks or packed sequences")
+        batch, _, tokens, _ = query.shape
+        if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, 1, 1, tokens):
+            fail(f"attention_mask: expected a 2-dimensional padding mask, got a custom mask of shape {list(attention_mask.shape)}")
+        live = attention_mask[:, 0, 0]
+    return layer, key, live
+
+
+def _is_causal(module: torch.nn.Module, kwargs: dict) -> bool:
+    return getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
+
+
+def _to_cache_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast leaves Q and K in fp32, because the position encoding is; rounding anything else is said once."""
+    if tensor.dtype == dtype:
+        return tensor
+    device = tensor.device.type
+    loses = torch.promote_types(tensor.dtype, dtype) != dtype and not torch.is_autocast_enabled(device)
+    if loses and not torch.compiler.is_compiling():
+        warnings.warn(f"TwilightCache: Q, K and V of {tensor.dtype} are rounded to the cache's {dtype}", stacklevel=3)
+    return tensor.to(dtype)
+
+
+def twilight_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Tensor | None:
+    """What transformers makes of a padding mask for attn_implementation="twilight": which of the new columns are tokens.
+
+    Args:
+        q_length, kv_length: T, and the room of the cache. q_offset: columns before this forward.
+        attention_mask: [B, W] bool over all columns so far, the new ones last.
+        mask_function, local_size, allow_is_causal_skip, use_vmap: how transformers says that a mask is more than causal.
+
+    Returns:
+        [B, 1, 1, T] bool, so that transformers takes it for a finished mask; None where there is no mask. A mask that is more than causal
+        and padding is an empty uint8 tensor, refused by the layer that uses it: models make masks that none of their layers reads.
+
+    Raises:
+        RuntimeError: no new tokens, or a mask that does not cover them.
+    """
+
+    def fail(what: str) -> None:
+        raise RuntimeError(f'attn_implementation="twilight": {what}')
+
+    if q_length == 0:
+        fail("input_ids: expected tokens beyond those that are cached, got none: call cache.reset() before another prompt")
+    if mask_function is bidirectional_mask_function:  # of an encoder, or of a decoder that is refused because of it
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "device": device}
+        return sdpa_mask(
+            **sizes, **{**kwargs, "allow_is_bidirectional_skip": False}, mask_function=mask_function, attention_mask=attention_mask
+        )
+    windowed = local_size is not None and local_size >= kv_length and not use_vmap and (allow_is_causal_skip or q_length == 1)
+    if mask_function is not causal_mask_function and not windowed:
+        return torch.empty((batch_size, 1, 0, 0), dtype=torch.uint8, device=device)
+    if attention_mask is None:
+        return None
+    live = attention_mask[:, -q_length:].bool()
+    if torch.compiler.is_compiling():
+        return live[:, None, None]
+    if q_length > 1:
+        _check_width(attention_mask, q_length, q_offset, fail)
+    # A decode step rarely has padding, and without it fewer operators; a GPU is not asked, because that waits for it.
+    elif not live.is_cuda and bool(live.all()):
+        return None
+    return live[:, None, None]
+
+
+def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor, fail) -> None:
+    """A mask has a column for every token that is cached and for every new one."""
+    seen, width = int(seen), attention_mask.shape[1]
+    if width == seen + tokens:
+        return
+    message = f"attention_mask: expected a column for each of the {seen} cached and {tokens} new tokens, got {width}"
+    if width <= tokens:
+        fail(message)
+    warnings.warn(f'attn_implementation="twilight": {message}: should the cache have been reset?', stacklevel=2)
+
+
+def _attend_step(q: Tensor, paged: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, forward: Forward, scale: float) -> Tensor:
+    """A decode step for q [B, T, Hq, D]; padding columns are moved to the front for it, and get what they see there."""
+    if forward.order is None:
+        return attend(q, paged, page_table, seq_lens, scale)[0]
+    order = forward.order[:, :, None, None].expand_as(q)
+    out = attend(q.gather(1, order), paged, page_table, seq_lens, scale)[0]
+    return torch.empty_like(out).scatter_(1, order, out)
 
 
 def _attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, layer: TwilightLayer, page_table: Tensor, prompt: PromptChunk, scale: float
+    query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, page_table: Tensor, forward: Forward, scale: float
 ) -> Tensor:
     """Exact causal attention of a prompt chunk, sequence by sequence, on itself and on what is cached before it."""
     batch, heads, tokens, head_dim = query.shape
     group = heads // key.shape[1]
-    if prompt.positions is None and all(row.start == 0 for row in prompt.rows):
+    if forward.slots is None and all(row.start == 0 for row in forward.rows):
         if query.is_cuda:  # the kernels of other devices are faster on repeated heads
             out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
         else:
             out = scaled_dot_product_attention(query, _repeat(key, group), _repeat(value, group), is_causal=True, scale=scale)
         return out.transpose(1, 2)
     out = query.new_zeros(batch, tokens, heads, head_dim)
-    for b, row in enumerate(prompt.rows):
+    for b, row in enumerate(forward.rows):
         if row.count == 0:
             continue
-        columns = slice(row.column, row.column + row.count)
-        q = query[b : b + 1, :, columns]
+        q = query[b : b + 1, :, row.columns]
         if row.start == 0:
-            k, v = key[b : b + 1, :, columns], value[b : b + 1, :, columns]
+            k, v = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
             mask = None
         else:
-            k = _paged_rows(layer.paged.k_cache, page_table[b : b + 1], row.end)
-            v = _paged_rows(layer.paged.v_cache, page_table[b : b + 1], row.end)
+            k = _paged_rows(paged.k_cache, page_table[b : b + 1], row.end)
+            v = _paged_rows(paged.v_cache, page_table[b : b + 1], row.end)
             mask = torch.ones(row.count, row.end, dtype=torch.bool, device=q.device).tril(row.start)
         attended = scaled_dot_product_attention(q, _repeat(k, group), _repeat(v, group), mask, is_causal=mask is None, scale=scale)
-        out[b : b + 1, columns] = attended.transpose(1, 2)
+        out[b : b + 1, row.columns] = attended.transpose(1, 2)
     return out
 
 
-def _attend_paged(query: Tensor, layer: TwilightLayer, page_table: Tensor, seq_lens: Tensor, positions: Tensor, scale: float) -> Tensor:
+def _attend_paged(query: Tensor, paged: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, forward: Forward, scale: float) -> Tensor:
     """The same in fixed shapes, for a traced prompt: every slot of the cache, masked by position."""
-    group = query.shape[1] // layer.paged.k_cache.shape[1]
-    k = _paged_rows(layer.paged.k_cache, page_table, layer.cache.max_cache_len)
-    v = _paged_rows(layer.paged.v_cache, page_table, layer.cache.max_cache_len)
-    slots = torch.arange(k.shape[2], device=query.device)
+    group = query.shape[1] // paged.k_cache.shape[1]
+    max_cache_len = page_table.shape[1] * paged.page_size
+    k = _paged_rows(paged.k_cache, page_table, max_cache_len)
+    v = _paged_rows(paged.v_cache, page_table, max_cache_len)
+    slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.
-    mask = slots <= positions.clamp(min=0)[..., None]  # [B, T, M * S]
+    mask = slots <= forward.slots.clamp(min=0)[..., None]  # [B, T, M * S]
     out = scaled_dot_product_attention(query, _repeat(k, group), _repeat(v, group), mask[:, None], scale=scale)
     return out.transpose(1, 2)
 
@@ -150,5 +259,5 @@ def _repeat(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
-# No mask function is registered: positions alone say what a token sees.
 AttentionInterface.register("twilight", twilight_attention)
+AttentionMaskInterface.register("twilight", twilight_mask)

@@ -100,8 +100,8 @@ def dense_rows(model, lengths, new=NEW_TOKENS):
     return torch.cat([dense_tokens(model, ids[b : b + 1, -n:], mask[b : b + 1, -n:], new) for b, n in enumerate(lengths)])
 
 
-def make_cache(model, config=EXACT["full"], batch=1, length=256):
-    return TwilightCache(model.config, config, max_batch_size=batch, max_cache_len=length)
+def make_cache(model, config=EXACT["full"], batch=1, length=256, **kwargs):
+    return TwilightCache(model.config, config, max_batch_size=batch, max_cache_len=length, **kwargs)
 
 
 COMPILE = CompileConfig(fullgraph=True, dynamic=False)
@@ -377,6 +377,7 @@ def refused_calls(model):
     two, two_mask = make_prompt([20, 20])
     packed = torch.cat([torch.arange(10), torch.arange(10)])[None]
     gap = torch.arange(20)[None] + 5
+    future = torch.tensor([[[[True]]]]).expand(1, 1, 20, 20)
 
     def forward(cache, **kwargs):
         with torch.no_grad():
@@ -396,6 +397,7 @@ def refused_calls(model):
         "training": (train, "training is not supported"),
         "gradients": (lambda c: model(ids, past_key_values=c), "training is not supported"),
         "custom mask": (lambda c: forward(c, attention_mask=torch.ones(1, 1, 20, 20)), "custom mask"),
+        "mask of every pair": (lambda c: forward(c, attention_mask=future), "custom mask"),
         "weights": (lambda c: forward(c, output_attentions=True), "output_attentions"),
         "packed sequences": (lambda c: forward(c, position_ids=packed), "packed sequences"),
         "packed lengths": (lambda c: forward(c, cu_seq_lens_q=torch.tensor([0, 10, 20])), "packed sequences"),
@@ -420,7 +422,8 @@ def refused_calls(model):
 
 
 @pytest.mark.parametrize("name", [
-    "beam search", "foreign cache", "no cache", "training", "gradients", "custom mask", "weights", "packed sequences", "packed lengths",
+    "beam search", "foreign cache", "no cache", "training", "gradients", "custom mask", "mask of every pair", "weights",
+    "packed sequences", "packed lengths",
     "a gap", "too long", "too many new tokens", "batch", "padding row", "short chunks", "capture", "cuda graph on cpu",
 ])  # fmt: skip
 def test_unsupported_use_is_refused_by_name_and_leaves_the_cache_alone(llama, name):
@@ -443,18 +446,22 @@ def test_a_filled_cache_refuses_what_does_not_follow(llama):
     decoder.generate(ids, mask, 5)
     length = cache.live_seq_lens.tolist()
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match="new tokens that follow the cached ones"):
-            llama(ids[:, :1], position_ids=torch.tensor([[30]]), past_key_values=cache)
-        with pytest.raises(RuntimeError, match="fit 64 tokens"):
-            llama(ids[:, :8], position_ids=torch.arange(58, 66)[None], past_key_values=cache)
+        with pytest.raises(ValueError, match="at most max_cache_len = 64 tokens a sequence, got 65"):
+            llama(torch.ones(1, 41, dtype=torch.long), past_key_values=cache)
         with pytest.raises(ValueError, match="expected sequence 0 to go on at 24, got 0"):
             llama(ids, position_ids=torch.arange(20)[None], past_key_values=cache)
         with pytest.raises(ValueError, match="expected the 1 sequences already cached"):
             llama(ids[:, :1].repeat(2, 1), position_ids=torch.tensor([[24], [24]]), past_key_values=cache)
-    assert cache.live_seq_lens.tolist() == length
-    # Rows of several tokens must be padding followed by consecutive positions.
-    with torch.no_grad(), pytest.raises(RuntimeError, match="follow the cached ones"):
-        llama(ids[:, :3], position_ids=torch.tensor([[24, 25, 24]]), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="a column for each of the 24 cached and 20 new tokens, got 20"):
+            llama(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"call cache.reset\(\) before another prompt"):
+            llama.generate(ids[:, :9], attention_mask=mask[:, :9], max_new_tokens=2, past_key_values=cache)
+        decoder.cache.crop(-2)
+        for _ in range(42):
+            llama(ids[:, :1], past_key_values=cache)
+        with pytest.raises(ValueError, match="at most max_cache_len = 64 tokens a sequence, got 65"):
+            llama(ids[:, :1], past_key_values=cache)
+    assert length == [24] and cache.live_seq_lens.tolist() == [64]
 
 
 def test_sliding_windows_shorter_than_the_cache_are_refused():
@@ -479,7 +486,7 @@ def test_several_query_tokens_in_one_step_equal_one_at_a_time(llama):
     positions = torch.tensor([50, 23])[:, None] + torch.arange(6)
     logits = []
     for step in (6, 2, 1):
-        cache = make_cache(llama, EXACT["quest"], batch=2)
+        cache = make_cache(llama, EXACT["quest"], batch=2, step_tokens=8)
         Decoder(llama, cache, 2, capture="eager").generate(ids, mask, 1)
         with torch.no_grad():
             parts = [

@@ -86,17 +86,18 @@ def cache_of(model, config: TwilightConfig, prefills: Sequence[Prefill], new_tok
     first = prefills[0].layers[0].k
     cache = TwilightCache(model.config, config, len(prefills), longest + new_tokens, device=first.device, dtype=first.dtype)
     lengths = torch.tensor([prefill.tokens for prefill in prefills], device=first.device)
-    positions = torch.arange(longest, device=first.device) - (longest - lengths)[:, None]
-    positions = positions.clamp(min=-1)
-    cache.begin_step(len(prefills), longest, positions)
+    live = torch.arange(longest, device=first.device) >= (longest - lengths)[:, None]
+    sequences = cache.sequences
+    slots = sequences.begin(len(prefills), longest, live).slots
     for index, layer in enumerate(cache.layers):
         records = [prefill.layers[index] for prefill in prefills]
         k = torch.cat([_left_pad(record.k, longest) for record in records])
         v = torch.cat([_left_pad(record.v, longest) for record in records])
         # Older queries are zeros: calibration takes none but the newest.
         q = torch.cat([_left_pad(record.q, longest) for record in records])
-        calibration.from_prompt(layer.paged, q, k, cache.step_positions, records[0].sm_scale)
-        append(k, v, layer.paged, cache.live_page_table, cache.live_seq_lens, cache.step_positions)
+        calibration.from_prompt(layer.paged, q, k, slots, records[0].sm_scale)
+        append(k, v, layer.paged, sequences.live_page_table, sequences.live_step_lens, slots)
+    sequences.commit()
     return cache
 
 

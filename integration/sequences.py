@@ -1,0 +1,344 @@
+"""What the layers of a cache share: page table, lengths, and the forward under way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops._checks import MAX_QUERY_TOKENS
+from ..paged_kv_cache import PagedKVLayer
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One sequence's share of a prompt chunk: its columns, and the slots `start .. start + count - 1` that they go to."""
+
+    columns: slice | Tensor  # a run of columns, or their indices [count] where padding lies between them
+    count: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+@dataclass
+class Forward:
+    """One forward of the model, from its first layer to its last.
+
+    Nothing of it counts before `Sequences.commit`: a forward that fails leaves the cache as it was.
+
+    Args:
+        tokens: T, the columns of this forward.
+        exact: a prompt, attended exactly; False for a decode step.
+        calibrates: this prompt is the first in the cache.
+        slots: [B, T] int32, where each column goes, -1 for padding; None: the last T slots of every sequence.
+        rows: of an exact forward; None while a graph is traced, where nothing can be read on the host.
+        order: [B, T] columns with the padding first; None where every column of a decode step is a token.
+    """
+
+    tokens: int
+    exact: bool
+    calibrates: bool = False
+    slots: Tensor | None = None
+    rows: list[PromptRow] | None = None
+    order: Tensor | None = None
+
+
+class Sequences:
+    """Page table and lengths of all layers, and which forward is under way.
+
+    A slot is the number of tokens before a token in its sequence: padding takes none, so ragged batches stay packed. `seq_lens` holds what
+    is cached; `step_lens` is what the operators of the forward under way read, and becomes `seq_lens` when the last layer is done.
+
+    Args:
+        num_layers, max_batch_size, max_pages, page_size: of the cache.
+        step_tokens: a forward of up to so many tokens on a filled cache is a decode step.
+    """
+
+    def __init__(self, num_layers: int, max_batch_size: int, max_pages: int, page_size: int, step_tokens: int):
+        self.num_layers, self.max_batch_size, self.max_pages, self.page_size = num_layers, max_batch_size, max_pages, page_size
+        self.step_tokens = step_tokens
+        self.layers: list[PagedKVLayer | None] = [None] * num_layers
+        self.page_table: Tensor | None = None  # [max_batch_size, M] int32
+        self.seq_lens: Tensor | None = None  # [max_batch_size] int32
+        self.step_lens: Tensor | None = None  # [max_batch_size] int32
+        self.seen: Tensor | int = 0  # columns forwarded so far, padding included: what generate() slices its inputs with
+        self.live_page_table: Tensor | None = None  # [B, M], the rows in use
+        self.live_seq_lens: Tensor | None = None  # [B]
+        self.live_step_lens: Tensor | None = None  # [B]
+        self._forget()
+
+    def _forget(self) -> None:
+        self.filled = False
+        self.forward: Forward | None = None
+        self.next_layer = 0  # of the forward under way
+        self.prompt_forwards = 0  # prompts in a row, up to 2: the second shows that a prompt comes in chunks
+        # transformers announces speculative decoding before its prompt, and a rollback of plain decoding after it.
+        self.announced = self.speculates = False
+
+    @property
+    def max_cache_len(self) -> int:
+        return self.max_pages * self.page_size
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in use."""
+        return self.live_seq_lens.shape[0]
+
+    def allocate(self, device: torch.device) -> None:
+        pages = torch.arange(self.max_batch_size * self.max_pages, dtype=torch.int32, device=device)
+        self.page_table = pages.view(self.max_batch_size, self.max_pages)
+        self.seq_lens = torch.zeros(self.max_batch_size, dtype=torch.int32, device=device)
+        self.step_lens = torch.zeros_like(self.seq_lens)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+        self._use_rows(self.max_batch_size)
+        self.mark_static()
+
+    def tensors(self) -> list[Tensor]:
+        shared = [self.page_table, self.seq_lens, self.step_lens, self.live_page_table, self.live_seq_lens, self.live_step_lens, self.seen]
+        own = [tensor for tensor in shared if isinstance(tensor, Tensor)]
+        return own + [tensor for layer in self.layers if layer is not None for tensor in layer.tensors()]
+
+    def mark_static(self) -> None:
+        """Tells the compiler that these addresses never change; without it CUDA graphs are skipped."""
+        for tensor in self.tensors():
+            torch._dynamo.mark_static_address(tensor)
+
+    def __getstate__(self) -> dict:
+        # A view does not stay one through pickle.
+        views = ("live_page_table", "live_seq_lens", "live_step_lens")
+        rows = None if self.live_seq_lens is None else self.batch_size
+        return {**{name: value for name, value in vars(self).items() if name not in views}, "rows": rows, "forward": None}
+
+    def __setstate__(self, state: dict) -> None:
+        rows = state.pop("rows")
+        vars(self).update(state, live_page_table=None, live_seq_lens=None, live_step_lens=None)
+        if rows is not None:
+            self._use_rows(rows)
+            self.mark_static()
+
+    def _use_rows(self, batch: int) -> None:
+        """Points the live views at the first `batch` sequences; the views are made here because a graph holds their addresses."""
+        if self.live_seq_lens is not None and self.batch_size == batch:
+            return
+        with torch.inference_mode(False):
+            self.live_page_table = self.page_table[:batch]
+            self.live_seq_lens = self.seq_lens[:batch]
+            self.live_step_lens = self.step_lens[:batch]
+        if not torch.compiler.is_compiling():
+            for tensor in (self.live_page_table, self.live_seq_lens, self.live_step_lens):
+                torch._dynamo.mark_static_address(tensor)
+
+    def enter_layer(self, index: int, batch: int, tokens: int, live: Tensor | None, position_ids: Tensor | None) -> Forward:
+        """The forward that layer `index` belongs to; the first layer begins it.
+
+        Raises:
+            RuntimeError: the model does not visit every layer once and in order.
+        """
+        if index == 0:
+            return self.begin(batch, tokens, live, position_ids)
+        if self.forward is None or index != self.next_layer:
+            raise RuntimeError(
+                f"TwilightCache: layer {index}: expected a model that calls attention once in every layer, in order, got a call of layer "
+                f"{index} where layer {0 if self.forward is None else self.next_layer} was due"
+            )
+        self.next_layer = index + 1
+        return self.forward
+
+    def leave_layer(self, index: int) -> None:
+        """Ends the forward with the last layer."""
+        if index == self.num_layers - 1:
+            self.commit()
+
+    def begin(self, batch: int, tokens: int, live: Tensor | None = None, position_ids: Tensor | None = None) -> Forward:
+        """Checks a forward and says where its tokens go; nothing that is cached changes.
+
+        Args:
+            batch, tokens: B and T.
+            live: [B, T] bool, False for padding. None: every column is a token, unless `position_ids` says otherwise.
+            position_ids: [B or 1, T]; without `live`, -1 is padding, and so are zeros before the first token and after the last.
+
+        Raises:
+            ValueError: the forward does not fit, or does not follow what is cached.
+        """
+        if not 1 <= batch <= self.max_batch_size:
+            raise ValueError(f"TwilightCache: input_ids: expected 1 to max_batch_size = {self.max_batch_size} sequences, got {batch}")
+        if self.filled and batch != self.batch_size:
+            raise ValueError(f"TwilightCache: input_ids: expected the {self.batch_size} sequences already cached (or reset()), got {batch}")
+        positions = None
+        if live is None and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
+            positions = position_ids.expand(batch, -1)
+        self._use_rows(batch)
+        forward = self._begin_prompt(tokens, live, positions) if self._is_prompt(tokens) else self._begin_step(tokens, live, positions)
+        self.forward, self.next_layer = forward, 1
+        return forward
+
+    def commit(self) -> None:
+        """Makes the forward count; its columns are cached from now on."""
+        forward = self.forward
+        self.live_seq_lens.copy_(self.live_step_lens)
+        self.seen.add_(forward.tokens)
+        limit = self._step_limit()
+        if forward.exact and (forward.tokens > limit or not self.filled):
+            self.prompt_forwards = min(2, self.prompt_forwards + 1)
+            self.speculates, self.announced = self.announced, False
+        else:
+            self.begin_decoding()
+        self.filled = True
+        self.forward = None
+
+    def begin_decoding(self) -> None:
+        """The prompt is complete: the next forward of few tokens is a decode step."""
+        self.prompt_forwards, self.announced = 0, False
+
+    def _step_limit(self) -> int:
+        return MAX_QUERY_TOKENS if self.speculates else self.step_tokens
+
+    def _is_prompt(self, tokens: int) -> bool:
+        # The tail of a prompt that comes in chunks may be as short as a decode step.
+        return not self.filled or tokens > self._step_limit() or self.prompt_forwards == 2
+
+    def _begin_step(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> Forward:
+        slots = order = None
+        if live is None and positions is not None and tokens > 1:
+            live = live_columns(positions, self.live_seq_lens == 0)
+        if live is None:
+            new_lens = self.live_seq_lens + tokens
+        else:
+            new_lens, slots = self._place(live)
+            # A row of several tokens sees one token less than the row after it, so padding goes first.
+            order = live.long().argsort(dim=1, stable=True) if tokens > 1 else None
+        fits = (new_lens <= self.max_cache_len).all()
+        if not _readable(new_lens):
+            # On a GPU this is an assertion of the device.
+            torch._assert_async(fits, "TwilightCache: input_ids: expected new tokens that fit max_cache_len")
+        elif not bool(fits):
+            self._refuse_length(int(new_lens.max()))
+        self.live_step_lens.copy_(new_lens)
+        return Forward(tokens, exact=False, slots=slots, order=order)
+
+    def _refuse_length(self, longest: int) -> None:
+        raise ValueError(
+            f"TwilightCache: input_ids: expected at most max_cache_len = {self.max_cache_len} tokens a sequence, got {longest}"
+        )
+
+    def _begin_prompt(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> Forward:
+        if _readable(self.live_seq_lens):
+            rows, slots = self._read_prompt(tokens, live, positions)
+            new_lens = torch.tensor([row.end for row in rows], dtype=torch.int32, device="cpu").to(self.live_step_lens.device)
+        else:
+            rows = None
+            if live is None:
+                if positions is None:
+                    live = torch.ones(self.batch_size, tokens, dtype=torch.bool, device=self.live_seq_lens.device)
+                else:
+                    live = live_columns(positions, self.live_seq_lens == 0)
+            new_lens, slots = self._place(live)
+            torch._assert_async(
+                (new_lens <= self.max_cache_len).all(), "TwilightCache: input_ids: expected a prompt that fits max_cache_len"
+            )
+        self.live_step_lens.copy_(new_lens)
+        return Forward(tokens, exact=True, calibrates=not self.filled, slots=slots, rows=rows)
+
+    def _place(self, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Lengths [B] after the columns `live` [B, T], and their slots [B, T]."""
+        placed = live.cumsum(1, dtype=torch.int32)
+        slots = torch.where(live, self.live_seq_lens[:, None] + placed - 1, -1)
+        return self.live_seq_lens + placed[:, -1], slots.int()
+
+    def _read_prompt(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> tuple[list[PromptRow], Tensor | None]:
+        """The rows of a prompt, and their slots [B, T] where there is padding; reads the host once."""
+        cached = self.live_seq_lens.tolist() if self.filled else [0] * self.batch_size
+        if live is None and positions is None:
+            rows = [PromptRow(slice(0, tokens), tokens, length) for length in cached]
+            slots = None
+        elif live is not None:
+            rows, slots = _rows(live.cpu(), cached)
+        else:
+            rows, slots = _read_prompt_rows(positions, cached)
+        longest = max(row.end for row in rows)
+        if longest > self.max_cache_len:
+            self._refuse_length(longest)
+        return rows, None if slots is None else slots.to(self.live_seq_lens.device)
+
+    def reset(self) -> None:
+        """Forgets every sequence; addresses stay."""
+        self._forget()
+        if self.page_table is not None:
+            self.seq_lens.zero_()
+            self.seen.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest `-tokens_to_remove` columns; a positive number is the length to keep, as in transformers."""
+        seen = int(self.seen)
+        removed = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        if removed > seen:
+            raise ValueError(f"TwilightCache: tokens_to_remove: expected at most the {seen} cached tokens, got {removed}")
+        if removed:
+            self.seq_lens.sub_(removed).clamp_(min=0)
+            self.seen.sub_(removed)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values may be read on the host: not while a graph is traced or recorded."""
+    return not torch.compiler.is_compiling() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def live_columns(positions: Tensor, empty: Tensor) -> Tensor:
+    """Which columns of position_ids [B, T] are tokens, [B, T] bool: not -1, and not the zeros that pad a row on either side.
+
+    Position 0 is a token only in a sequence that is `empty` [B], and only once a row: where positions go on from it, or, in a row of
+    nothing else, in its first column, unless another row shows that padding lies on the left.
+    """
+    zero = positions == 0
+    positive = positions > 0
+    started = positive.cumsum(1) > 0
+    following = torch.nn.functional.pad(positive[:, 1:], (0, 1))
+    first = zero & (zero.cumsum(1) == 1)
+    last = zero & (zero.flip(1).cumsum(1).flip(1) == 1)
+    alone = ~started[:, -1:]
+    left = (following & zero & (zero.cumsum(1) > 1) & ~started).any()
+    token = torch.where(alone, torch.where(left, last, first), zero & ~started & following)
+    return positive | (token & empty[:, None])
+
+
+def _rows(live: Tensor, cached: Sequence[int]) -> tuple[list[PromptRow], Tensor | None]:
+    """Rows and slots [B, T] of the columns `live` [B, T], both on the host; slots are None where nothing is padding."""
+    tokens = live.shape[1]
+    if bool(live.all()):
+        return [PromptRow(slice(0, tokens), tokens, length) for length in cached], None
+    rows = []
+    for line, length in zip(live, cached, strict=True):
+        columns = line.nonzero()[:, 0]
+        count = len(columns)
+        first, last = (int(columns[0]), int(columns[-1])) if count else (0, -1)
+        rows.append(PromptRow(slice(first, last + 1) if last + 1 - first == count else columns, count, length))
+    starts = torch.tensor(cached, dtype=torch.int32, device=live.device)[:, None]
+    return rows, torch.where(live, starts + live.cumsum(1, dtype=torch.int32) - 1, -1).int()
+
+
+def _read_prompt_rows(positions: Tensor, cached: Sequence[int], *_) -> tuple[list[PromptRow], Tensor | None]:
+    """Rows and slots of a prompt of which only position_ids [B, T] are known; reads the host once.
+
+    Raises:
+        ValueError: positions that do not go on from what is cached, or that start again inside a row.
+    """
+    host = positions.cpu()
+    empty = torch.tensor(cached, device=host.device) == 0
+    live = live_columns(host, empty)
+    # What would be a token of an empty sequence is the start of another prompt in a filled one.
+    restarts = live_columns(host, torch.ones_like(empty)) & (host == 0) & (host.amax(1, keepdim=True) > 0)
+    for b, length in enumerate(cached):
+        line = host[b][live[b] | restarts[b]]
+        if bool((line.diff() <= 0).any()):
+            raise ValueError(
+                "TwilightCache: position_ids: expected one run of increasing positions a sequence, got several (packed sequences are not "
+                "supported)"
+            )
+        if len(line) and int(line[0]) != length:
+            raise ValueError(f"TwilightCache: position_ids: expected sequence {b} to go on at {length}, got {int(line[0])}")
+    return _rows(live, cached)
