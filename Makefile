@@ -4,8 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 PIP := $(PY) -m pip --disable-pip-version-check
-NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
-NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py)
 
 .PHONY: venv test demo demo-tp lint format bench-cpu clean gpu-install gpu-test gpu-sanitize gpu-bench
 
@@ -21,23 +20,13 @@ $(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-mode
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py $(NATIVE_SOURCES)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" TWILIGHT_NATIVE=required $(PIP) install --quiet --no-build-isolation -c requirements-torch.txt -e '.[dev]'
+	TWILIGHT_NATIVE=required $(PIP) install --quiet --no-build-isolation -c requirements-torch.txt -e '.[dev]'
 	@touch $@
 
 # One OpenMP thread a worker: two workers with two threads each on two cores make small operators ten times slower.
 # Every CUDA source is compiled even where there is no GPU: the stable ABI needs only the headers of the CPU build of PyTorch.
 test: venv
-ifeq ($(NVCC),)
-	@echo "nvcc was not found: csrc/*.cu are not compiled here"
-else
-	@mkdir -p build/cu
-	@include=$$($(PY) -c 'import torch.utils.cpp_extension as e, sysconfig; print(" ".join("-I" + p for p in [*e.include_paths(), sysconfig.get_path("include")]))') && \
-	for source in $(wildcard csrc/*.cu); do \
-		echo "nvcc $$source"; \
-		$(NVCC) -std=c++17 -O3 -DUSE_CUDA -gencode=arch=compute_90a,code=sm_90a -DTORCH_TARGET_VERSION=0x020b000000000000 \
-			-DTORCH_EXTENSION_NAME=_C_cuda -DPy_LIMITED_API=0x030a0000 -Xcompiler -fPIC $$include -c $$source -o build/cu/$$(basename $$source).o || exit 1; \
-	done
-endif
+	$(PY) csrc/toolchain.py build/cu
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal --durations=15 tests
 
 demo: venv

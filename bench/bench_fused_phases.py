@@ -14,11 +14,9 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import re
-import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +26,9 @@ import torch
 import workload
 from rich.table import Table
 from timing import ROOT, append_rows, candidate_budget, environment
-from torch.utils.cpp_extension import include_paths
+
+sys.path.append(str(ROOT / "csrc"))
+import toolchain  # noqa: E402
 
 MODULE = "twilight_ops._C_cuda"
 MARK = re.compile(r"^( *)// phase: (.+)$", re.MULTILINE)
@@ -79,17 +79,11 @@ def instrumented(source: Path, target: Path) -> list[str]:
 
 def compile_library(source: Path, library: Path) -> None:
     """Compiles all CUDA sources of a folder into an extension module."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000", "-DTORCH_EXTENSION_NAME=_C_cuda"]
-    flags += [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
-    lib = Path(torch.__file__).parent / "lib"
-    link = [f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10"]
-    objects = []
-    for path in sorted(source.glob("*.cu")):
-        objects.append(str(path.with_suffix(".o")))
-        subprocess.run([nvcc, *flags, "-c", str(path), "-o", objects[-1]], check=True)
-    subprocess.run([nvcc, "-shared", *objects, *link, "-o", str(library)], check=True)
+    nvcc = toolchain.find_nvcc()
+    if problem := toolchain.nvcc_problem(nvcc, torch.version.cuda):
+        raise RuntimeError(problem)
+    objects = toolchain.compile_objects(nvcc, sorted(source.glob("*.cu")), source)
+    subprocess.run(toolchain.link_command(nvcc, objects, library), check=True)
 
 
 def serve_from(library: Path) -> ctypes.CDLL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "csrc"))
+import toolchain  # noqa: E402
 
 SOURCE = Path(__file__).with_name("speed_of_light.cu")
 MAX_STREAMS = 8
@@ -71,8 +75,10 @@ class Chunks:
 @functools.cache
 def _library() -> ctypes.CDLL:
     target = Path(tempfile.mkdtemp()) / "speed_of_light.so"
-    flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-shared", "-gencode=arch=compute_90a,code=sm_90a"]
-    subprocess.run(["nvcc", *flags, str(SOURCE), "-o", str(target)], check=True)
+    nvcc = toolchain.find_nvcc()
+    if problem := toolchain.nvcc_problem(nvcc):
+        raise RuntimeError(problem)
+    subprocess.run(toolchain.library_command(nvcc, SOURCE, target), check=True)
     library = ctypes.CDLL(str(target))
     if library.streams_bytes() != ctypes.sizeof(_Streams):
         raise RuntimeError(f"speed_of_light: Streams: expected {ctypes.sizeof(_Streams)} bytes, got {library.streams_bytes()}")

@@ -145,7 +145,7 @@ struct FusedBlock {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const int row = (i * kThreads + tid()) / D, d = tid() % D;
-      value[i] = T(0.0f);
+      value[i] = T();
       if (row < rows) {
         const int token = row / p.group_size, group = row - token * p.group_size;
         value[i] = static_cast<const T*>(p.q)[sequence * p.q_stride_batch + token * p.q_stride_token +

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.metadata
 import pkgutil
+import re
 import sys
+from pathlib import Path
 
 from . import cli
 
@@ -17,25 +21,58 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def commands() -> dict:
-    """Modules of `cli` that are commands: they have HELP, add_arguments(parser) and run(args)."""
-    modules = {name: importlib.import_module(f"{cli.__name__}.{name}") for _, name, _ in pkgutil.iter_modules(cli.__path__)}
-    return {name.replace("_", "-"): module for name, module in modules.items() if hasattr(module, "run")}
+def _declared_help(path: Path) -> str | None:
+    """The HELP of a command's file, read without importing it; None where the file is no command."""
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and [getattr(target, "id", None) for target in statement.targets] == ["HELP"]:
+            return ast.literal_eval(statement.value)
+    return None
+
+
+def commands() -> dict[str, str]:
+    """Names of the commands and their help: files of `cli` with HELP, add_arguments(parser) and run(args)."""
+    folder = Path(cli.__path__[0])
+    found = {name.replace("_", "-"): _declared_help(folder / f"{name}.py") for _, name, _ in pkgutil.iter_modules(cli.__path__)}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _load(command: str):
+    return importlib.import_module(f"{cli.__name__}.{command.replace('-', '_')}")
+
+
+def _hint(error: Exception) -> str:
+    """How to install what a failed import asks for, where an extra of this package has it."""
+    missing = getattr(error, "name", None)
+    if not isinstance(error, ModuleNotFoundError) or not missing:
+        return ""
+    try:
+        requirements = importlib.metadata.requires("twilight_ops") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    for requirement in requirements:
+        if found := re.match(rf"""{re.escape(missing.split(".")[0])}\b.*extra == ["'](\w+)["']""", requirement):
+            return f" (pip install 'twilight_ops[{found[1]}]')"
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = _Parser(prog="python -m twilight_ops", description="Select-then-Prune sparse attention for decoding.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     available = commands()
-    for name, module in available.items():
-        module.add_arguments(subparsers.add_parser(name, help=module.HELP))
-    args = parser.parse_args(arguments)
+    # Only the command that is asked for is imported: the others may need what is not installed.
+    chosen = next((argument for argument in arguments if argument in available), None)
     try:
-        return available[args.command].run(args)
+        for name, text in available.items():
+            command = subparsers.add_parser(name, help=text)
+            if name == chosen:
+                _load(name).add_arguments(command)
+        args = parser.parse_args(arguments)
+        return _load(args.command).run(args)
     except (ValueError, ImportError, OSError) as error:
         # What the user can put right is one line; anything else is a bug and keeps its traceback.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"python -m twilight_ops {args.command}: error: {lines[0]}", file=sys.stderr)
+        print(f"python -m twilight_ops {chosen}: error: {lines[0]}{_hint(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

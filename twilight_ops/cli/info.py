@@ -1,4 +1,4 @@
-"""`python -m twilight_ops info`: versions, and which kernels serve each operator."""
+"""`python -m twilight_ops info`: versions, which kernels serve each operator, and why native ones do not."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{backend.device} kernels: {backend.name} ({backend.detail})")
     width = max(map(len, backends.OPS))
     for op in backends.OPS:
-        served = ", ".join(f"{device.lower()}: {_served(op, device)}" for device in ("CPU", "CUDA"))
-        print(f"  {op:<{width}}  {served}")
+        print(f"  {op:<{width}}  cpu: {backends.serving(op, 'cpu')}, cuda: {backends.serving(op, 'cuda')}")
     return 0
 
 
@@ -38,13 +37,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _served(op: str, dispatch_key: str) -> str:
-    import torch
-
-    from .. import backends
-
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"twilight::{op}", dispatch_key):
-        return "none"
-    return backends.CPU.name if dispatch_key == "CPU" else backends.CUDA.name

@@ -1,9 +1,9 @@
 """CUDA kernels: Triton stages, one file an operator, and the native kernels where they serve; `register` attaches them."""
 
-import importlib.util
+from collections.abc import Callable
 
-from torch.library import Library
-
+from .. import native_modules
+from ..serving import attach
 from . import fused, native
 from .append_kv import append_kv
 from .attend_sparse import attend_sparse
@@ -24,11 +24,23 @@ STAGES = {
 }
 
 
-def register(library: Library, allow_native: bool = True) -> tuple[str, str]:
-    """Attaches every operator's kernel; returns the backend's name and what serves, for people."""
-    has_native = allow_native and importlib.util.find_spec(fused.MODULE) is not None
-    for name, kernel in (STAGES | (native.KERNELS if has_native else {})).items():
-        library.impl(name, kernel, "CUDA")
-    if has_native:
-        return "native", "fused kernels on sm_90, Triton stages for what they do not serve"
-    return "triton", "Triton stages"
+def register(allow_native: bool = True) -> Callable[[], tuple[str, str]]:
+    """Attaches every operator's kernel; returns what says the backend's name and what serves, for people."""
+    is_built = native_modules.is_built(native_modules.CUDA_MODULE)
+    for op, staged in STAGES.items():
+        if not allow_native or op not in native.KERNELS:
+            attach(op, "cuda", staged, lambda: "triton")
+        elif not is_built:
+            attach(op, "cuda", native.staged_with_warning(staged), lambda: "triton")
+        else:
+            kernel, calls = native.KERNELS[op]
+            attach(op, "cuda", kernel, lambda calls=calls: f"native ({calls}), else triton" if fused.available() else "triton")
+
+    def describe() -> tuple[str, str]:
+        if not allow_native:
+            return "triton", "Triton stages, because TWILIGHT_CUDA_BACKEND asks for them"
+        if reason := fused.unavailable():
+            return "triton", f"Triton stages; {native_modules.CUDA_MODULE} {reason}"
+        return "native", "fused kernels, Triton stages for what they do not serve"
+
+    return describe

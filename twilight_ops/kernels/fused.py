@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import native_modules
 from ..capacity import page_capacity, token_capacity
 
-MODULE = "twilight_ops._C_cuda"
 SELECTORS = ("dense", "full", "quest", "shadow_prefix")
 HEAD_DIMS = (64, 128)
 MAX_ROWS = 8  # query tokens times group size: the columns of one tensor-core product
@@ -135,12 +133,26 @@ def shared_bytes(
 
 
 @functools.cache
+def is_hopper() -> bool:
+    """Whether the current CUDA device is what the kernels are compiled for."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@functools.cache
+def unavailable() -> str:
+    """Why the fused kernels do not serve here, "" where they do."""
+    if not native_modules.is_built(native_modules.CUDA_MODULE):
+        return native_modules.why_not_built(native_modules.CUDA_MODULE)
+    if not torch.cuda.is_available():
+        return "finds no CUDA device"
+    if not is_hopper():
+        return "was built for sm_90, this GPU is sm_{}{}".format(*torch.cuda.get_device_capability())
+    return native_modules.load(native_modules.CUDA_MODULE)
+
+
 def available() -> bool:
-    """Whether the extension was built and loads here, on a Hopper GPU."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or importlib.util.find_spec(MODULE) is None:
-        return False
-    importlib.import_module(MODULE)
-    return True
+    """Whether the module was built and loads here, on a Hopper GPU."""
+    return not unavailable()
 
 
 @functools.lru_cache(maxsize=4096)

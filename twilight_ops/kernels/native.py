@@ -1,10 +1,12 @@
 """The native Hopper kernels behind the operators that have one; calls they do not serve go to the Triton stages."""
 
+import functools
 import inspect
 from collections.abc import Callable
 
 import torch
 
+from .. import native_modules
 from ..ops.append_kv import check_append_kv
 from ..ops.decode_attention import check_decode_attention
 from . import fused
@@ -30,7 +32,15 @@ _SUPPORT_ARGUMENTS = tuple(inspect.signature(fused.fused_supports).parameters)
 _STAGED_ONLY = ("candidates", "candidate_counts", "tokens_per_candidate")
 
 
+@functools.cache
+def warn_if_missing() -> None:
+    """Warns where Triton serves a GPU that the native module is for; the first call only."""
+    if fused.is_hopper() and (reason := fused.unavailable()):
+        native_modules.warner({native_modules.CUDA_MODULE: reason})()
+
+
 def append_kv(*arguments, **named) -> None:
+    warn_if_missing()
     call = bind_append_kv(arguments, named)
     if call["k"].dtype == torch.float32 or not fused.available():
         staged_append_kv(**call)
@@ -51,10 +61,29 @@ def run_fused(call: dict, cluster_size: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def decode_attention(*arguments, **named) -> tuple[torch.Tensor, torch.Tensor]:
+    warn_if_missing()
     call = bind_decode_attention(arguments, named)
     check_decode_attention(**call)
     cluster_size = fused_cluster_size(call)
     return run_fused(call, cluster_size) if cluster_size > 0 else staged_decode_attention(**call)
 
 
-KERNELS = {"append_kv": append_kv, "decode_attention": decode_attention}
+# Operators with a native kernel, and which of their calls it serves.
+KERNELS = {
+    "append_kv": (append_kv, "K and V of 16 bits"),
+    "decode_attention": (
+        decode_attention,
+        f"16 bits, head_dim {' or '.join(map(str, fused.HEAD_DIMS))}, at most {fused.MAX_ROWS} query rows a KV head, {', '.join(fused.SELECTORS)}",
+    ),
+}
+
+
+def staged_with_warning(kernel: Callable) -> Callable:
+    """A Triton kernel that stands in for a native one that was not built."""
+
+    @functools.wraps(kernel)
+    def staged(*arguments, **named):
+        warn_if_missing()
+        return kernel(*arguments, **named)
+
+    return staged

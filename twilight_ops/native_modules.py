@@ -1,0 +1,83 @@
+"""The compiled modules: whether they were built, whether they load here, and what it costs where one does not serve.
+
+Needs the standard library only, because setup.py says the same things when it builds.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+# From the most to the least demanding; setup.py builds one module for each that it is asked for.
+CPU_CAPABILITIES = ("avx512", "avx2", "default")
+CPU_MODULES = tuple(f"_C_{capability}" for capability in CPU_CAPABILITIES)
+CUDA_MODULE = "_C_cuda"
+
+# Written beside this file by a build: {module: why it was not built}; EVERY stands for all of them.
+RECORD = "native_build.json"
+EVERY = "every module"
+
+# Medians of bench/results: a token of the model in cpu_demo.json, a layer call in h200_decode_attention.json.
+COSTS = {
+    "cpu": "CPU calls run on plain PyTorch: about 16 times a token was measured",
+    "cuda": "calls on sm_90 GPUs run on Triton stages: 1.2 to 2.4 times a layer call was measured",
+}
+MEND = "with torch, a C++ compiler and, for a GPU, nvcc installed, in the source folder: " + (
+    "TWILIGHT_NATIVE=required pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+
+
+def costs(module: str) -> str:
+    """What is lost without a module, or without any."""
+    if module == EVERY:
+        return "; ".join(COSTS.values())
+    return COSTS["cuda" if module == CUDA_MODULE else "cpu"]
+
+
+def notice(reasons: dict[str, str]) -> str:
+    """One line for people: what is missing and why, what it costs and how to mend it."""
+    missing = "; ".join(f"{module}: {reason}" for module, reason in reasons.items())
+    lost = "; ".join(dict.fromkeys(costs(module) for module in reasons))
+    return f"twilight_ops: native kernels are missing ({missing}). {lost}. To build them, {MEND}"
+
+
+@functools.cache
+def _record() -> dict[str, str]:
+    path = Path(__file__).with_name(RECORD)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_built(module: str) -> bool:
+    return importlib.util.find_spec(f"{__package__}.{module}") is not None
+
+
+def why_not_built(module: str) -> str:
+    reason = _record().get(module) or _record().get(EVERY)
+    return f"was not built ({reason})" if reason else "was not built"
+
+
+@functools.cache
+def load(module: str) -> str:
+    """Loads a module, which registers its kernels; returns why it could not be loaded, "" where it was."""
+    if not is_built(module):
+        return why_not_built(module)
+    try:
+        importlib.import_module(f"{__package__}.{module}")
+    except (ImportError, OSError) as error:  # another ABI, a missing library: the other kernels serve
+        return f"does not load: {' '.join(str(error).split())}"
+    return ""
+
+
+def warner(reasons: dict[str, str]) -> Callable[[], None]:
+    """A function whose first call warns that modules are missing; later calls do nothing."""
+
+    @functools.cache
+    def warn() -> None:
+        warnings.warn(notice(reasons), stacklevel=3)
+
+    return warn
