@@ -107,7 +107,7 @@ def _load_cpu() -> Backend:
         kernel = checked_reference(op)
         attach(op, "cpu", kernel if warn is None else _after(warn, kernel), lambda: "reference")
     detail = "; ".join(f"{module} {reason}" for module, reason in reasons.items())
-    if capability:
+    if len(unserved) < len(OPS):
         return Backend("cpu", lambda: ("native", f"{capability}; {detail}" if detail else capability))
     return Backend("cpu", lambda: ("reference", f"plain PyTorch, because {detail or 'TWILIGHT_CPU_BACKEND asks for it'}"))
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 # From the most to the least demanding; setup.py builds one module for each that it is asked for.
@@ -53,7 +54,9 @@ def _record() -> dict[str, str]:
 
 
 def is_built(module: str) -> bool:
-    return importlib.util.find_spec(f"{__package__}.{module}") is not None
+    """Whether a module lies beside this file, or was loaded in its place."""
+    name = f"{__package__}.{module}"
+    return name in sys.modules or PathFinder.find_spec(name, [str(Path(__file__).parent)]) is not None
 
 
 def why_not_built(module: str) -> str:

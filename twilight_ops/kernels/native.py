@@ -68,13 +68,11 @@ def decode_attention(*arguments, **named) -> tuple[torch.Tensor, torch.Tensor]:
     return run_fused(call, cluster_size) if cluster_size > 0 else staged_decode_attention(**call)
 
 
+_DECODE_CALLS = f"16 bits, head_dim {' or '.join(map(str, fused.HEAD_DIMS))}, at most {fused.MAX_ROWS} query rows a KV head"
 # Operators with a native kernel, and which of their calls it serves.
 KERNELS = {
     "append_kv": (append_kv, "K and V of 16 bits"),
-    "decode_attention": (
-        decode_attention,
-        f"16 bits, head_dim {' or '.join(map(str, fused.HEAD_DIMS))}, at most {fused.MAX_ROWS} query rows a KV head, {', '.join(fused.SELECTORS)}",
-    ),
+    "decode_attention": (decode_attention, f"{_DECODE_CALLS}, {', '.join(fused.SELECTORS)}"),
 }
 
 
