@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from test_backends import sources
 from torch.utils import cpp_extension
 
@@ -234,6 +235,7 @@ hidden = {*site.getsitepackages(), site.getusersitepackages()}
 sys.path[:] = [path for path in sys.path if path not in hidden]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 """
+FIND_TORCH = "import runpy, sys; sys.argv[:] = ['setup.py', '--name']; runpy.run_path('setup.py'); import torch; print(torch.__file__)"
 HOOK = "import sys; from setuptools import build_meta as hooks; sys.argv[:1] = []; print(hooks.build_wheel(sys.argv[0]))"
 
 
@@ -260,6 +262,16 @@ def test_an_isolated_build_compiles_against_the_torch_of_the_environment_it_is_f
     done = hook(builder, HOOK, tmp_path, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not notices(done.stderr) and tag(done.stdout.splitlines()[-1]) == NATIVE_TAG
+
+
+def test_a_build_in_an_interpreter_of_its_own_finds_the_active_environment(builder, tmp_path):
+    """As uv and build do."""
+    environment = isolated(builder, tmp_path / "overlay")
+    (tmp_path / "overlay" / "sitecustomize.py").write_text(HIDE + "sys.prefix = sys.exec_prefix = '/nowhere'\n")
+    path = os.pathsep.join([str(Path(sys.prefix, "bin")), builder.environment["PATH"]])
+    done = hook(builder, FIND_TORCH, tmp_path, PATH=path, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Path(done.stdout.splitlines()[-1]) == Path(torch.__file__)
 
 
 def test_an_isolated_build_without_torch_says_on_one_line_what_is_missing(builder, tmp_path):
