@@ -1,4 +1,4 @@
-"""How native code is compiled: the one place that spells compiler flags. setup.py, `make test` and the benches use it.
+"""How the native modules are compiled: the one place that spells their flags. setup.py, `make test` and the benches use it.
 
     python csrc/toolchain.py build/cu
 
