@@ -186,7 +186,7 @@ class Decoder:
         self._cache_name = cache_argument(model)
         if self.capture != "eager" and is_offloaded(model):
             self._fall_back("weights that accelerate loads for every layer can be neither compiled nor recorded")
-        self._captured = self._make_step()
+        self.captured = self._make_step()  # None: eager
         self._steps_run = 0
 
     @property
@@ -204,11 +204,11 @@ class Decoder:
 
     def step(self) -> None:
         """One decode step on the buffers, as captured."""
-        if self._captured is None:
+        if self.captured is None:
             self.step_eager()
             return
         try:
-            self._captured()
+            self.captured()
         except torch._dynamo.exc.TorchDynamoException as error:
             # Tracing runs nothing, so the step can still be made in another way.
             self._fall_back(str(error).strip().splitlines()[0], error)
@@ -223,7 +223,7 @@ class Decoder:
             f"step (about 3 times a token on a CPU, 5 on a GPU): {reason}",
             stacklevel=3,
         )
-        self.capture, self._captured = "eager", None
+        self.capture, self.captured = "eager", None
 
     def _make_step(self) -> Callable[[], None] | None:
         if self.capture == "eager":

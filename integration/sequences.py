@@ -76,7 +76,8 @@ class Sequences:
         self.filled = False
         self.forward: Forward | None = None
         self.next_layer = 0  # of the forward under way
-        self.prompt_forwards = 0  # prompts in a row, up to 2: the second shows that a prompt comes in chunks
+        # Two prompts in a row show that one comes in chunks. Decode steps read only the second flag, so that all of them are one graph.
+        self.after_prompt = self.in_chunks = False
         # transformers announces speculative decoding before its prompt, and a rollback of plain decoding after it.
         self.announced = self.speculates = False
 
@@ -184,7 +185,7 @@ class Sequences:
         self.seen.add_(forward.tokens)
         limit = self._step_limit()
         if forward.exact and (forward.tokens > limit or not self.filled):
-            self.prompt_forwards = min(2, self.prompt_forwards + 1)
+            self.after_prompt, self.in_chunks = True, self.after_prompt
             self.speculates, self.announced = self.announced, False
         else:
             self.begin_decoding()
@@ -193,14 +194,14 @@ class Sequences:
 
     def begin_decoding(self) -> None:
         """The prompt is complete: the next forward of few tokens is a decode step."""
-        self.prompt_forwards, self.announced = 0, False
+        self.after_prompt = self.in_chunks = self.announced = False
 
     def _step_limit(self) -> int:
         return MAX_QUERY_TOKENS if self.speculates else self.step_tokens
 
     def _is_prompt(self, tokens: int) -> bool:
         # The tail of a prompt that comes in chunks may be as short as a decode step.
-        return not self.filled or tokens > self._step_limit() or self.prompt_forwards == 2
+        return not self.filled or tokens > self._step_limit() or self.in_chunks
 
     def _begin_step(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> Forward:
         slots = order = None

@@ -6,7 +6,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import twilight_ops.integration.transformers as attention
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, decode_step
-from twilight_ops.integration import TwilightCache
+from twilight_ops.integration import CapturedStep, TwilightCache
 from twilight_ops.integration.generate import Decoder
 
 pytestmark = [
@@ -58,7 +58,7 @@ class KeptBuffers:
         self.by_layer = {}
         for layer in cache.layers:
             paged = layer.paged
-            slots = cache.max_pages * paged.page_size
+            slots = cache.sequences.max_pages * paged.page_size
             kept = torch.full((cache.max_batch_size, paged.k_cache.shape[1], slots), -1, dtype=torch.int32, device="cuda")
             counts = torch.zeros(kept.shape[:2], dtype=torch.int32, device="cuda")
             torch._dynamo.mark_static_address(kept)
@@ -84,7 +84,7 @@ def test_a_replayed_graph_keeps_and_says_what_eager_does_over_2000_steps(model, 
         decoder = Decoder(model, cache, eos_token_ids=(), capture=capture)
         if capture == "cuda_graph":
             # Eager and replayed runs must share every kernel around attention, or their roundings differ.
-            decoder.step = type(decoder.step)(decoder.step_eager, model.device)
+            decoder.step = CapturedStep(decoder.step_eager, model.device)
         monkeypatch.setattr(attention, "attend", buffers.attend)
         snapshots = []
 
@@ -128,18 +128,18 @@ def test_after_reset_the_same_graph_serves_a_new_prompt(model):
     cache = new_cache(model, SELECTORS["shadow_prefix"])
     decoder = Decoder(model, cache, eos_token_ids=())
     decoder.generate(prompt(seed=1), max_new_tokens=32)
-    graph = decoder.step.graph
+    graph = decoder.captured.graph
     cache.reset()
     again = decoder.generate(prompt(seed=2), max_new_tokens=32)
     fresh = Decoder(model, new_cache(model, SELECTORS["shadow_prefix"]), eos_token_ids=()).generate(prompt(seed=2), max_new_tokens=32)
-    assert decoder.step.graph is graph and graph is not None
+    assert decoder.captured.graph is graph and graph is not None
     assert again.graphs == 1 and again.recompiles == 0
     assert torch.equal(again.tokens, fresh.tokens)
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_generate_of_transformers_compiles_with_cuda_graphs_or_fails(model, name, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.triton, "cudagraph_or_error", True)
+@torch._inductor.config.patch("triton.cudagraph_or_error", True)
+def test_generate_of_transformers_compiles_with_cuda_graphs_or_fails(model, name):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     cache = new_cache(model, SELECTORS[name])
