@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparisons import assert_same_state
-from fused_calls import assert_as_reference, observed, random_call
+from fused_calls import assert_as_reference, extreme_call, observed, random_call
 from inputs import Shape, make_inputs, strided
 
 from twilight_ops import capacity, reference
@@ -168,6 +168,12 @@ def check(emulator, inputs, overrides: dict, cluster_size: int, seed: int) -> No
 @pytest.mark.parametrize("seed", range(24))
 def test_fused_kernel_keeps_the_reference_sets_and_values(emulator, seed):
     inputs, overrides, cluster_size = random_call(seed)
+    check(emulator, inputs, overrides, cluster_size, seed)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_the_largest_integers_give_the_reference_sets_and_values(emulator, seed):
+    inputs, overrides, cluster_size = extreme_call(seed)
     check(emulator, inputs, overrides, cluster_size, seed)
 
 
