@@ -78,6 +78,32 @@ def test_a_compiled_call_is_refused_at_trace_time_and_served_without_gradients(o
     torch._dynamo.reset()
 
 
+class Projected(torch.nn.Module):
+    """A decode call on what a layer with parameters projects."""
+
+    def __init__(self, arguments: list):
+        super().__init__()
+        self.arguments = arguments
+        self.projection = torch.nn.Linear(64, 64)
+
+    def forward(self, hidden, page_table, seq_lens):
+        k_cache, v_cache = self.arguments[1:3]
+        return ops.attend_sparse(self.projection(hidden), k_cache, v_cache, page_table, seq_lens, *self.arguments[5:])
+
+
+def test_a_module_is_exported_with_its_parameters_and_any_page_table():
+    x = make_inputs(Shape((40, 17), 4, 2, 64, 16, 1, torch.float32))
+    module = Projected(list(x.arguments("attend_sparse").values()))
+    tokens = (x.q, x.page_table, x.seq_lens)
+    exported = torch.export.export(module, tokens, dynamic_shapes=(None, {1: torch.export.Dim.DYNAMIC}, None), strict=False)
+    wider = (x.q, torch.nn.functional.pad(x.page_table, (0, 3)), x.seq_lens)
+    with torch.no_grad():
+        for got, want in zip(exported.module()(*wider), module(*tokens), strict=True):
+            torch.testing.assert_close(got, want)
+    with pytest.raises(RuntimeError, match="twilight::attend_sparse: q: expected a tensor that needs no gradient"):
+        exported.module()(*wider)
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=["grad", "jacrev"])
 def test_the_public_functions_refuse_a_transform_that_differentiates(transform):
     x = make_inputs(Shape((40, 17), 4, 2, 64, 16, 1, torch.float32))
