@@ -235,6 +235,7 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
     check.absent("bounds_scale", bounds_scale, "None, because page_bounds is None");
   }
   if (positions.has_value()) check.tensor("positions", *positions, {"B", "T"}, {ScalarType::Int});
+  check.no_gradients();
 
   const int64_t element_size = element_kernels(dtype).element_size, batch = k.size(0), tokens = k.size(1);
   const Paging paging(page_table, seq_lens, k_cache.size(0), k_cache.size(2));

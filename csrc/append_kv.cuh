@@ -67,7 +67,7 @@ struct Appender {
 
   __device__ int position_of(int token) const {
     return p.positions ? p.positions[static_cast<int64_t>(sequence) * p.tokens + token]
-                       : p.seq_lens[sequence] - p.tokens + token;
+                       : max(p.seq_lens[sequence], 0) - p.tokens + token;
   }
   // Physical page of a position, -1 where nothing is to be written.
   __device__ int page_of(int position) const {

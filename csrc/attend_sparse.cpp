@@ -180,6 +180,7 @@ std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache,
   check.paging(page_table, seq_lens);
   check.candidates(indices, counts, tokens_per_index, k_cache.size(2));
   check.scale(sm_scale);
+  check.no_gradients();
 
   const KVCache cache(k_cache, v_cache);
   const Query query(q, cache.kv_heads, sm_scale);

@@ -1,4 +1,5 @@
-// How many candidates a call may return, and the layout of budget_counters: the C++ twin of twilight_ops/capacity.py.
+// A call's token counts, the capacity of its lists, and the layout of budget_counters: the C++ twin of
+// twilight_ops/capacity.py.
 #pragma once
 
 #include <algorithm>
@@ -9,27 +10,50 @@ namespace twilight {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t candidate_tokens_capacity(int64_t max_tokens, int64_t token_budget, double budget_fraction) {
-  const int64_t fraction = static_cast<int64_t>(std::ceil(budget_fraction * static_cast<double>(max_tokens)));
-  return std::min(max_tokens, std::max(token_budget, fraction));
+// Tokens that the page table of one sequence may hold. Sums of two token counts then fit an int32.
+constexpr int64_t kMaxTableTokens = int64_t{1} << 29;
+// What an int32 position can be: the limit where there is no page table.
+constexpr int64_t kMaxTokens = INT32_MAX;
+
+// Token counts of one call, none beyond what its page table holds, so that no sum or product of them overflows. Made
+// once, where a call comes in.
+struct Limits {
+  int64_t max_tokens, token_budget, sink_tokens, recent_tokens, dense_below;
+
+  // The newest tokens are at least the query tokens.
+  Limits(int64_t max_tokens, int64_t query_tokens, int64_t token_budget, int64_t sink_tokens, int64_t recent_tokens,
+         int64_t dense_below = 0)
+      : max_tokens(max_tokens),
+        token_budget(std::min(token_budget, max_tokens)),
+        sink_tokens(std::min(sink_tokens, max_tokens)),
+        recent_tokens(std::min(std::max(recent_tokens, query_tokens), max_tokens)),
+        dense_below(std::min(dense_below, max_tokens)) {}
+};
+
+inline int64_t candidate_tokens_capacity(const Limits& limits, double budget_fraction) {
+  const int64_t fraction = static_cast<int64_t>(std::ceil(budget_fraction * static_cast<double>(limits.max_tokens)));
+  return std::min(limits.max_tokens, std::max(limits.token_budget, fraction));
 }
 
-inline int64_t token_capacity(int64_t max_pages, int64_t page_size, int64_t query_tokens, int64_t token_budget,
-                              double budget_fraction, int64_t sink_tokens, int64_t recent_tokens) {
-  const int64_t max_tokens = max_pages * page_size;
-  const int64_t forced = sink_tokens + std::max(recent_tokens, query_tokens);
-  return std::min(max_tokens, std::max(candidate_tokens_capacity(max_tokens, token_budget, budget_fraction), forced));
+inline int64_t token_capacity(const Limits& limits, double budget_fraction) {
+  const int64_t forced = limits.sink_tokens + limits.recent_tokens;
+  return std::min(limits.max_tokens, std::max(candidate_tokens_capacity(limits, budget_fraction), forced));
 }
 
-inline int64_t page_capacity(int64_t max_pages, int64_t page_size, int64_t query_tokens, int64_t token_budget,
-                             double budget_fraction, int64_t sink_tokens, int64_t recent_tokens) {
-  const int64_t tokens = candidate_tokens_capacity(max_pages * page_size, token_budget, budget_fraction);
-  const int64_t recent = std::max(recent_tokens, query_tokens);
-  const int64_t forced = ceil_div(sink_tokens, page_size) + ceil_div(recent, page_size) + 1;
-  return std::min(max_pages, std::max(ceil_div(tokens, page_size), forced));
+inline int64_t page_capacity(const Limits& limits, int64_t page_size, double budget_fraction) {
+  const int64_t tokens = candidate_tokens_capacity(limits, budget_fraction);
+  const int64_t forced = ceil_div(limits.sink_tokens, page_size) + ceil_div(limits.recent_tokens, page_size) + 1;
+  return std::min(limits.max_tokens / page_size, std::max(ceil_div(tokens, page_size), forced));
 }
 
-enum CounterColumn : int64_t { kCounterRows, kCounterLive, kCounterCandidates, kCounterKept, kCounterMass };
+enum CounterColumn : int64_t {
+  kCounterRows,
+  kCounterLive,
+  kCounterCandidates,
+  kCounterKept,
+  kCounterMass,
+  kCounterDense
+};
 constexpr int64_t kCounterHeader = 8;
 constexpr int64_t kHistogramBins = 160;
 constexpr int64_t kCounterColumns = kCounterHeader + 2 * kHistogramBins;

@@ -2,6 +2,7 @@
 // A message always reads `twilight::<op>: <argument>: expected <what>, got <what>`.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -14,6 +15,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "capacity.h"
 
 namespace twilight {
 
@@ -101,6 +104,7 @@ class Checker {
   Checker(const char* op, const Tensor& like) : op_(op), like_(like), dtype_(like.scalar_type()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index_));
+    grad_enabled_ = aoti_torch_grad_mode_is_enabled();
   }
 
   [[noreturn]] void fail(const char* argument, const std::string& expected, const std::string& got) const {
@@ -118,6 +122,7 @@ class Checker {
 
   void tensor(const char* argument, const Tensor& tensor, std::initializer_list<Dim> dims,
               std::initializer_list<ScalarType> dtypes, bool contiguous = true) {
+    watch(argument, tensor);
     check_device(argument, tensor);
     check_dtype(argument, tensor, dtypes);
     const auto sizes = tensor.sizes();
@@ -195,6 +200,10 @@ class Checker {
   void paging(const Tensor& page_table, const Tensor& seq_lens) {
     tensor("page_table", page_table, {"B", "M"}, {ScalarType::Int});
     tensor("seq_lens", seq_lens, {"B"}, {ScalarType::Int});
+    const int64_t pages = page_table.size(1), page_size = size("S"), most = kMaxTableTokens / page_size;
+    if (pages > most)
+      fail("page_table", "at most " + std::to_string(most) + " pages of " + std::to_string(page_size) + " tokens",
+           std::to_string(pages));
   }
 
   void cache(const Tensor& k_cache, const Tensor& v_cache) {
@@ -250,10 +259,11 @@ class Checker {
     if (head_token_budget.has_value()) tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
   }
 
-  void top_p(double top_p, const OptionalTensor& top_p_per_head) const {
+  void top_p(double top_p, const OptionalTensor& top_p_per_head) {
     if (!(top_p > 0.0 && top_p <= 1.0)) fail("top_p", "0 < top_p <= 1", number(top_p));
     if (!top_p_per_head.has_value()) return;
     const Tensor& p = *top_p_per_head;
+    watch("top_p_per_head", p);
     const int64_t batch = size("B"), heads = size("Hq");
     check_device("top_p_per_head", p);
     check_dtype("top_p_per_head", p, {ScalarType::Float});
@@ -268,7 +278,25 @@ class Checker {
     if (!(sm_scale > 0.0 && sm_scale < INFINITY)) fail("sm_scale", "a positive finite number", number(sm_scale));
   }
 
+  // The last check of every operator; see Checker.no_gradients in _checks.py. Only Python can ask a tensor.
+  void no_gradients() const {
+    if (watched_.empty()) return;
+    StableIValue stack[] = {torch::stable::detail::from(watched_)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("twilight::_first_requiring_grad", "", stack, TORCH_ABI_VERSION));
+    const int64_t first = torch::stable::detail::to<int64_t>(stack[0]);
+    if (first >= 0)
+      fail(watched_names_[first], "a tensor that needs no gradient (there is no backward: call under torch.no_grad())",
+           "requires_grad=True");
+  }
+
  private:
+  // Keeps a tensor that may ask for a gradient for `no_gradients`.
+  void watch(const char* argument, const Tensor& tensor) {
+    if (!grad_enabled_) return;
+    watched_names_.push_back(argument);
+    watched_.push_back(tensor);
+  }
+
   static std::string shape(std::initializer_list<Dim> dims) {
     std::string out = "[";
     for (const Dim& dim : dims)
@@ -297,6 +325,9 @@ class Checker {
   const Tensor& like_;
   ScalarType dtype_;
   int32_t device_type_, device_index_;
+  bool grad_enabled_;
+  std::vector<const char*> watched_names_;
+  std::vector<Tensor> watched_;
   std::vector<std::pair<std::string, int64_t>> sizes_;
 };
 

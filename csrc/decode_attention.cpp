@@ -17,6 +17,7 @@ enum class Selector { kDense, kFull, kQuest, kShadowPrefix, kGiven };
 struct RowReport {
   int64_t live, candidates, kept;
   double mass;
+  bool dense;
 };
 
 struct DecodeCall {
@@ -142,7 +143,7 @@ class DecodeRow {
 
   void unite() {
     RowReport& report = call_->reports[row_];
-    report = {length_, count_, count_, 1.0};
+    report = {length_, count_, count_, 1.0, dense_};
     if (prunes_) {
       const int64_t rows = call_->query.rows;
       report.kept = union_of_rows(weights_, top_p_, rows, positions_, count_, length_, call_->options, kept_);
@@ -187,6 +188,7 @@ void add_to_counters(const RowReport* reports, int64_t batch, int64_t kv_heads, 
     out[kCounterLive] += report.live;
     out[kCounterCandidates] += report.candidates;
     out[kCounterKept] += report.kept;
+    out[kCounterDense] += report.dense;
     out[kCounterMass] += std::llrint(report.mass * kCounterMassUnit);
     out[kCounterHeader + histogram_bin(report.candidates)] += 1;
     out[kCounterHeader + kHistogramBins + histogram_bin(report.kept)] += 1;
@@ -249,6 +251,7 @@ std::tuple<Tensor, Tensor> decode_attention(
     check.tensor("kept_indices", *kept_indices, {"B", "Hkv", k_cache.size(2) * page_table.size(1)}, {ScalarType::Int});
     check.tensor("kept_counts", *kept_counts, {"B", "Hkv"}, {ScalarType::Int});
   }
+  check.no_gradients();
 
   const KVCache cache(k_cache, v_cache);
   const Query query(q, cache.kv_heads, sm_scale);
@@ -257,10 +260,12 @@ std::tuple<Tensor, Tensor> decode_attention(
   if (k_quant.has_value()) shadow.emplace(*k_quant, *k_scale, *channel_order, *prefix_channels);
   std::optional<PageBounds> bounds;
   if (page_bounds.has_value()) bounds.emplace(*page_bounds, bounds_scale);
-  const Budget budget(token_budget, budget_fraction, sink_tokens, recent_tokens, query.query_tokens, head_token_budget);
-  const PruneOptions options(top_p, top_p_per_head, sink_tokens, recent_tokens);
+  const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens, dense_below);
+  const Budget budget(limits, budget_fraction, head_token_budget);
+  const PruneOptions options(top_p, top_p_per_head, limits);
   const GivenCandidates given(candidates, candidate_counts, tokens_per_candidate);
-  const auto list_capacity = selector == Selector::kQuest ? page_capacity : token_capacity;
+  const int64_t list_capacity = selector == Selector::kQuest ? page_capacity(limits, paging.page_size, budget_fraction)
+                                                             : token_capacity(limits, budget_fraction);
 
   Tensor out = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads, query.head_dim});
   Tensor lse = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads}, ScalarType::Float);
@@ -277,9 +282,8 @@ std::tuple<Tensor, Tensor> decode_attention(
                         budget,
                         options,
                         given,
-                        dense_below,
-                        list_capacity(paging.max_pages, paging.page_size, query.query_tokens, token_budget,
-                                      budget_fraction, sink_tokens, recent_tokens),
+                        limits.dense_below,
+                        list_capacity,
                         out.mutable_data_ptr(),
                         lse.mutable_data_ptr<float>(),
                         kept_indices.has_value() ? kept_indices->mutable_data_ptr<int32_t>() : nullptr,

@@ -85,7 +85,6 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   Tensor lse = torch::stable::new_empty(q, {batch, query_tokens, heads}, ScalarType::Float);
   if (batch == 0) return {out, lse};
 
-  const auto clamped = [](int64_t x) { return static_cast<int>(std::min<int64_t>(x, 1 << 30)); };
   FusedParams p{};
   p.q = q.const_data_ptr();
   p.q_stride_batch = q.stride(0);
@@ -126,15 +125,16 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   p.log2_page_size = page_size == 16 ? 4 : page_size == 32 ? 5 : 6;
   p.max_pages = page_table.size(1);
   p.num_pages = k_cache.size(0);
-  p.token_budget = clamped(token_budget);
-  const auto capacity = p.selector == FusedSelector::kQuest ? page_capacity : token_capacity;
-  p.capacity =
-      capacity(p.max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens);
-  p.dense_below = clamped(dense_below);
-  if (p.max_pages * page_size <= p.dense_below) p.selector = FusedSelector::kDense;  // as kernels/fused.py has it
+  const Limits limits(page_table.size(1) * page_size, query_tokens, token_budget, sink_tokens, recent_tokens,
+                      dense_below);
+  p.token_budget = limits.token_budget;
+  p.capacity = p.selector == FusedSelector::kQuest ? page_capacity(limits, page_size, budget_fraction)
+                                                   : token_capacity(limits, budget_fraction);
+  p.dense_below = limits.dense_below;
+  if (limits.max_tokens <= p.dense_below) p.selector = FusedSelector::kDense;  // as kernels/fused.py has it
   p.prunes = p.selector != FusedSelector::kDense && (top_p < 1.0 || top_p_per_head.has_value());
-  p.sink_tokens = clamped(sink_tokens);
-  p.recent_tokens = clamped(recent_tokens);
+  p.sink_tokens = limits.sink_tokens;
+  p.recent_tokens = limits.recent_tokens;
 
   const int grid = batch * kv_heads * static_cast<int>(cluster_size);
   int multiprocessors = 0;

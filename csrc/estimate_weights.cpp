@@ -121,6 +121,7 @@ Tensor estimate_weights(const Tensor& q, const Tensor& k_quant, const Tensor& k_
   check.paging(page_table, seq_lens);
   check.candidates(indices, counts, tokens_per_index, k_scale.size(2));
   check.scale(sm_scale);
+  check.no_gradients();
 
   const Shadow shadow(k_quant, k_scale, channel_order, prefix_channels);
   const Query query(q, shadow.kv_heads, sm_scale);

@@ -307,6 +307,7 @@ struct FusedAttention : FusedPruner<T, D, RP, kSelector> {
     atomicAdd(row + kCounterLive, static_cast<unsigned long long>(live));
     atomicAdd(row + kCounterCandidates, static_cast<unsigned long long>(candidate_tokens));
     atomicAdd(row + kCounterKept, static_cast<unsigned long long>(kept_tokens));
+    if (kOnlyDense || live <= p.dense_below) atomicAdd(row + kCounterDense, 1ull);
     atomicAdd(row + kCounterMass, static_cast<unsigned long long>(rint(mass * 1048576.0)));
     atomicAdd(row + kCounterHeader + budget_bin(candidate_tokens), 1ull);
     atomicAdd(row + kCounterHeader + kHistogramBins + budget_bin(kept_tokens), 1ull);

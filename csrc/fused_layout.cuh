@@ -49,8 +49,8 @@ struct FusedParams {
   int prunes;
   int query_tokens, group_size, kv_heads;
   int log2_page_size, max_pages, num_pages;
-  int token_budget, capacity;  // tokens; items
-  int dense_below, sink_tokens, recent_tokens;
+  int token_budget, capacity;                   // tokens; items
+  int dense_below, sink_tokens, recent_tokens;  // as Limits has them
   // Whether blocks hand each other even shares of the candidates, and of long lists of survivors. A grid of one block a
   // multiprocessor keeps its own where the larger shared memory allows that: an even share is not worth the barrier
   // there.

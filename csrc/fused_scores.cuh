@@ -19,7 +19,7 @@ struct FusedScores : FusedBlock<T, D, RP, kSelector> {
 
   // Owned items in [begin, end) compete; those before are sinks, those behind the newest, and both are always taken.
   __device__ __forceinline__ int2 competing_items() const {
-    const int newest = max(live - max(p.recent_tokens, p.query_tokens), 0);
+    const int newest = max(live - p.recent_tokens, 0);
     const int begin = kByPage ? (p.sink_tokens + page_size() - 1) >> p.log2_page_size : p.sink_tokens;
     const int end = kByPage ? newest >> p.log2_page_size : newest;
     return make_int2(begin - first, end - first);

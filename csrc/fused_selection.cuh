@@ -377,7 +377,7 @@ struct FusedSelection : FusedScores<T, D, RP, kSelector> {
     int64_t budget = p.head_token_budget ? max(p.head_token_budget[head], 0)
                                          : max(static_cast<int64_t>(p.token_budget),
                                                static_cast<int64_t>(ceil(live * p.budget_fraction)));
-    const int newest = max(live - max(p.recent_tokens, p.query_tokens), 0);
+    const int newest = max(live - p.recent_tokens, 0);
     int64_t forced;
     if (kByPage) {
       budget = (budget + page_size() - 1) >> p.log2_page_size;

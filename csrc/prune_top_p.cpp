@@ -93,14 +93,13 @@ Reached reach(uint32_t* keys, int64_t n, int64_t need, Arena& arena) {
 
 }  // namespace
 
-PruneOptions::PruneOptions(double top_p, const OptionalTensor& top_p_per_head, int64_t sink_tokens,
-                           int64_t recent_tokens)
+PruneOptions::PruneOptions(double top_p, const OptionalTensor& top_p_per_head, const Limits& limits)
     : top_p(top_p),
       per_head(top_p_per_head.has_value() ? top_p_per_head->const_data_ptr<float>() : nullptr),
       batch_stride(0),
       head_stride(0),
-      sink_tokens(sink_tokens),
-      recent_tokens(recent_tokens) {
+      sink_tokens(limits.sink_tokens),
+      recent_tokens(limits.recent_tokens) {
   if (per_head == nullptr) return;
   if (top_p_per_head->size(0) > 1) batch_stride = top_p_per_head->stride(0);
   if (top_p_per_head->size(1) > 1) head_stride = top_p_per_head->stride(1);
@@ -245,9 +244,11 @@ std::tuple<Tensor, Tensor, Tensor> prune_top_p(const Tensor& weights, const Tens
   check.top_p(top_p, top_p_per_head);
   check.at_least("sink_tokens", sink_tokens, 0);
   check.at_least("recent_tokens", recent_tokens, 0);
+  check.no_gradients();
 
   const GivenCandidates candidates(indices, counts, tokens_per_index);
-  const PruneOptions options(top_p, top_p_per_head, sink_tokens, recent_tokens);
+  const Limits limits(kMaxTokens, query_tokens, /*token_budget=*/1, sink_tokens, recent_tokens);
+  const PruneOptions options(top_p, top_p_per_head, limits);
   Tensor kept = torch::stable::new_empty(weights, {batch, num_kv_heads, slots}, ScalarType::Int);
   Tensor kept_counts = torch::stable::new_empty(weights, {batch, num_kv_heads}, ScalarType::Int);
   Tensor mass = torch::stable::new_empty(weights, {batch, query_tokens, heads}, ScalarType::Float);

@@ -1,6 +1,7 @@
 // The smallest set of weights that reaches p, counted in integers; see prune_top_p.cpp.
 #pragma once
 
+#include "capacity.h"
 #include "paged_kv.h"
 #include "parallel.h"
 
@@ -19,7 +20,7 @@ struct PruneOptions {
   int64_t batch_stride, head_stride;
   int64_t sink_tokens, recent_tokens;
 
-  PruneOptions(double top_p, const OptionalTensor& top_p_per_head, int64_t sink_tokens, int64_t recent_tokens);
+  PruneOptions(double top_p, const OptionalTensor& top_p_per_head, const Limits& limits);
 
   double p(int64_t b, int64_t head) const {
     if (per_head == nullptr) return top_p;

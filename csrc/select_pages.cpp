@@ -108,13 +108,14 @@ std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const Tensor& page_boun
   check.paging(page_table, seq_lens);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
   check.scale(sm_scale);
+  check.no_gradients();
 
   const Query query(q, page_bounds.size(1), sm_scale);
   const PageBounds bounds(page_bounds, bounds_scale);
   const Paging paging(page_table, seq_lens, page_bounds.size(0), page_size);
-  const Budget budget(token_budget, budget_fraction, sink_tokens, recent_tokens, query.query_tokens, head_token_budget);
-  const int64_t capacity = page_capacity(paging.max_pages, page_size, query.query_tokens, token_budget, budget_fraction,
-                                         sink_tokens, recent_tokens);
+  const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens);
+  const Budget budget(limits, budget_fraction, head_token_budget);
+  const int64_t capacity = page_capacity(limits, page_size, budget_fraction);
   Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
   const SelectPagesCall call{

@@ -100,13 +100,14 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
   check.paging(page_table, seq_lens);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
   check.scale(sm_scale);
+  check.no_gradients();
 
   const Shadow shadow(k_quant, k_scale, channel_order, prefix_channels);
   const Query query(q, shadow.kv_heads, sm_scale);
   const Paging paging(page_table, seq_lens, shadow.num_pages, shadow.page_size);
-  const Budget budget(token_budget, budget_fraction, sink_tokens, recent_tokens, query.query_tokens, head_token_budget);
-  const int64_t capacity = token_capacity(paging.max_pages, shadow.page_size, query.query_tokens, token_budget,
-                                          budget_fraction, sink_tokens, recent_tokens);
+  const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens);
+  const Budget budget(limits, budget_fraction, head_token_budget);
+  const int64_t capacity = token_capacity(limits, budget_fraction);
   Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
   const SelectTokensCall call{

@@ -8,22 +8,19 @@ namespace twilight {
 
 // What decides the length of a selection.
 struct Budget {
-  int64_t token_budget, sink_tokens, recent_tokens, query_tokens;
+  Limits limits;
   double budget_fraction;
   const int32_t* head_token_budget;  // [Hkv] or null
 
-  Budget(int64_t token_budget, double budget_fraction, int64_t sink_tokens, int64_t recent_tokens, int64_t query_tokens,
-         const OptionalTensor& head_token_budget)
-      : token_budget(token_budget),
-        sink_tokens(sink_tokens),
-        recent_tokens(recent_tokens),
-        query_tokens(query_tokens),
+  Budget(const Limits& limits, double budget_fraction, const OptionalTensor& head_token_budget)
+      : limits(limits),
         budget_fraction(budget_fraction),
         head_token_budget(head_token_budget.has_value() ? head_token_budget->const_data_ptr<int32_t>() : nullptr) {}
 
   int64_t tokens(int64_t h, int64_t length) const {
     if (head_token_budget != nullptr) return std::max(head_token_budget[h], 0);
-    return std::max(token_budget, static_cast<int64_t>(std::ceil(static_cast<double>(length) * budget_fraction)));
+    return std::max(limits.token_budget,
+                    static_cast<int64_t>(std::ceil(static_cast<double>(length) * budget_fraction)));
   }
 };
 
@@ -33,8 +30,9 @@ struct TopK {
 
   TopK() = default;
   TopK(const Budget& budget, int64_t h, int64_t length, int64_t unit, int64_t capacity)
-      : items(ceil_div(length, unit)), front(std::min(items, ceil_div(std::min(budget.sink_tokens, length), unit))) {
-    const int64_t newest = length - std::min(length, std::max(budget.recent_tokens, budget.query_tokens));
+      : items(ceil_div(length, unit)),
+        front(std::min(items, ceil_div(std::min(budget.limits.sink_tokens, length), unit))) {
+    const int64_t newest = length - std::min(length, budget.limits.recent_tokens);
     back = std::max(front, newest / unit);
     const int64_t wanted = ceil_div(std::min(budget.tokens(h, length), length), unit);
     count = std::min({std::max(wanted, front + items - std::min(items, back)), items, capacity});

@@ -63,6 +63,32 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
     return inputs, overrides, rng.choice([1, 2, 4])
 
 
+def extreme_call(seed: int, device: str = "cpu") -> tuple[DecodeInputs, dict, int]:
+    """`random_call` of a short table whose integers are as large, or as negative, as their types allow."""
+    rng = random.Random(seed)
+    shape = Shape((rng.randint(1, 90), rng.randint(1, 40)), 4, 2, 64, rng.choice([16, 32]), rng.choice([1, 2, 4]), torch.float16)
+    inputs = make_inputs(shape, seed=seed, bounds_dtype="uint8", extra_pages=rng.choice([0, 1]))
+    for tensor in (inputs.k_cache, inputs.v_cache, inputs.k_scale, inputs.bounds_scale):
+        tensor.nan_to_num_(0.25)
+    inputs.seq_lens.copy_(torch.tensor([rng.choice([-(2**31), -1, 0, n, 2**31 - 1]) for n in shape.seq_lens]))
+    if device != "cpu":
+        inputs = on_device(inputs, device)
+    large = (2**30, 2**31 - 1, 2**31, 2**62, 2**63 - 1)
+    overrides = {
+        "selector": rng.choice(["shadow_prefix", "quest", "full", "dense"]),
+        "token_budget": rng.choice([1, 20, *large]),
+        "budget_fraction": rng.choice([0.0, 1 / 3, 1.0]),
+        "top_p": rng.choice([0.5, 1.0]),
+        "dense_below": rng.choice([0, 0, 0, 20, *large]),
+        "sink_tokens": rng.choice([0, 4, *large]),
+        "recent_tokens": rng.choice([0, 8, *large]),
+    }
+    if rng.random() < 0.3:
+        heads = torch.tensor([rng.choice([-(2**31), -1, 17, 2**31 - 1]) for _ in range(2)], dtype=torch.int32, device=device)
+        overrides["head_token_budget"] = heads
+    return inputs, overrides, rng.choice([1, 2, 4])
+
+
 def members(lists: dict[str, Tensor]) -> Tensor:
     """Kept positions as booleans; checks that counts and pads agree with them."""
     indices, counts = lists["kept_indices"], lists["kept_counts"]

@@ -29,7 +29,7 @@ class Ranking:
         """[B, items] pages or tokens that are always taken."""
         unit = self.unit(x)
         start = torch.arange(self.items(x), device=x.q.device) * unit
-        newest = x.seq_lens[:, None] - max(recent_tokens, x.q.shape[1])
+        newest = x.seq_lens.long()[:, None] - max(recent_tokens, x.q.shape[1])
         return (start < x.seq_lens[:, None]) & ((start < sink_tokens) | (start + unit > newest))
 
     def check_against_oracle(self, backend, x: DecodeInputs, *, exact: bool = False, **budget) -> Tensor:

@@ -21,7 +21,7 @@ REPORT = """
 import json, torch, twilight_ops
 from twilight_ops import backends
 weights = torch.tensor([0.6, 0.3, 0.1, 0.0]).view(1, 1, 1, 4)
-indices, counts, mass = twilight_ops.prune_top_p(weights, torch.tensor([4], dtype=torch.int32), None, None, 1, 1, 0.85)
+indices, counts, mass = twilight_ops.prune_top_p(weights, torch.tensor([5], dtype=torch.int32), None, None, 1, 1, 0.85)
 try:
     twilight_ops.prune_top_p(weights, torch.tensor([4], dtype=torch.int32), None, None, 1, 1, 2.0)
     refused = ""

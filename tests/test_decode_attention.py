@@ -16,7 +16,7 @@ from comparisons import (
 from inputs import SHAPES, Shape, break_key, make_inputs, random_candidates
 
 from twilight_ops import reference
-from twilight_ops.capacity import COUNTER_COLUMNS, COUNTER_HEADER, HISTOGRAM_BINS, histogram_bin
+from twilight_ops.capacity import COUNTER_COLUMNS, COUNTER_DENSE, COUNTER_HEADER, HISTOGRAM_BINS, histogram_bin
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
@@ -252,11 +252,13 @@ def test_decode_attention_gives_nan_only_in_the_rows_whose_query_is_nan(backend,
 def expected_counters(x, decoded: Decoded, candidates: torch.Tensor):
     """Counters rebuilt from the kept lists, all columns but the mass."""
     rows = torch.zeros_like(decoded.counters)
+    dense_below = decoded.arguments.get("dense_below", 0)
     for b, length in enumerate(x.seq_lens.tolist()):
         for head in range(x.num_kv_heads):
             if length > 0:
                 offered, kept = int(candidates[b, head]), int(decoded.counts[b, head])
                 rows[head, :4] += torch.tensor([1, length, offered, kept], device=rows.device)
+                rows[head, COUNTER_DENSE] += decoded.arguments["selector"] == "dense" or length <= dense_below
                 rows[head, COUNTER_HEADER + histogram_bin(offered)] += 1
                 rows[head, COUNTER_HEADER + HISTOGRAM_BINS + histogram_bin(kept)] += 1
     return rows

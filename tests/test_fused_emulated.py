@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparisons import assert_same_state
-from fused_calls import assert_as_reference, observed, random_call
+from fused_calls import assert_as_reference, extreme_call, observed, random_call
 from inputs import Shape, make_inputs, strided
 
 from twilight_ops import capacity, reference
@@ -97,8 +97,13 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     if per_head is not None:
         p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
     p.out, p.lse = out.data_ptr(), lse.data_ptr()
-    for name in ("budget_fraction", "top_p", "sm_scale", "token_budget", "dense_below", "sink_tokens", "recent_tokens"):
-        setattr(p, name, a.get(name, 0))
+    for name in ("budget_fraction", "top_p", "sm_scale"):
+        setattr(p, name, a[name])
+    limits = capacity.Limits.clamped(
+        max_pages * page_size, query_tokens, *(a.get(name, 0) for name in ("token_budget", "sink_tokens", "recent_tokens", "dense_below"))
+    )
+    for name, tokens in limits._asdict().items():
+        setattr(p, name, tokens)
     p.selector = fused.SELECTORS.index(a["selector"])
     p.prunes = a["selector"] != "dense" and (a["top_p"] < 1.0 or per_head is not None)
     p.query_tokens, p.group_size, p.kv_heads = query_tokens, heads // kv_heads, kv_heads
@@ -163,6 +168,12 @@ def check(emulator, inputs, overrides: dict, cluster_size: int, seed: int) -> No
 @pytest.mark.parametrize("seed", range(24))
 def test_fused_kernel_keeps_the_reference_sets_and_values(emulator, seed):
     inputs, overrides, cluster_size = random_call(seed)
+    check(emulator, inputs, overrides, cluster_size, seed)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_the_largest_integers_give_the_reference_sets_and_values(emulator, seed):
+    inputs, overrides, cluster_size = extreme_call(seed)
     check(emulator, inputs, overrides, cluster_size, seed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_calls import assert_as_reference, observed, random_call
+from fused_calls import assert_as_reference, extreme_call, observed, random_call
 from inputs import Shape, make_inputs, on_device
 
 from twilight_ops import reference
@@ -25,6 +25,13 @@ def run_with(cluster_size: int):
 @pytest.mark.parametrize("seed", range(12))
 def test_small_calls_are_as_the_reference(seed):
     inputs, overrides, cluster_size = random_call(seed, longest=600, device="cuda")
+    assert_as_reference(inputs, overrides, run_with(cluster_size))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("seed", range(24))
+def test_calls_with_the_largest_integers_are_as_the_reference(seed):
+    inputs, overrides, cluster_size = extreme_call(seed, device="cuda")
     assert_as_reference(inputs, overrides, run_with(cluster_size))
 
 

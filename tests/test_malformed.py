@@ -277,7 +277,49 @@ def head_dim_cases() -> list[Case]:
     ]
 
 
-ALL_CASES = CASES + head_dim_cases()
+def oversized_tables() -> list[Case]:
+    """Page tables of more tokens than positions are counted in, and of counts that overflow 64 bits."""
+    ops = "append_kv select_pages select_tokens estimate_weights attend_sparse decode_attention"
+    too_many = everywhere(
+        ops, "page_table", lambda _: torch.empty(2, 2**25 + 1, dtype=torch.int32), f"at most {2**25} pages", str(2**25 + 1)
+    )
+    no_rows = (("q", torch.empty(0, 1, 4, 64)), ("seq_lens", torch.empty(0, dtype=torch.int32)))
+    absurd = Case("attend_sparse", "page_table", lambda _: torch.empty(0, 2**60, dtype=torch.int32), "at most", str(2**60), also=no_rows)
+    return [*too_many, absurd]
+
+
+def mutated_arguments() -> list[Case]:
+    """Wrong dtype, size, layout and device of every argument that an operator writes."""
+    sizes = {
+        "k_cache": "shape [P, Hkv, S, D]",
+        "v_cache": "shape [P, Hkv, S, D] with P = 8",
+        "k_quant": "shape [P, Hkv, 512] with P = 8",
+        "k_scale": "shape [P, Hkv, S, 2] with P = 8",
+        "page_bounds": "shape [P, Hkv, 2, D] with P = 8",
+        "bounds_scale": "shape [P, Hkv, 2] with P = 8",
+        "budget_counters": f"shape [Hkv, {COUNTER_COLUMNS}] with Hkv = 2",
+        "kept_indices": f"shape [B, Hkv, {MAX_TOKENS}] with B = 2",
+        "kept_counts": "shape [B, Hkv] with B = 2",
+    }
+    cases = []
+    for op in ("append_kv", "decode_attention"):
+        for argument in getattr(torch.ops.twilight, op).default._schema.arguments:
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            name, shape = argument.name, sizes[argument.name]
+            for change, expected, got in (
+                (dtype(torch.bool), "dtype", "bool"),
+                (lambda t: t[None], shape.split(" with")[0], "[1, "),
+                (lambda t: t.repeat_interleave(2, -1)[..., ::2], "a contiguous tensor", "strides"),
+                (on_meta, "device cpu", "meta"),
+            ):
+                cases.append(Case(op, name, change, expected, got, bounds_dtype="uint8"))
+            if " with" in shape:
+                cases.append(Case(op, name, rows(1), shape, "[1, ", bounds_dtype="uint8"))
+    return cases
+
+
+ALL_CASES = CASES + head_dim_cases() + oversized_tables() + mutated_arguments()
 
 
 def refusal(case: Case, call: Callable) -> str:
@@ -296,6 +338,19 @@ def assert_names_everything(case: Case, line: str) -> None:
     assert len(got) == 2 and case.got in got[1], f"{line!r} does not end with what was got: {case.got!r}"
 
 
+def written_arguments(op: str, arguments: dict) -> dict[str, torch.Tensor]:
+    """Copies of what a call may write, the malformed one as well."""
+    schema = getattr(torch.ops.twilight, op).default._schema
+    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return {name: arguments[name].clone() for name in names if arguments.get(name) is not None}
+
+
+def assert_unwritten(arguments: dict, written: dict[str, torch.Tensor]) -> None:
+    for name, before in written.items():
+        if not before.is_meta:
+            torch.testing.assert_close(arguments[name], before, rtol=0, atol=0, equal_nan=True, msg=f"{name} was written")
+
+
 def call_operator(op: str, arguments: dict):
     return getattr(torch.ops.twilight, op).default(**arguments)
 
@@ -304,14 +359,11 @@ def call_operator(op: str, arguments: dict):
 def test_malformed_arguments_are_refused_in_eager_and_nothing_is_written(case):
     x = inputs(case.bounds_dtype)
     before, arguments = x.clone(), case.arguments()
-    outputs = {
-        name: arguments[name].clone() for name in ("budget_counters", "kept_indices", "kept_counts") if arguments.get(name) is not None
-    }
+    written = written_arguments(case.op, arguments)
     line = refusal(case, lambda: call_operator(case.op, arguments))
     assert_names_everything(case, line)
     assert_same_state(x, before)
-    for name, tensor in outputs.items():
-        assert torch.equal(arguments[name], tensor), f"{name} was written"
+    assert_unwritten(arguments, written)
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)

@@ -24,11 +24,14 @@ PROPERTY = settings(
 def prune(
     backend, weights, top_p, *, num_kv_heads=None, seq_lens=None, indices=None, counts=None, unit=1, per_head=None, sinks=0, recent=0
 ):
-    """Runs the operator on `backend` and asserts that the reference gives the same bits; returns (set [B, Hkv, N], mass)."""
+    """Runs the operator on `backend` and asserts that the reference gives the same bits; returns (set [B, Hkv, N], mass).
+
+    Unless `seq_lens` says otherwise the newest tokens lie behind the slots, so that only weights decide.
+    """
     weights = weights.to(backend.device)
-    batch, _, heads, slots = weights.shape
+    batch, query_tokens, heads, slots = weights.shape
     if seq_lens is None:
-        seq_lens = torch.full((batch,), slots, dtype=torch.int32, device=backend.device)
+        seq_lens = torch.full((batch,), slots + query_tokens, dtype=torch.int32, device=backend.device)
     num_kv_heads = heads if num_kv_heads is None else num_kv_heads
     arguments = (weights, seq_lens, indices, counts, unit, num_kv_heads, top_p, per_head, sinks, recent)
     got, want = backend.prune_top_p(*arguments), reference.prune_top_p(*arguments)
@@ -220,6 +223,24 @@ def test_prune_top_p_keeps_sinks_and_the_newest_candidates_whatever_their_weight
     lengths = torch.tensor([90], dtype=torch.int32, device=backend.device)
     kept, mass = prune(backend, weights, 0.9, num_kv_heads=1, seq_lens=lengths, sinks=3, recent=4)
     assert kept[0, 0].nonzero().flatten().tolist() == [0, 1, 2, 50, 86, 87, 88, 89] and (mass == 1).all()
+
+
+@pytest.mark.parametrize("query_tokens", [1, 3, 12])
+@pytest.mark.parametrize("recent", [0, 1, 5])
+def test_prune_top_p_never_loses_the_newest_tokens(backend, query_tokens, recent):
+    weights = torch.zeros(2, query_tokens, 2, 100)
+    weights[..., 50] = 1.0
+    lengths = torch.tensor([90, 4], dtype=torch.int32, device=backend.device)
+    kept, _ = prune(backend, weights, 0.9, num_kv_heads=1, seq_lens=lengths, recent=recent)
+    newest = range(90 - max(recent, query_tokens), 90)
+    assert kept[0, 0].nonzero().flatten().tolist() == sorted({50, *newest})
+    # Of a list, what is listed of them.
+    indices = torch.tensor([[[2, 50, 88, 89]], [[0, 3, -1, -1]]], dtype=torch.int32, device=backend.device)
+    counts = torch.tensor([[4], [2]], dtype=torch.int32, device=backend.device)
+    listed = torch.zeros(2, query_tokens, 2, 4)
+    listed[..., 1] = 1.0
+    kept, _ = prune(backend, listed, 0.9, num_kv_heads=1, seq_lens=lengths, indices=indices, counts=counts, recent=recent)
+    assert kept[0, 0].nonzero().flatten().tolist() == [50] + [i for i in (88, 89) if i in newest] and kept[1, 0, 3]
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[9]], ids=str)

@@ -129,6 +129,15 @@ def test_a_sequence_within_the_budget_is_selected_whole(selector):
     assert found[1] == [list(range(100))] * KV_HEADS
 
 
+@pytest.mark.parametrize("setting", ["sink_tokens", "recent_tokens"])
+@pytest.mark.parametrize("selector", SELECTORS, ids=name)
+def test_a_plan_that_keeps_more_than_any_table_holds_keeps_everything(selector, setting):
+    lens = [0, 1, 17, 150]
+    cache, _ = filled(selector, lens, layers=2, **{setting: 2**63 - 1})
+    for length, rows in zip(lens, lists(reused(cache, query(len(lens), 3))), strict=True):
+        assert rows == [list(range(length))] * KV_HEADS
+
+
 @pytest.mark.parametrize("selector", SELECTORS, ids=name)
 def test_budgets_per_kv_head_are_kept(selector):
     override = {layer: LayerOverride(head_token_budget=(9, 33)) for layer in range(2)}

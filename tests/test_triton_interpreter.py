@@ -23,6 +23,7 @@ if INTERPRETED:
     import test_attend_sparse
     import test_decode_attention
     import test_estimate_weights
+    import test_extreme_integers
     import test_prune_top_p
     import triton_interpreter
     from comparisons import assert_same_state, page_scores, plain_weights, token_scores
@@ -179,6 +180,22 @@ def test_prune_top_p_walks_rows_that_no_program_holds(monkeypatch):
     monkeypatch.setattr(pruner, "BISECT", Launch(32, 1, 1, "several tiles a list"))
     monkeypatch.setattr(pruner, "BISECT_SHORT", 32)
     check_pruner(make_inputs(FEW), PRUNER[3])
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(4))
+def test_any_integer_gives_the_result_of_exact_arithmetic(seed):
+    for op in test_extreme_integers.RANKINGS:
+        test_extreme_integers.check_selection(STAGES, op, seed)
+    test_extreme_integers.check_pruner(STAGES, seed)
+    test_extreme_integers.check_lists(STAGES, seed)
+    test_extreme_integers.check_decode(STAGES, ("dense", "full", "quest", "shadow_prefix")[seed], seed)
+
+
+@interpreted
+def test_append_kv_writes_nothing_at_positions_that_no_table_holds():
+    for length, positions in test_extreme_integers.NOWHERE:
+        test_extreme_integers.check_append_nowhere(STAGES, length, positions)
 
 
 @interpreted

@@ -1,6 +1,29 @@
-"""How many candidates a call may return: the static capacity of an index list. `csrc/capacity.h` is the C++ twin."""
+"""A call's token counts and the capacity of its lists. `csrc/capacity.h` is the C++ twin."""
 
 import math
+from typing import NamedTuple
+
+# Tokens that the page table of one sequence may hold. Sums of two token counts then fit an int32.
+MAX_TABLE_TOKENS = 2**29
+# What an int32 position can be: the limit where there is no page table.
+MAX_TOKENS = 2**31 - 1
+
+
+class Limits(NamedTuple):
+    """Token counts of one call, none beyond what its page table holds, so that no sum or product of them overflows."""
+
+    token_budget: int
+    sink_tokens: int
+    recent_tokens: int  # at least the query tokens, which are the newest
+    dense_below: int
+
+    @classmethod
+    def clamped(
+        cls, max_tokens: int, query_tokens: int, token_budget: int = 1, sink_tokens: int = 0, recent_tokens: int = 0, dense_below: int = 0
+    ) -> "Limits":
+        """What a caller asks for, as far as it can matter. Every backend does this once, where a call comes in."""
+        recent_tokens = max(recent_tokens, query_tokens)
+        return cls(*(min(tokens, max_tokens) for tokens in (token_budget, sink_tokens, recent_tokens, dense_below)))
 
 
 def candidate_tokens_capacity(max_tokens: int, token_budget: int, budget_fraction: float) -> int:
@@ -13,17 +36,18 @@ def token_capacity(
 ) -> int:
     """Slots of a token-granular candidate list; sinks and the newest tokens always have a place."""
     max_tokens = max_pages * page_size
-    forced = sink_tokens + max(recent_tokens, query_tokens)
-    return min(max_tokens, max(candidate_tokens_capacity(max_tokens, token_budget, budget_fraction), forced))
+    asked = Limits.clamped(max_tokens, query_tokens, token_budget, sink_tokens, recent_tokens)
+    forced = asked.sink_tokens + asked.recent_tokens
+    return min(max_tokens, max(candidate_tokens_capacity(max_tokens, asked.token_budget, budget_fraction), forced))
 
 
 def page_capacity(
     max_pages: int, page_size: int, query_tokens: int, token_budget: int, budget_fraction: float, sink_tokens: int, recent_tokens: int
 ) -> int:
     """Slots of a page-granular candidate list; the pages of sinks and of the newest tokens always have a place."""
-    tokens = candidate_tokens_capacity(max_pages * page_size, token_budget, budget_fraction)
-    recent = max(recent_tokens, query_tokens)
-    forced = -(-sink_tokens // page_size) + -(-recent // page_size) + 1
+    asked = Limits.clamped(max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens)
+    tokens = candidate_tokens_capacity(max_pages * page_size, asked.token_budget, budget_fraction)
+    forced = -(-asked.sink_tokens // page_size) + -(-asked.recent_tokens // page_size) + 1
     return min(max_pages, max(-(-tokens // page_size), forced))
 
 
@@ -33,6 +57,7 @@ COUNTER_LIVE = 1  # sum of live tokens
 COUNTER_CANDIDATES = 2  # sum of I0, tokens
 COUNTER_KEPT = 3  # sum of I1, tokens
 COUNTER_MASS = 4  # sum of the captured mass, mean over the group's rows, in units of 2**-20
+COUNTER_DENSE = 5  # of COUNTER_ROWS, those that took the dense path: seq_len <= dense_below, or selector "dense"
 COUNTER_HEADER = 8
 HISTOGRAM_BINS = 160  # exact below 16, then 8 bins an octave: 16 + 8 * 18 covers 2**22 tokens
 COUNTER_COLUMNS = COUNTER_HEADER + 2 * HISTOGRAM_BINS  # header, histogram of I0, histogram of I1

@@ -10,6 +10,7 @@ LIVE = tl.constexpr(capacity.COUNTER_LIVE)
 CANDIDATES = tl.constexpr(capacity.COUNTER_CANDIDATES)
 KEPT = tl.constexpr(capacity.COUNTER_KEPT)
 MASS = tl.constexpr(capacity.COUNTER_MASS)
+DENSE = tl.constexpr(capacity.COUNTER_DENSE)
 HEADER = tl.constexpr(capacity.COUNTER_HEADER)
 BINS = tl.constexpr(capacity.HISTOGRAM_BINS)
 COLUMNS = tl.constexpr(capacity.COUNTER_COLUMNS)
@@ -33,7 +34,7 @@ def mean_mass(mass, batch, head, KV_HEADS: tl.constexpr, QUERY_TOKENS: tl.conste
 
 
 @triton.jit
-def count_row(budget_counters, head, length, candidates, kept, mass):
+def count_row(budget_counters, head, length, candidates, kept, mass, dense):
     """Adds one (sequence, KV head) to its head's counters; integers add up alike in any order."""
     row = budget_counters + head * COLUMNS
     one = tl.full([], 1, tl.int64)
@@ -44,5 +45,7 @@ def count_row(budget_counters, head, length, candidates, kept, mass):
     tl.atomic_add(row + CANDIDATES, candidates.to(tl.int64), sem="relaxed")
     tl.atomic_add(row + KEPT, kept.to(tl.int64), sem="relaxed")
     tl.atomic_add(row + MASS, units.to(tl.int64), sem="relaxed")
+    if dense:
+        tl.atomic_add(row + DENSE, one, sem="relaxed")
     tl.atomic_add(row + HEADER + _histogram_bin(candidates), one, sem="relaxed")
     tl.atomic_add(row + HEADER + BINS + _histogram_bin(kept), one, sem="relaxed")

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..capacity import Limits
 from ._launch import Launch, cdiv, next_power_of_2, padded_row
 from ._tiles import INF, LOG2E, count_tile, in_order, live_length, rank_in_order, softmax_row, store_compacted
 
@@ -495,10 +496,8 @@ def rank(
     max_pages: int,
     page_size: int,
     unit: int,
-    token_budget: int,
+    limits: Limits,
     budget_fraction: float,
-    sink_tokens: int,
-    recent_tokens: int,
     dense_below: int,
     pad: bool,
 ) -> None:
@@ -508,9 +507,7 @@ def rank(
     rows, splits = batch * kv_heads, peaks.shape[1]
     if rows == 0:
         return
-    recent = max(recent_tokens, query_tokens)
-    # No budget reaches further than the list, so both fit 32 bits.
-    budget = (max_pages, min(token_budget, 2**30), budget_fraction, min(sink_tokens, 2**30), min(recent, 2**30), stride)
+    budget = (max_pages, limits.token_budget, budget_fraction, limits.sink_tokens, limits.recent_tokens, stride)
     shape = {"KV_HEADS": kv_heads, "QUERY_TOKENS": query_tokens, "GROUP": heads // kv_heads, "PAGE": page_size, "UNIT": unit}
     scores = {"CHUNK": chunk, "SPLITS_PAD": next_power_of_2(splits)}
     if num_items <= RESIDENT.block:

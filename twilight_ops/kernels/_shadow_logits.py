@@ -139,7 +139,7 @@ def _range_logits(
     in_rows = r < QUERY_TOKENS * GROUP
     query_token = r // GROUP
     query_head = head * GROUP + r % GROUP
-    q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + query_head * stride_qh
+    q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + query_head.to(tl.int64) * stride_qh
     coded = nibble_order(byte, dtype)
     even = tl.load(channel_order + head * HEAD_DIM + 2 * coded, mask=in_row, other=0)
     odd = tl.load(channel_order + head * HEAD_DIM + 2 * coded + 1, mask=in_row, other=0)

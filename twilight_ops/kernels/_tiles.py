@@ -146,7 +146,8 @@ def live_length(seq_lens, batch, max_pages, PAGE: tl.constexpr):
 def listed_slots(counts, row, length, capacity, UNIT: tl.constexpr, LISTED: tl.constexpr):
     """Slots of one (sequence, KV head) that can hold a token."""
     if LISTED:
-        slots = tl.minimum(tl.maximum(tl.load(counts + row), 0) * UNIT, capacity)
+        # Clamped before it is multiplied: a count may be anything.
+        slots = tl.minimum(tl.maximum(tl.load(counts + row), 0), capacity // UNIT) * UNIT
     else:
         slots = tl.minimum(length, capacity)
     return slots
@@ -157,7 +158,9 @@ def slot_tokens(indices, row, slot, inside, capacity, UNIT: tl.constexpr, LISTED
     """Positions that slots stand for, -1 outside the list."""
     if LISTED:
         index = tl.load(indices + row.to(tl.int64) * (capacity // UNIT) + slot // UNIT, mask=inside, other=-1)
-        token = tl.where(index < 0, -1, index * UNIT + slot % UNIT)
+        # An index beyond every position would wrap around to a live one.
+        known = (index >= 0) & (index <= 0x7FFFFFFF // UNIT)
+        token = tl.where(known, index * UNIT + slot % UNIT, -1)
     else:
         token = tl.where(inside, slot, -1)
     return token

@@ -16,7 +16,7 @@ WRITE = {1: Launch(1, 1, 1, "one row is 2 * D values"), 16: Launch(16, 4, 1, "16
 def _written_page(positions, seq_lens, page_table, batch, token, inside, tokens, num_pages, max_pages, PAGE: tl.constexpr):
     """Position, logical page and physical page of new tokens, and whether the row is written at all."""
     if positions is None:
-        position = tl.load(seq_lens + batch) - tokens + token
+        position = tl.maximum(tl.load(seq_lens + batch), 0) - tokens + token
     else:
         position = tl.load(positions + batch.to(tl.int64) * tokens + token, mask=inside, other=-1)
     logical = tl.where(position < 0, 0, position) // PAGE
@@ -84,8 +84,8 @@ def write_tokens_kernel(
 
     d = tl.arange(0, 2 * HALF_PAD)
     mask = written[:, None] & (d < HEAD_DIM)[None, :]
-    k_row = k + batch.to(tl.int64) * stride_kb + token.to(tl.int64) * stride_kt + head * stride_kh
-    v_row = v + batch.to(tl.int64) * stride_vb + token.to(tl.int64) * stride_vt + head * stride_vh
+    k_row = k + batch.to(tl.int64) * stride_kb + token.to(tl.int64) * stride_kt + head.to(tl.int64) * stride_kh
+    v_row = v + batch.to(tl.int64) * stride_vb + token.to(tl.int64) * stride_vt + head.to(tl.int64) * stride_vh
     key = tl.load(k_row[:, None] + d[None, :], mask=mask, other=0.0)
     tl.store(k_cache + slot[:, None] * HEAD_DIM + d[None, :], key, mask=mask)
     value = tl.load(v_row[:, None] + d[None, :], mask=mask, other=0.0)

@@ -46,7 +46,7 @@ def plan_kernel(
         slots = length
         if LISTED:
             listed = tl.maximum(tl.load(counts + row, mask=inside, other=0), 0)
-            slots = tl.where(length <= dense_below, length, tl.minimum(listed * UNIT, capacity))
+            slots = tl.where(length <= dense_below, length, tl.minimum(listed, capacity // UNIT) * UNIT)
         blocks = (slots + BLOCK - 1) // BLOCK
         tl.store(plan + row, before + tl.cumsum(blocks, 0), mask=inside)
         before += tl.sum(blocks, 0)
@@ -122,7 +122,7 @@ def attend_kernel(
         if dense:
             slots = length
 
-        q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + (head * GROUP + r % GROUP) * stride_qh
+        q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + (head * GROUP + r % GROUP).to(tl.int64) * stride_qh
         query = tl.load(q + q_row[:, None] + d[None, :], mask=in_rows[:, None] & in_dim[None, :], other=0.0)
         horizon = tl.where(in_rows, length - QUERY_TOKENS + query_token, -1)
         peak = tl.full([ROWS_PAD], -INF, tl.float32)

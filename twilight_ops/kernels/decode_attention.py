@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..capacity import page_capacity, token_capacity
+from ..capacity import Limits, page_capacity, token_capacity
 from ..ops.decode_attention import check_decode_attention
 from ._shadow_logits import shadow_logits
 from .attend_sparse import run_attend
@@ -81,8 +81,10 @@ def decode_attention(
     max_pages = page_table.shape[1]
     max_tokens = max_pages * page_size
     shadow = (k_quant, k_scale, channel_order, prefix_channels)
+    limits = Limits.clamped(max_tokens, query_tokens, token_budget, sink_tokens, recent_tokens, dense_below)
+    dense_below = max_tokens if selector == "dense" else limits.dense_below
     geometry = (max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
-    budget = (token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)
+    budget = (limits, budget_fraction, head_token_budget)
 
     indices, counts, unit = candidates, candidate_counts, tokens_per_candidate
     if selector in ("dense", "full"):
@@ -123,8 +125,7 @@ def decode_attention(
             kv_heads,
             capacity,
             max_tokens,
-            sink_tokens,
-            recent_tokens,
+            limits,
             *kept,
             budget_counters,
             dense_below,

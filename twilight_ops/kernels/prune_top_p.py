@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..capacity import MAX_TOKENS, Limits
 from ..ops.prune_top_p import check_prune_top_p
 from ._counters import count_row, mean_mass
 from ._launch import Launch, next_power_of_2, query_rows
@@ -17,9 +18,6 @@ LOOPED = Launch(4096, 8, 1, "longer rows are read twice, for their sum and for t
 BISECT = Launch(2048, 4, 1, "16 weights a thread; a probe is one pass over registers and one sum over the threads")
 BISECT_SHORT = 512
 UNION = Launch(2048, 8, 1, "8 slots a thread and a scan; one program a KV head")
-
-# What an int32 position can be; the operator itself knows no page table.
-MAX_TOKENS = 2**31 - 1
 
 MASS_UNIT_HALF = tl.constexpr(1048576.0)  # 2**20, twice: masses are in units of 2**-40
 HALF_BITS = tl.constexpr(20)
@@ -508,7 +506,7 @@ def union_kernel(
             if not dense:
                 share = mean_mass(mass, batch, row % KV_HEADS, KV_HEADS, QUERY_TOKENS, GROUP, ROWS_PAD)
         if length > 0:
-            count_row(budget_counters, row % KV_HEADS, length, candidates, kept, share)
+            count_row(budget_counters, row % KV_HEADS, length, candidates, kept, share, dense)
 
 
 def thresholds(
@@ -610,8 +608,7 @@ def union(
     kv_heads: int,
     capacity: int,
     max_tokens: int,
-    sink_tokens: int,
-    recent_tokens: int,
+    limits: Limits,
     kept_indices: Tensor | None,
     kept_counts: Tensor | None,
     budget_counters: Tensor | None = None,
@@ -633,8 +630,8 @@ def union(
             kept_counts,
             budget_counters,
             max_tokens,
-            min(sink_tokens, MAX_TOKENS),
-            min(recent_tokens, MAX_TOKENS),
+            limits.sink_tokens,
+            limits.recent_tokens,
             capacity,
             0 if kept_indices is None else kept_indices.shape[2],
             dense_below,
@@ -675,8 +672,7 @@ def prune_top_p(
         *lists,
         weights.shape[3],
         MAX_TOKENS,
-        sink_tokens,
-        recent_tokens,
+        Limits.clamped(MAX_TOKENS, weights.shape[1], sink_tokens=sink_tokens, recent_tokens=recent_tokens),
         kept_indices,
         kept_counts,
     )

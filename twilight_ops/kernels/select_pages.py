@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..capacity import Limits
 from ..ops.select_pages import check_select_pages
 from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, query_rows
 from ._rank import rank
@@ -76,7 +77,7 @@ def page_logits_kernel(
     in_rows = r < QUERY_TOKENS * GROUP
     query_token = r // GROUP
     query_head = head * GROUP + r % GROUP
-    q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + query_head * stride_qh
+    q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + query_head.to(tl.int64) * stride_qh
     query = tl.load(q + q_row[None, :] + d[:, None], mask=in_dim[:, None] & in_rows[None, :], other=0.0)
     # Written so that a NaN stays in both.
     negative = tl.where(query > 0, 0.0, query).to(tl.float32)
@@ -147,15 +148,15 @@ def run_select_pages(
     page_table: Tensor,
     seq_lens: Tensor,
     page_size: int,
-    budget: tuple[int, float, int, int, Tensor | None],
+    budget: tuple[Limits, float, Tensor | None],
     sm_scale: float,
     indices: Tensor,
     counts: Tensor,
     dense_below: int = -1,
     pad: bool = True,
 ) -> None:
-    """Fills `indices` and `counts`; `budget` is (token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)."""
-    token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget = budget
+    """Fills `indices` and `counts`; `budget` is (limits, budget_fraction, head_token_budget)."""
+    limits, budget_fraction, head_token_budget = budget
     batch, query_tokens, heads, head_dim = q.shape
     num_pages, kv_heads = page_bounds.shape[:2]
     max_pages = page_table.shape[1]
@@ -209,10 +210,8 @@ def run_select_pages(
         max_pages,
         page_size,
         page_size,
-        token_budget,
+        limits,
         budget_fraction,
-        sink_tokens,
-        recent_tokens,
         dense_below,
         pad,
     )
@@ -233,7 +232,6 @@ def select_pages(
     head_token_budget: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     bounds = (page_bounds, bounds_scale)
-    budget = (token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)
     indices, counts = check_select_pages(
         q,
         *bounds,
@@ -247,5 +245,7 @@ def select_pages(
         recent_tokens,
         head_token_budget,
     )
+    limits = Limits.clamped(page_table.shape[1] * page_size, q.shape[1], token_budget, sink_tokens, recent_tokens)
+    budget = (limits, budget_fraction, head_token_budget)
     run_select_pages(q, *bounds, page_table, seq_lens, page_size, budget, sm_scale, indices, counts)
     return indices, counts

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..capacity import Limits
 from ..ops.select_tokens import check_select_tokens
 from ._rank import rank
 from ._shadow_logits import shadow_logits
@@ -13,15 +14,15 @@ def run_select_tokens(
     shadow: tuple[Tensor, Tensor, Tensor, Tensor],
     page_table: Tensor,
     seq_lens: Tensor,
-    budget: tuple[int, float, int, int, Tensor | None],
+    budget: tuple[Limits, float, Tensor | None],
     sm_scale: float,
     indices: Tensor,
     counts: Tensor,
     dense_below: int = -1,
     pad: bool = True,
 ) -> None:
-    """Fills `indices` and `counts`; `budget` is (token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)."""
-    token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget = budget
+    """Fills `indices` and `counts`; `budget` is (limits, budget_fraction, head_token_budget)."""
+    limits, budget_fraction, head_token_budget = budget
     page_size, max_pages = shadow[1].shape[2], page_table.shape[1]
     logits = q.new_empty((*q.shape[:3], max_pages * page_size), dtype=torch.float32)
     peaks, sums, chunk = shadow_logits(
@@ -40,10 +41,8 @@ def run_select_tokens(
         max_pages,
         page_size,
         1,
-        token_budget,
+        limits,
         budget_fraction,
-        sink_tokens,
-        recent_tokens,
         dense_below,
         pad,
     )
@@ -65,9 +64,10 @@ def select_tokens(
     head_token_budget: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shadow = (k_quant, k_scale, channel_order, prefix_channels)
-    budget = (token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)
     indices, counts = check_select_tokens(
         q, *shadow, page_table, seq_lens, token_budget, budget_fraction, sm_scale, sink_tokens, recent_tokens, head_token_budget
     )
+    limits = Limits.clamped(page_table.shape[1] * k_scale.shape[2], q.shape[1], token_budget, sink_tokens, recent_tokens)
+    budget = (limits, budget_fraction, head_token_budget)
     run_select_tokens(q, shadow, page_table, seq_lens, budget, sm_scale, indices, counts)
     return indices, counts

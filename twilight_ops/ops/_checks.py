@@ -9,10 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..capacity import MAX_TABLE_TOKENS
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
 MAX_QUERY_TOKENS = 8
+# Expected and got.
+NO_BACKWARD = ("a tensor that needs no gradient (there is no backward: call under torch.no_grad())", "requires_grad=True")
 
 
 class Checker:
@@ -22,6 +26,9 @@ class Checker:
         self.op = op
         self.device = like.device
         self.sizes: dict[str, int] = {}
+        # An exported program is for inference, whatever its parameters ask for; the kernels look again when it runs.
+        self.grad_enabled = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        self.differentiable: str | None = None  # the first argument that asks for a gradient
 
     def fail(self, argument: str, expected: str, got: object) -> None:
         raise RuntimeError(f"twilight::{self.op}: {argument}: expected {expected}, got {got}")
@@ -41,6 +48,7 @@ class Checker:
         """Checks device, dtype, rank and sizes; a symbol seen for the first time is bound, later ones must agree."""
         if isinstance(dtypes, torch.dtype):
             dtypes = (dtypes,)
+        self.watch(argument, tensor)
         self.require(tensor.device == self.device, argument, f"device {self.device}", tensor.device)
         wanted_dtypes = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         self.require(tensor.dtype in dtypes, argument, f"dtype {wanted_dtypes}", str(tensor.dtype).removeprefix("torch."))
@@ -57,6 +65,20 @@ class Checker:
             self.require(tensor.is_contiguous(), argument, "a contiguous tensor", f"strides {list(tensor.stride())}")
         else:
             self.require(tensor.stride(-1) == 1, argument, "stride 1 in the last dimension", f"strides {list(tensor.stride())}")
+
+    def watch(self, argument: str, tensor: Tensor) -> None:
+        """Notes a tensor that asks for a gradient; `no_gradients` refuses it."""
+        if self.grad_enabled and self.differentiable is None and tensor.requires_grad:
+            self.differentiable = argument
+
+    def no_gradients(self) -> None:
+        """The last check of every operator.
+
+        It refuses at the call, not in the backward pass: operators that write their arguments can have no autograd formula, and an
+        autograd kernel written in Python costs every call under `torch.no_grad` more than its own dispatch.
+        """
+        if self.differentiable is not None:
+            self.fail(self.differentiable, *NO_BACKWARD)
 
     def one_of(self, argument: str, value: object, allowed: Sequence) -> None:
         self.require(value in allowed, argument, "one of " + ", ".join(str(a) for a in allowed), value)
@@ -87,6 +109,11 @@ class Checker:
     def paging(self, page_table: Tensor, seq_lens: Tensor) -> None:
         self.tensor("page_table", page_table, ("B", "M"), torch.int32)
         self.tensor("seq_lens", seq_lens, ("B",), torch.int32)
+        pages, page_size = page_table.shape[1], self.sizes["S"]
+        # A symbolic size would become a guard; the kernel checks the real one.
+        if isinstance(pages, int) and isinstance(page_size, int):
+            most = MAX_TABLE_TOKENS // page_size
+            self.require(pages <= most, "page_table", f"at most {most} pages of {page_size} tokens", pages)
 
     def cache(self, k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> None:
         self.tensor("k_cache", k_cache, ("P", "Hkv", "S", "D"), dtype)
@@ -153,6 +180,7 @@ class Checker:
         if top_p_per_head is None:
             return
         p = top_p_per_head
+        self.watch("top_p_per_head", p)
         batch, heads = self.sizes["B"], self.sizes["Hq"]
         self.require(p.device == self.device, "top_p_per_head", f"device {self.device}", p.device)
         self.require(p.dtype == torch.float32, "top_p_per_head", "dtype float32", str(p.dtype).removeprefix("torch."))

@@ -6,6 +6,9 @@ Schemas stay in Python because tags on a schema need libtorch 2.12 from C++, and
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from ._checks import NO_BACKWARD
 
 LIBRARY = torch.library.Library("twilight", "DEF")
 
@@ -19,3 +22,23 @@ def define(schema: str, fake: Callable) -> None:
     LIBRARY.define(schema, tags=_TAGS)
     name = schema.split("(", 1)[0].strip()
     torch.library.register_fake(f"twilight::{name}", fake, lib=LIBRARY)
+
+
+def _first_requiring_grad(tensors: list[Tensor]) -> int:
+    """Index of the first tensor that asks for a gradient, or -1."""
+    return next((i for i, tensor in enumerate(tensors) if tensor.requires_grad), -1)
+
+
+# The stable ABI cannot ask a tensor: the C++ kernels call this, and only while gradients are enabled.
+LIBRARY.define("_first_requiring_grad(Tensor[] tensors) -> int")
+LIBRARY.impl("_first_requiring_grad", _first_requiring_grad, "CompositeExplicitAutograd")
+
+
+def call(op: torch._ops.OpOverload, *arguments):
+    """`op(*arguments)`; under `torch.func` only a wrapper knows that a gradient is asked for, and no kernel sees it."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for argument, value in zip(op._schema.arguments, arguments, strict=True):
+            if isinstance(value, Tensor) and value.requires_grad:
+                name = op._schema.name
+                raise RuntimeError(f"{name}: {argument.name}: expected {NO_BACKWARD[0]}, got {NO_BACKWARD[1]}")
+    return op(*arguments)

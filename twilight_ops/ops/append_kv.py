@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOAT_DTYPES, Checker
-from ._library import define
+from ._library import call, define
 
 SCHEMA = (
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_quant, Tensor(d!)? k_scale, "
@@ -44,6 +44,7 @@ def check_append_kv(
         c.require(bounds_scale is None, "bounds_scale", "None, because page_bounds is None", "a tensor")
     if positions is not None:
         c.tensor("positions", positions, ("B", "T"), torch.int32)
+    c.no_gradients()
 
 
 define(SCHEMA, check_append_kv)
@@ -81,18 +82,20 @@ def append_kv(
         bounds_scale: [P, Hkv, 2] bf16 (scale, zero), exactly with uint8 bounds: bound = code * scale + zero.
         channel_order: [Hkv, D] int32, a permutation of 0..D-1 a head.
         prefix_channels: [Hkv] int32, multiples of 8 in 0..D.
-        page_table: [B, M] int32, physical page of each logical page, -1 where none.
-        seq_lens: [B] int32, tokens valid once this call is done.
+        page_table: [B, M] int32, physical page of each logical page, -1 where none; M * S at most 2**29.
+        seq_lens: [B] int32, tokens valid once this call is done; below 0 counts as 0.
         positions: [B, T] int32 or None; -1 skips the row.
 
     Rows whose position lies beyond M * S, or whose page is not in 0..P-1, are skipped.
 
     Raises:
-        RuntimeError: a malformed argument; nothing was written.
+        RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward. Nothing was
+            written.
 
     Source: Twilight, arXiv 2502.02770, section 4.2 (INT4 K cache); Quest, arXiv 2406.10774 (page bounds).
     """
-    torch.ops.twilight.append_kv.default(
+    call(
+        torch.ops.twilight.append_kv.default,
         k,
         v,
         k_cache,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import Checker
-from ._library import define
+from ._library import call, define
 
 SCHEMA = (
     "attend_sparse(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor? indices, "
@@ -31,6 +31,7 @@ def check_attend_sparse(
     c.paging(page_table, seq_lens)
     c.candidates(indices, counts, tokens_per_index, k_cache.shape[2])
     c.scale(sm_scale)
+    c.no_gradients()
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[:-1], dtype=torch.float32),
@@ -59,7 +60,8 @@ def attend_sparse(
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
         k_cache, v_cache: [P, Hkv, S, D] in q's dtype.
-        page_table: [B, M] int32. seq_lens: [B] int32, tokens, this step's included.
+        page_table: [B, M] int32, M * S at most 2**29; a live entry outside 0..P-1 reads some valid page.
+        seq_lens: [B] int32, tokens, this step's included; below 0 counts as 0, beyond M * S as M * S.
         indices, counts: [B, Hkv, C], [B, Hkv] int32 tokens or pages to attend to; both None: every token (dense).
         tokens_per_index: 1 for token lists, page_size for page lists.
         sm_scale: factor on q . k, usually D ** -0.5.
@@ -68,6 +70,8 @@ def attend_sparse(
         out [B, T, Hq, D] contiguous, in q's dtype; lse [B, T, Hq] fp32, natural logarithm.
 
     Raises:
-        RuntimeError: a malformed argument.
+        RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward.
     """
-    return torch.ops.twilight.attend_sparse.default(q, k_cache, v_cache, page_table, seq_lens, indices, counts, tokens_per_index, sm_scale)
+    return call(
+        torch.ops.twilight.attend_sparse.default, q, k_cache, v_cache, page_table, seq_lens, indices, counts, tokens_per_index, sm_scale
+    )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..capacity import COUNTER_COLUMNS
 from ._checks import Checker
-from ._library import define
+from ._library import call, define
 
 SELECTORS = ("dense", "full", "quest", "shadow_prefix", "given")
 
@@ -91,6 +91,7 @@ def check_decode_attention(
     if kept_indices is not None:
         c.tensor("kept_indices", kept_indices, ("B", "Hkv", k_cache.shape[2] * page_table.shape[1]), torch.int32)
         c.tensor("kept_counts", kept_counts, ("B", "Hkv"), torch.int32)
+    c.no_gradients()
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[:-1], dtype=torch.float32),
@@ -134,20 +135,22 @@ def decode_attention(
     `selector` names the candidates: "dense" attends to everything exactly; "full" estimates every token; "quest" is
     `select_pages`; "shadow_prefix" is `select_tokens`; "given" takes `candidates` from any other selector. With top_p = 1 and
     no top_p_per_head the candidates are attended to as they are. Sequences with `seq_len <= dense_below` take exact dense attention,
-    decided on the device. The first `sink_tokens` and the newest `max(recent_tokens, T)` tokens are always candidates and, where those two
-    arguments ask for them, always kept; "given" candidates are taken as they are.
+    decided on the device. The first `sink_tokens` and the newest `max(recent_tokens, T)` tokens are always candidates and always kept:
+    no call loses the newest token. "given" candidates are taken as they are, and of these tokens those that are listed are kept.
 
     Args:
         q: [B, T, Hq, D], T 1..8, fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous.
         k_cache, v_cache, k_quant, k_scale, page_bounds, bounds_scale, channel_order, prefix_channels: as `append_kv` writes them. The
             four shadow tensors may be None where nothing is pruned and the selector is not "shadow_prefix".
-        page_table: [B, M] int32. seq_lens: [B] int32, tokens, this step's included.
+        page_table: [B, M] int32, M * S at most 2**29; a live entry outside 0..P-1 reads some valid page.
+        seq_lens: [B] int32, tokens, this step's included; below 0 counts as 0, beyond M * S as M * S.
         token_budget (tokens), budget_fraction (of the live length), head_token_budget [Hkv] int32: see `select_pages`.
         top_p, top_p_per_head: see `prune_top_p`.
         sm_scale: factor on q . k, usually D ** -0.5.
-        dense_below: tokens.
+        dense_below: tokens. It, sink_tokens, recent_tokens and token_budget may be larger than the table and then mean all of it.
         candidates, candidate_counts: [B, Hkv, C], [B, Hkv] int32, ascending and unique, in units of tokens_per_candidate (1 or S).
-        budget_counters: [Hkv, COUNTER_COLUMNS] int64, added to: calls, live tokens, I0, I1, captured mass and histograms.
+        budget_counters: [Hkv, COUNTER_COLUMNS] int64, added to: calls, live tokens, I0, I1, captured mass, calls on the dense path
+            (selector "dense", or seq_len <= dense_below) and histograms; `twilight_ops/capacity.py` names the columns.
         kept_indices, kept_counts: [B, Hkv, M * S], [B, Hkv] int32, written with the kept positions (ascending, -1 pads); for
             inspection, leave them None when speed matters.
 
@@ -155,11 +158,13 @@ def decode_attention(
         out [B, T, Hq, D] contiguous, in q's dtype; lse [B, T, Hq] fp32, natural logarithm. Zeros and -inf where seq_len is 0.
 
     Raises:
-        RuntimeError: a malformed argument; nothing was written.
+        RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward. Nothing was
+            written.
 
     Source: Twilight, arXiv 2502.02770, algorithm 1.
     """
-    return torch.ops.twilight.decode_attention.default(
+    return call(
+        torch.ops.twilight.decode_attention.default,
         q,
         k_cache,
         v_cache,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import Checker
-from ._library import define
+from ._library import call, define
 
 SCHEMA = (
     "estimate_weights(Tensor q, Tensor k_quant, Tensor k_scale, Tensor channel_order, Tensor prefix_channels, "
@@ -34,6 +34,7 @@ def check_estimate_weights(
     page_size = k_scale.shape[2]
     c.candidates(indices, counts, tokens_per_index, page_size)
     c.scale(sm_scale)
+    c.no_gradients()
     slots = page_table.shape[1] * page_size if indices is None else indices.shape[2] * tokens_per_index
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], slots), dtype=torch.float32)
 
@@ -62,7 +63,8 @@ def estimate_weights(
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
         k_quant, k_scale, channel_order, prefix_channels: the shadow, as `append_kv` writes it.
-        page_table: [B, M] int32. seq_lens: [B] int32, tokens, this step's included.
+        page_table: [B, M] int32, M * S at most 2**29; a live entry outside 0..P-1 reads some valid page.
+        seq_lens: [B] int32, tokens, this step's included; below 0 counts as 0, beyond M * S as M * S.
         indices, counts: [B, Hkv, C], [B, Hkv] int32 candidates of a selector; both None: every token.
         tokens_per_index: 1 for token lists, page_size for page lists.
         sm_scale: factor on q . k, usually D ** -0.5.
@@ -72,11 +74,12 @@ def estimate_weights(
         where nothing is live, or NaN throughout its live slots where a logit is NaN or +inf.
 
     Raises:
-        RuntimeError: a malformed argument.
+        RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward.
 
     Source: Twilight, arXiv 2502.02770, section 4.2.
     """
-    return torch.ops.twilight.estimate_weights.default(
+    return call(
+        torch.ops.twilight.estimate_weights.default,
         q,
         k_quant,
         k_scale,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..capacity import page_capacity
 from ._checks import Checker
-from ._library import define
+from ._library import call, define
 
 SCHEMA = (
     "select_pages(Tensor q, Tensor page_bounds, Tensor? bounds_scale, Tensor page_table, Tensor seq_lens, int page_size, "
@@ -37,6 +37,7 @@ def check_select_pages(
     c.paging(page_table, seq_lens)
     c.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)
     c.scale(sm_scale)
+    c.no_gradients()
     capacity = page_capacity(page_table.shape[1], page_size, q.shape[1], token_budget, budget_fraction, sink_tokens, recent_tokens)
     batch, kv_heads = q.shape[0], page_bounds.shape[1]
     return (
@@ -73,21 +74,24 @@ def select_pages(
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
         page_bounds: [P, Hkv, 2, D] in q's dtype, or uint8 with bounds_scale [P, Hkv, 2] bf16.
-        page_table: [B, M] int32. seq_lens: [B] int32, tokens, this step's included.
+        page_table: [B, M] int32, M * S at most 2**29; a live entry outside 0..P-1 reads some valid page.
+        seq_lens: [B] int32, tokens, this step's included; below 0 counts as 0, beyond M * S as M * S.
         page_size: S, tokens.
-        token_budget: tokens, >= 1. budget_fraction: of the live length, 0..1.
+        token_budget: tokens, >= 1. budget_fraction: of the live length, 0..1. sink_tokens, recent_tokens: >= 0. Any of the three may be
+            larger than the table and then means all of it.
         sm_scale: factor on q . k, usually D ** -0.5.
-        head_token_budget: [Hkv] int32 tokens, overrides the budget; clamped to the list's capacity.
+        head_token_budget: [Hkv] int32 tokens, overrides the budget; clamped to the list's capacity, below 0 counts as 0.
 
     Returns:
         indices [B, Hkv, capacity] int32 logical pages, ascending, unique, -1 pads; counts [B, Hkv] int32.
 
     Raises:
-        RuntimeError: a malformed argument.
+        RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward.
 
     Source: Quest, arXiv 2406.10774; sums of softmaxed bounds over the group instead of per-head lists.
     """
-    return torch.ops.twilight.select_pages.default(
+    return call(
+        torch.ops.twilight.select_pages.default,
         q,
         page_bounds,
         bounds_scale,

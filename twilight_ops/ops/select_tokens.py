@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..capacity import token_capacity
 from ._checks import Checker
-from ._library import define
+from ._library import call, define
 
 SCHEMA = (
     "select_tokens(Tensor q, Tensor k_quant, Tensor k_scale, Tensor channel_order, Tensor prefix_channels, "
@@ -37,6 +37,7 @@ def check_select_tokens(
     c.paging(page_table, seq_lens)
     c.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget)
     c.scale(sm_scale)
+    c.no_gradients()
     capacity = token_capacity(page_table.shape[1], k_scale.shape[2], q.shape[1], token_budget, budget_fraction, sink_tokens, recent_tokens)
     batch, kv_heads = q.shape[0], k_scale.shape[1]
     return (
@@ -75,20 +76,23 @@ def select_tokens(
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
         k_quant, k_scale, channel_order, prefix_channels: the shadow, as `append_kv` writes it.
-        page_table: [B, M] int32. seq_lens: [B] int32, tokens, this step's included.
-        token_budget: tokens, >= 1. budget_fraction: of the live length, 0..1.
+        page_table: [B, M] int32, M * S at most 2**29; a live entry outside 0..P-1 reads some valid page.
+        seq_lens: [B] int32, tokens, this step's included; below 0 counts as 0, beyond M * S as M * S.
+        token_budget: tokens, >= 1. budget_fraction: of the live length, 0..1. sink_tokens, recent_tokens: >= 0. Any of the three may be
+            larger than the table and then means all of it.
         sm_scale: factor on q . k, usually D ** -0.5.
-        head_token_budget: [Hkv] int32 tokens, overrides the budget; clamped to the list's capacity.
+        head_token_budget: [Hkv] int32 tokens, overrides the budget; clamped to the list's capacity, below 0 counts as 0.
 
     Returns:
         indices [B, Hkv, capacity] int32 positions, ascending, unique, -1 pads; counts [B, Hkv] int32.
 
     Raises:
-        RuntimeError: a malformed argument.
+        RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward.
 
     Source: this package; heavy channels as in Double Sparsity, arXiv 2408.07092, read from the pruner's own shadow.
     """
-    return torch.ops.twilight.select_tokens.default(
+    return call(
+        torch.ops.twilight.select_tokens.default,
         q,
         k_quant,
         k_scale,

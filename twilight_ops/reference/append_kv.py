@@ -26,7 +26,7 @@ def append_kv(
     num_pages, kv_heads, page_size, head_dim = k_cache.shape
     max_pages = page_table.shape[1]
     if positions is None:
-        positions = seq_lens[:, None] - tokens + torch.arange(tokens, device=k.device)
+        positions = seq_lens.long()[:, None] - tokens + torch.arange(tokens, device=k.device)
     positions = positions.long()
     logical = positions.clamp(min=0) // page_size
     inside = (positions >= 0) & (logical < max_pages)

@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..capacity import COUNTER_HEADER, HISTOGRAM_BINS
+from ..capacity import (
+    COUNTER_CANDIDATES,
+    COUNTER_DENSE,
+    COUNTER_HEADER,
+    COUNTER_KEPT,
+    COUNTER_LIVE,
+    COUNTER_MASS,
+    COUNTER_ROWS,
+    HISTOGRAM_BINS,
+    Limits,
+)
 from ._paging import all_tokens, candidate_tokens
 from .attend_sparse import attend_sparse
 from .estimate_weights import estimate_weights
@@ -43,12 +53,14 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     batch, query_tokens, heads, _ = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
-    seq_lens = seq_lens.clamp(0, page_table.shape[1] * page_size)
+    max_tokens = page_table.shape[1] * page_size
+    limits = Limits.clamped(max_tokens, query_tokens, token_budget, sink_tokens, recent_tokens, dense_below)
+    seq_lens = seq_lens.clamp(0, max_tokens)
 
     indices, counts, unit = candidates, candidate_counts, tokens_per_candidate
     if selector in ("dense", "full"):
         indices, counts, unit = None, None, 1
-    budget = (token_budget, budget_fraction, sm_scale, sink_tokens, recent_tokens, head_token_budget)
+    budget = (limits.token_budget, budget_fraction, sm_scale, limits.sink_tokens, limits.recent_tokens, head_token_budget)
     shadow = (k_quant, k_scale, channel_order, prefix_channels)
     if selector == "quest":
         indices, counts = select_pages(q, page_bounds, bounds_scale, page_table, seq_lens, page_size, *budget)
@@ -58,7 +70,7 @@ def decode_attention(
         unit = 1
 
     every = all_tokens(page_table, kv_heads, page_size)
-    dense = (seq_lens <= dense_below)[:, None]  # [B, 1]
+    dense = (seq_lens <= (max_tokens if selector == "dense" else limits.dense_below))[:, None]  # [B, 1]
     tokens, live = candidate_tokens(indices, counts, unit, every, seq_lens)
     candidate_count = torch.where(dense, seq_lens[:, None], live.sum(-1))  # I0, [B, Hkv]
 
@@ -66,7 +78,7 @@ def decode_attention(
     if prunes:
         weights = estimate_weights(q, *shadow, page_table, seq_lens, indices, counts, unit, sm_scale).float()
         indices, counts, mass = prune_top_p(
-            weights, seq_lens, indices, counts, unit, kv_heads, top_p, top_p_per_head, sink_tokens, recent_tokens
+            weights, seq_lens, indices, counts, unit, kv_heads, top_p, top_p_per_head, limits.sink_tokens, limits.recent_tokens
         )
         unit = 1
         tokens, live = candidate_tokens(indices, counts, unit, every, seq_lens)
@@ -75,7 +87,7 @@ def decode_attention(
     else:
         mass = torch.ones(batch, kv_heads, dtype=torch.float64, device=q.device)
     out, lse = attend_sparse(q, k_cache, v_cache, page_table, seq_lens, indices, counts, unit, sm_scale)
-    if dense_below > 0:
+    if selector != "dense" and limits.dense_below > 0:
         dense_out, dense_lse = attend_sparse(q, k_cache, v_cache, page_table, seq_lens, None, None, 1, sm_scale)
         out = torch.where(dense[:, :, None, None], dense_out, out)
         lse = torch.where(dense[:, :, None], dense_lse, lse)
@@ -90,15 +102,22 @@ def decode_attention(
         kept_indices.copy_(torch.where(dense[..., None], everything, kept_indices))
         kept_counts.copy_(kept_count)
     if budget_counters is not None:
-        _count(budget_counters, seq_lens, candidate_count, kept_count, mass)
+        _count(budget_counters, seq_lens, candidate_count, kept_count, mass, dense)
     return out, lse
 
 
-def _count(budget_counters: Tensor, seq_lens: Tensor, candidates: Tensor, kept: Tensor, mass: Tensor) -> None:
+def _count(budget_counters: Tensor, seq_lens: Tensor, candidates: Tensor, kept: Tensor, mass: Tensor, dense: Tensor) -> None:
     """Adds one entry a (sequence, KV head) with live tokens."""
     live = (seq_lens > 0)[:, None].expand_as(kept)
-    columns = [torch.ones_like(kept), seq_lens[:, None].expand_as(kept), candidates, kept, (mass * 2**20).round().long()]
-    for column, values in enumerate(columns):
+    columns = {
+        COUNTER_ROWS: torch.ones_like(kept),
+        COUNTER_LIVE: seq_lens[:, None].expand_as(kept),
+        COUNTER_CANDIDATES: candidates,
+        COUNTER_KEPT: kept,
+        COUNTER_MASS: (mass * 2**20).round().long(),
+        COUNTER_DENSE: dense.expand_as(kept),
+    }
+    for column, values in columns.items():
         budget_counters[:, column] += (values * live).sum(0)
     for start, values in ((COUNTER_HEADER, candidates), (COUNTER_HEADER + HISTOGRAM_BINS, kept)):
         bins = _histogram_bin(values.long())

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..capacity import MAX_TOKENS, Limits
 from ._paging import candidate_tokens
 
 MASS_UNIT = 2.0**40
@@ -24,6 +25,7 @@ def prune_top_p(
     if slots == 0:
         lists = weights.new_empty((batch, num_kv_heads, 0), dtype=torch.int32)
         return lists, lists.new_zeros((batch, num_kv_heads)), weights.new_zeros(weights.shape[:3])
+    limits = Limits.clamped(MAX_TOKENS, query_tokens, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
     seq_lens = seq_lens.long().clamp(min=0)
     every = torch.arange(slots, device=weights.device).expand(batch, num_kv_heads, -1)
     tokens, live = candidate_tokens(indices, counts, tokens_per_index, every, seq_lens)
@@ -51,7 +53,7 @@ def prune_top_p(
     row_mass = torch.where(keep_all, 1.0, row_mass).masked_fill(~head_live.any(-1), 0.0)
 
     union = keep.view(batch, query_tokens, num_kv_heads, -1, slots).any(dim=3).any(dim=1)
-    union |= live & ((tokens < sink_tokens) | (tokens >= seq_lens[:, None, None] - recent_tokens))
+    union |= live & ((tokens < limits.sink_tokens) | (tokens >= seq_lens[:, None, None] - limits.recent_tokens))
     beyond = torch.iinfo(torch.int64).max
     kept = torch.where(union, tokens, beyond).sort(dim=-1).values
     return torch.where(kept == beyond, -1, kept).int(), union.sum(-1).int(), row_mass

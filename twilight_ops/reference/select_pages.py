@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..capacity import page_capacity
+from ..capacity import Limits, page_capacity
 from ._paging import compute_dtype, dequantise
 from ._top_k import group_scores, row_budget, take_best
 
@@ -26,6 +26,7 @@ def select_pages(
     num_pages, kv_heads = page_bounds.shape[:2]
     max_pages = page_table.shape[1]
     dtype = compute_dtype(q)
+    limits = Limits.clamped(max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens)
     seq_lens = seq_lens.long().clamp(0, max_pages * page_size)
 
     bounds = page_bounds.to(dtype)
@@ -40,8 +41,8 @@ def select_pages(
     live = (pages * page_size < seq_lens[:, None])[:, None].expand(-1, kv_heads, -1)
     scores = group_scores((low + high) * sm_scale, live)
 
-    newest = seq_lens[:, None] - max(recent_tokens, query_tokens)
-    forced = (pages * page_size < sink_tokens) | ((pages + 1) * page_size > newest)
-    budget = row_budget(seq_lens, kv_heads, token_budget, budget_fraction, head_token_budget)
+    newest = seq_lens[:, None] - limits.recent_tokens
+    forced = (pages * page_size < limits.sink_tokens) | ((pages + 1) * page_size > newest)
+    budget = row_budget(seq_lens, kv_heads, limits.token_budget, budget_fraction, head_token_budget)
     capacity = page_capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
     return take_best(scores, live, forced[:, None].expand_as(live), -(-budget // page_size), capacity)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..capacity import token_capacity
+from ..capacity import Limits, token_capacity
 from ._paging import all_tokens, compute_dtype, dequantise, gather_tokens, unpack_shadow
 from ._top_k import group_scores, row_budget, take_best
 
@@ -27,6 +27,7 @@ def select_tokens(
     _, kv_heads, page_size, _ = k_scale.shape
     max_pages = page_table.shape[1]
     dtype = compute_dtype(q)
+    limits = Limits.clamped(max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens)
     seq_lens = seq_lens.long().clamp(0, max_pages * page_size)
 
     tokens = all_tokens(page_table, kv_heads, page_size)
@@ -41,8 +42,8 @@ def select_tokens(
 
     live = tokens < seq_lens[:, None, None]
     scores = group_scores(logits, live)
-    newest = seq_lens[:, None, None] - max(recent_tokens, query_tokens)
-    forced = (tokens < sink_tokens) | (tokens >= newest)
-    budget = row_budget(seq_lens, kv_heads, token_budget, budget_fraction, head_token_budget)
+    newest = seq_lens[:, None, None] - limits.recent_tokens
+    forced = (tokens < limits.sink_tokens) | (tokens >= newest)
+    budget = row_budget(seq_lens, kv_heads, limits.token_budget, budget_fraction, head_token_budget)
     capacity = token_capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
     return take_best(scores, live, forced, budget, capacity)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..capacity import token_capacity
+from ..capacity import Limits, token_capacity
 from ._paged import read_keys
 from .base import Candidates, Selector
 
@@ -54,6 +54,12 @@ def row_budget(selector: Selector, layer, seq_lens: Tensor) -> Tensor:
     return share.clamp(min=selector.token_budget)[:, None].expand(-1, kv_heads)
 
 
+def limits(selector: Selector, layer, page_table: Tensor, query_tokens: int) -> Limits:
+    """The plan's and the selector's token counts, as far as the page table reaches."""
+    max_tokens = page_table.shape[1] * layer.page_size
+    return Limits.clamped(max_tokens, query_tokens, selector.token_budget, layer.plan.sink_tokens, layer.plan.recent_tokens)
+
+
 def list_capacity(selector: Selector, layer, page_table: Tensor, query_tokens: int) -> int:
     """Slots of the selector's list: what any live length and forced tokens can need."""
     plan = layer.plan
@@ -75,12 +81,12 @@ def best_tokens(
 
     scores (>= 0) and eligible [B, Hkv, N]; a token beyond seq_lens is never taken, forced tokens are whether eligible or not.
     """
-    plan = layer.plan
+    asked = limits(selector, layer, page_table, query_tokens)
     _, kv_heads, max_tokens = scores.shape
     positions = torch.arange(max_tokens, device=scores.device)
     live = live_tokens(seq_lens, kv_heads, max_tokens)
-    newest = seq_lens[:, None, None] - max(plan.recent_tokens, query_tokens)
-    forced = live & ((positions < plan.sink_tokens) | (positions >= newest))
+    newest = seq_lens[:, None, None] - asked.recent_tokens
+    forced = live & ((positions < asked.sink_tokens) | (positions >= newest))
     eligible = live & (eligible | forced)
 
     largest = torch.finfo(scores.dtype).max

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._rank import list_capacity, row_budget
+from ._rank import limits, list_capacity, row_budget
 from .base import Candidates, Selector
 
 
@@ -32,14 +32,14 @@ class Streaming(Selector):
             raise ValueError(f"Streaming: sinks: expected >= 0, got {self.sinks}")
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        plan = layer.plan
         query_tokens = q.shape[1]
-        sinks = max(self.sinks, plan.sink_tokens)
-        recent = max(plan.recent_tokens, query_tokens)
+        asked = limits(self, layer, page_table, query_tokens)
+        sinks = max(self.sinks, asked.sink_tokens)
+        recent = asked.recent_tokens
         capacity = list_capacity(self, layer, page_table, query_tokens)
         lens = seq_lens.long()[:, None]  # [B, 1]
         # The window wins where the budget holds less than the sinks: the newest token is always in.
-        budget = row_budget(self, layer, seq_lens).clamp(min=recent + plan.sink_tokens, max=capacity)
+        budget = row_budget(self, layer, seq_lens).clamp(min=recent + asked.sink_tokens, max=capacity)
         counts = torch.minimum(budget, lens)  # [B, Hkv]
         first = (counts - recent).clamp(min=0, max=sinks)[..., None]  # [B, Hkv, 1]
         slots = torch.arange(capacity, device=q.device)
