@@ -171,7 +171,8 @@ class Sequences:
         if self.filled and batch != self.batch_size:
             raise ValueError(f"TwilightCache: input_ids: expected the {self.batch_size} sequences already cached (or reset()), got {batch}")
         positions = None
-        if live is None and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
+        if live is None and tokens > 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
+            # One column is a token: nobody forwards padding alone.
             positions = position_ids.expand(batch, -1)
         self._use_rows(batch)
         forward = self._begin_prompt(tokens, live, positions) if self._is_prompt(tokens) else self._begin_step(tokens, live, positions)
