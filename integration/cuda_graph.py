@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import operator
 import weakref
 from collections.abc import Callable
 
@@ -111,34 +110,34 @@ class Weights:
     """Where the parameters, buffers and submodules of a module are, and whether any is elsewhere by now; keeps none of them alive."""
 
     def __init__(self, module: torch.nn.Module):
-        tables = (table for part in module.modules() for table in (part._parameters, part._buffers, part._modules))
-        self._tables = [table for table in tables if table]
-        entries = self._now()
-        self._entries = [_nothing if entry is None else weakref.ref(entry) for entry in entries]
+        parts = list(module.modules())
+        tables = [table for part in parts for table in (part._parameters, part._buffers, part._modules) if table]
+        entries = _entries(tables)
+        # What is freed was replaced. Its identity may come again, so that nothing is compared any more.
+        self._alive = [weakref.ref(it, lambda _: tables.clear()) for it in {*parts, *entries} if it is not None]
+        self._tables = tables
+        self._identities = list(map(id, entries))
         tensors = {place: entry for place, entry in enumerate(entries) if isinstance(entry, Tensor)}
         self._wrapped = [place for place, tensor in tensors.items() if is_traceable_wrapper_subclass(tensor)]
         self._plain = [place for place in tensors if place not in self._wrapped]
         self._addresses = self._addresses_of(entries)
 
     def changed(self) -> bool:
-        entries = self._now()
-        if len(entries) != len(self._entries) or any(map(operator.is_not, entries, [entry() for entry in self._entries])):
-            return True
-        return self._addresses_of(entries) != self._addresses
-
-    def _now(self) -> list:
-        return [entry for table in self._tables for entry in table.values()]
+        entries = _entries(self._tables)
+        return list(map(id, entries)) != self._identities or self._addresses_of(entries) != self._addresses
 
     def _addresses_of(self, entries: list) -> list:
         return [entries[place].data_ptr() for place in self._plain] + [_addresses(entries[place]) for place in self._wrapped]
 
 
-def _nothing() -> None:
-    return None
+def _entries(tables: list) -> list:
+    return [entry for table in tables for entry in table.values()]
 
 
-def _addresses(tensor: Tensor) -> list | int:
+def _addresses(value: object) -> list | int | None:
     """Of the tensors that a wrapper, quantised or sharded, holds."""
-    if is_traceable_wrapper_subclass(tensor):
-        return [_addresses(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-    return tensor.data_ptr()
+    if not isinstance(value, Tensor):
+        return None
+    if is_traceable_wrapper_subclass(value):
+        return [_addresses(getattr(value, name)) for name in value.__tensor_flatten__()[0]]
+    return value.data_ptr()
