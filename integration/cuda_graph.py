@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .regions import last_called
+from .regions import calls_of
 
 WARMUP_STEPS = 3  # before a capture: compilation, autotuning and library workspaces happen here
 
@@ -42,28 +42,26 @@ class CapturedStep:
         self._stream: torch.cuda.Stream | None = None
         self._warmups_left = WARMUP_STEPS
         self._module = module
-        self._weights: Weights | None = None  # as recorded
-        self._recorded = 0  # the compiled step that was recorded
+        self._weights: Weights | None = None  # where they were at the first warm-up
+        self._recorded: list[int] = []  # the compiled graphs that the recorded step called
         self._recheck = False
 
     def __call__(self) -> None:
-        if self.graph is not None and self._weights is not None and self._weights.changed():
-            self._forget(WARMUP_STEPS)
+        if self._module is not None and (self._weights is None or self._weights.changed()):
+            self._weights = Weights(self._module)
+            self.graph, self._warmups_left = None, WARMUP_STEPS
         if self.graph is not None and self._recheck:
             # A real step, which the compiler's guards let through or compile anew.
-            self._on_side_stream()
-            if last_called() != self._recorded:
-                self._forget(WARMUP_STEPS - 1)
+            if calls_of(self._on_side_stream) != self._recorded:
+                self.graph, self._warmups_left = None, WARMUP_STEPS - 1
         elif self.graph is not None:
             self.graph.replay()
         elif self._warmups_left:
             self._warmups_left -= 1
             self._on_side_stream()
         else:
-            self._weights = None if self._module is None else Weights(self._module)
-            self.graph = self._record()
+            self._recorded = calls_of(self._record)
             self.recordings += 1
-            self._recorded = last_called()
             self.graph.replay()
         self._recheck = False
 
@@ -75,12 +73,7 @@ class CapturedStep:
         """
         self._recheck = True
 
-    def _forget(self, warmups: int) -> None:
-        self.graph = None
-        self._weights = None
-        self._warmups_left = warmups
-
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def _record(self) -> None:
         """Records the step, with the garbage collector held back: freeing another graph or its memory would end the recording."""
         gc.collect()
         collects = gc.isenabled()
@@ -93,7 +86,7 @@ class CapturedStep:
         finally:
             if collects:
                 gc.enable()
-        return graph
+        self.graph = graph
 
     def _on_side_stream(self) -> None:
         """Capture happens on this stream, so library handles and workspaces are made for it."""

@@ -41,16 +41,21 @@ class Uncuttable(Exception):
     """The step would mean something else if it were compiled in pieces; says why."""
 
 
-class _Called(threading.local):
-    number = 0
+class _Calls(threading.local):
+    numbers: list[int] | None = None
 
 
-_called = _Called()
+_calls = _Calls()
 
 
-def last_called() -> int:
-    """The number of the compiled step that this thread called last, 0 for none: every step that `compile_regions` made has its own."""
-    return _called.number
+def calls_of(step: Callable[[], object]) -> list[int]:
+    """Runs `step`; returns the numbers of the compiled graphs that it called: each that `compile_regions` made has its own."""
+    outer, _calls.numbers = _calls.numbers, []
+    try:
+        step()
+        return _calls.numbers
+    finally:
+        _calls.numbers = outer
 
 
 def compile_regions(graph: fx.GraphModule, example_inputs: Sequence[Tensor], compiler: Callable | None = None) -> Callable[..., tuple]:
@@ -80,7 +85,8 @@ def compile_regions(graph: fx.GraphModule, example_inputs: Sequence[Tensor], com
     number = next(_numbers)
 
     def call(*arguments):
-        _called.number = number
+        if _calls.numbers is not None:
+            _calls.numbers.append(number)
         return step(*arguments)
 
     return call

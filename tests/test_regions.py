@@ -17,7 +17,7 @@ from torch._dynamo.backends.registry import lookup_backend  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
 from twilight_ops import Full, TwilightConfig  # noqa: E402
-from twilight_ops.integration import CapturedStep, TwilightCache, cuda_graph, join_linears, regions, rewrites  # noqa: E402
+from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, cuda_graph, join_linears, regions, rewrites  # noqa: E402
 from twilight_ops.integration.regions import compile_regions  # noqa: E402
 
 PROMPT = 20
@@ -660,7 +660,7 @@ class Recorded(CapturedStep):
             def replay(_):
                 assert self.read() == recorded, "a replay reads freed memory"
 
-        return Graph()
+        self.graph = Graph()
 
     def _on_side_stream(self):
         self.step()
@@ -730,6 +730,31 @@ def test_after_recheck_a_step_that_means_something_else_is_recorded_again():
             recorded()
         assert recorded.recordings == recordings, merged
         torch.testing.assert_close(out, (1 if merged else 2) * model(x).detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+def test_a_cuda_graph_decodes_with_the_weights_that_the_model_has_now(joined):
+    model = adapted(("o_proj",)).cuda()
+    other = adapted(("o_proj",)).cuda()
+    assert not joined or join_linears(model) == 4
+    decoder = Decoder(model, TwilightCache(model.config, EXACT, 1, 64), eos_token_ids=())
+
+    def replace():
+        for weight, new in zip(model.parameters(), other.parameters(), strict=True):
+            weight.data = new.data * 1.5
+
+    def merge():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.merge()
+
+    for change, recordings in ((lambda: None, 1), (lambda: None, 1), (replace, 2), (merge, 3)):
+        change()
+        decoder.cache.reset()
+        eager = Decoder(model, TwilightCache(model.config, EXACT, 1, 64), eos_token_ids=(), capture="eager")
+        assert torch.equal(decoder.generate(ids(PROMPT), max_new_tokens=12).tokens, eager.generate(ids(PROMPT), max_new_tokens=12).tokens)
+        assert decoder.step.recordings == recordings
 
 
 # ---- sums over processes ----
