@@ -204,16 +204,17 @@ def cut_at_operators(graph: fx.GraphModule, values: dict[fx.Node, object]) -> li
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        as_it_is = _runs_as_it_is(node)
-        if not parts or parts[-1].compiled == as_it_is:
-            if regions or grad != last_grad:
-                raise Uncuttable("autocast or a gradient mode that the step itself turns on surrounds an operator")
-            parts.append(_Part([], not as_it_is, [], []))
-        part[node] = len(parts) - 1
-        # What returns a tuple is taken apart beside it, so that only tensors cross from part to part.
         source = node.args[0] if node.target is operator.getitem else None
         if source in part and not isinstance(values[source], Tensor):
+            # What returns a tuple is taken apart beside it, so that only tensors cross from part to part.
             part[node] = part[source]
+        else:
+            compiled = not _runs_as_it_is(node)
+            if not parts or parts[-1].compiled != compiled:
+                if regions or grad != last_grad:
+                    raise Uncuttable("autocast or a gradient mode that the step itself turns on surrounds an operator")
+                parts.append(_Part([], compiled, [], []))
+            part[node] = len(parts) - 1
         parts[part[node]].nodes.append(node)
         if name_of(node).startswith("_enter_"):
             regions.add(node)
