@@ -54,7 +54,7 @@ from workload import ENERGY_DECAY, PAGE_COHERENCE, SPREAD
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.decode_step import append, decode_step
-from twilight_ops.integration import CapturedStep, Decoder, TwilightCache
+from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, join_linears
 
 SHAPES = {
     "llama31-8b": LlamaConfig(
@@ -420,7 +420,7 @@ class Run:
             } | columns
 
         settings = {"kind": "decode", "context": length, "batch": batch, "method": method, "top_p": options.top_p, "spread": options.spread}
-        settings |= {"dense_layers": options.dense_layers, "dense_below": options.dense_below}
+        settings |= {"dense_layers": options.dense_layers, "dense_below": options.dense_below, "joined": options.join_linears}
         self.measure(settings, call)
 
     def prefill(self, method: str, length: int) -> None:
@@ -471,7 +471,7 @@ def first_layers(model: PreTrainedModel, count: int) -> Iterator[None]:
 
 def latest(rows: Sequence[dict], kind: str) -> list[dict]:
     """Rows of one kind without those measured again later, in order of their first appearance."""
-    keys = ("shape", "layers", "context", "batch", "method", "dense_layers", "dense_below", "top_p", "gpus")
+    keys = ("shape", "layers", "context", "batch", "method", "dense_layers", "dense_below", "joined", "top_p", "gpus")
     found = {tuple(row.get(key) for key in keys): row for row in rows if row["kind"] == kind}
     return list(found.values())
 
@@ -581,6 +581,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--join-linears", action="store_true", help="query, key and value in one product, gate and up in one")
     parser.add_argument("--eager", action="store_true", help="compile and record nothing: for tests, not for figures")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="append the rows to this file, one JSON object a line")
@@ -629,6 +630,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
         sys.exit("bench_llama.py: torchrun: expected decode cells of a random model, got --model or --prefill")
     console = Console(stderr=True, quiet=RANK > 0)
     model, shape = make_model(options)
+    if options.join_linears:
+        console.print(f"{join_linears(model)} groups of linear layers joined")
     run = Run(model, shape, options, console)
     size = run.weight_bytes / 1e9
     console.print(f"{shape}: {size:.1f} GB of weights, read bandwidth {run.bandwidth / 1e12:.2f} TB/s, {run.environment['backend']}")

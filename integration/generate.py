@@ -249,7 +249,7 @@ class Decoder:
         def step() -> None:
             compiled(decoder())
 
-        return CapturedStep(step, self.device) if self.capture == "cuda_graph" else step
+        return CapturedStep(step, self.device, self.model) if self.capture == "cuda_graph" else step
 
     def _forward(self, ids: Tensor, positions: Tensor, **kwargs) -> Tensor:
         """Logits [B, T, V]."""
@@ -316,9 +316,12 @@ class Decoder:
         if on_tokens is not None:
             on_tokens(self.output[:, :1].clone())
 
+        if isinstance(self._captured, CapturedStep):
+            self._captured.recheck()
         seen = cache.get_seq_length() + 0
         breaks_before = _graph_breaks()
-        warmup = 0 if self._steps_run > WARMUP_STEPS else WARMUP_STEPS + 1 - self._steps_run
+        # A recorded step is checked by running it once.
+        warmup = max(int(isinstance(self._captured, CapturedStep)), WARMUP_STEPS + 1 - self._steps_run)
         start = warm = time.perf_counter()
         steps, reported, ended = 0, 1, False
         for step in range(1, max_new_tokens):

@@ -28,7 +28,7 @@ class Stepper:
             logits.copy_(out.logits[:, -1])
             position.add_(1)
 
-        self._step = CapturedStep(forward, lens.device) if lens.device.type == "cuda" else forward
+        self._step = CapturedStep(forward, lens.device, model) if lens.device.type == "cuda" else forward
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B] -> logits [B, V] fp32, overwritten by the next call."""
