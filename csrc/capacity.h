@@ -29,7 +29,14 @@ inline int64_t page_capacity(int64_t max_pages, int64_t page_size, int64_t query
   return std::min(max_pages, std::max(ceil_div(tokens, page_size), forced));
 }
 
-enum CounterColumn : int64_t { kCounterRows, kCounterLive, kCounterCandidates, kCounterKept, kCounterMass };
+enum CounterColumn : int64_t {
+  kCounterRows,
+  kCounterLive,
+  kCounterCandidates,
+  kCounterKept,
+  kCounterMass,
+  kCounterDense
+};
 constexpr int64_t kCounterHeader = 8;
 constexpr int64_t kHistogramBins = 160;
 constexpr int64_t kCounterColumns = kCounterHeader + 2 * kHistogramBins;

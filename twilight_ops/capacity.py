@@ -33,6 +33,7 @@ COUNTER_LIVE = 1  # sum of live tokens
 COUNTER_CANDIDATES = 2  # sum of I0, tokens
 COUNTER_KEPT = 3  # sum of I1, tokens
 COUNTER_MASS = 4  # sum of the captured mass, mean over the group's rows, in units of 2**-20
+COUNTER_DENSE = 5  # of COUNTER_ROWS, those that took the dense path: seq_len <= dense_below, or selector "dense"
 COUNTER_HEADER = 8
 HISTOGRAM_BINS = 160  # exact below 16, then 8 bins an octave: 16 + 8 * 18 covers 2**22 tokens
 COUNTER_COLUMNS = COUNTER_HEADER + 2 * HISTOGRAM_BINS  # header, histogram of I0, histogram of I1
