@@ -24,6 +24,7 @@ from twilight_ops.evaluation.ceiling import ExactTopP
 
 LENGTH, TOKENS = 300, 4
 TWO_DENSE = (("dense_layers", 2),)
+NOTHING_FORCED = (("sink_tokens", 0), ("recent_tokens", 0))
 MAX_KL = 1e-8  # of two exact fp32 runs
 
 
@@ -118,18 +119,18 @@ def test_each_query_heads_own_set_holds_its_estimated_mass(model, passage):
 def test_every_aggregation_runs_and_differs_from_none_at_full_budget(model, passage, aggregation):
     everything = methods.Method(ExactTopK(token_budget=1000, aggregation=aggregation))
     assert language.evaluate(model, passage, everything)["kl"] < MAX_KL
-    few = methods.Method(ExactTopK(token_budget=30, budget_fraction=0.0, aggregation=aggregation))
+    few = methods.Method(ExactTopK(token_budget=30, budget_fraction=0.0, aggregation=aggregation), settings=NOTHING_FORCED)
     result = language.evaluate(model, passage, few)
     assert result["kept"] == 30 and result["kl"] > MAX_KL
 
 
 def test_exact_top_p_keeps_the_mass_it_is_told_and_is_dense_at_one(model, passage):
     assert language.evaluate(model, passage, methods.Method(ExactTopP(mass=1.0)))["kl"] < MAX_KL
-    exact = [language.evaluate(model, passage, methods.Method(ExactTopP(mass=p))) for p in (0.5, 0.9, 0.99)]
+    exact = [language.evaluate(model, passage, methods.Method(ExactTopP(mass=p), settings=NOTHING_FORCED)) for p in (0.5, 0.9, 0.99)]
     assert exact[0]["kl"] > exact[1]["kl"] > exact[2]["kl"] > MAX_KL
     assert exact[0]["kept"] < exact[1]["kept"] < exact[2]["kept"] < exact[2]["live"]
     # The 4-bit estimate keeps about as many.
-    estimated = language.evaluate(model, passage, methods.Method(Full(), 0.9))
+    estimated = language.evaluate(model, passage, methods.Method(Full(), 0.9, NOTHING_FORCED))
     assert estimated["kept"] == pytest.approx(exact[1]["kept"], rel=0.05)
 
 
