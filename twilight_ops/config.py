@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ._settings import Check, each, integer, normalise, one_of, optional, refuse, share, tokens
+from ._settings import MOST_TOKENS, Check, each, integer, normalise, one_of, optional, refuse, share, tokens
 from .ops._checks import PAGE_SIZES
 from .selectors import Selector, ShadowPrefix
 
@@ -176,11 +176,12 @@ class TwilightConfig:
     def never_sparse(self, num_layers: int, max_cache_len: int, device_type: str, kv_rows: int) -> str | None:
         """Why no call on such a cache can read less than everything, in one sentence for a warning; None where one can.
 
-        A configuration whose layers are all dense asks for nothing else, and gets None too. `kv_rows`: batch size times KV heads.
+        A configuration whose layers are all dense, or whose `dense_below` is everything, asks for nothing else and gets None too.
+        `kv_rows`: batch size times KV heads.
         """
         plans = [self.layer_plan(layer, device_type, kv_rows) for layer in range(num_layers)]
         sparse = [plan for plan in plans if plan.selector is not None]
-        if not sparse:
+        if not sparse or self.dense_below == MOST_TOKENS:
             return None
         dense_below = sparse[0].dense_below
         kept = min(plan.sink_tokens + plan.recent_tokens for plan in sparse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ def probing(model, probe: MassProbe):
 def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[float]) -> list[dict]:
     """Teacher-forces tokens [B, T] with exact attention and prunes beside it at every p, in every layer."""
     # The shadow is kept, but every step is short enough to be dense: what is measured does not change what is computed.
-    config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=1 << 30)
+    config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=sys.maxsize)
     cache = cache_of(model, config, prefills, forced.shape[1])
     probe = MassProbe(top_ps)
     position = cache.live_seq_lens.long()[:, None].clone()
