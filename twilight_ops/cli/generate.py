@@ -10,7 +10,6 @@ from ..ops._checks import MAX_QUERY_TOKENS
 from .arguments import check_outputs, measured, number, read_text, whole, write_json
 from .models import add_model_arguments, context_of, device_of, load_model
 
-ALL_LAYERS = 1 << 20
 MIN_PREFILL_CHUNK = MAX_QUERY_TOKENS + 1  # a smaller chunk would be taken for a decode step
 LOG_STEPS = 16
 
@@ -75,7 +74,7 @@ def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | N
 def twilight_config(args: argparse.Namespace):
     """The TwilightConfig of the arguments above; ValueError where --selector and an option disagree."""
     from .. import TwilightConfig
-    from ..evaluation.methods import parse_method
+    from ..evaluation.methods import ALL_LAYERS, parse_method
 
     method = parse_method(args.selector, "selector")
     method.check_files("selector")
@@ -183,7 +182,8 @@ def run(args: argparse.Namespace) -> int:
         rows = {
             "prompt, new tokens": f"{len(ids)}, {result.tokens.shape[1]}",
             "prompt": f"{result.prefill_s:.2f} s",
-            "a token": f"{milliseconds(result.ms_per_token, result.steps)} after {result.warmup_s:.1f} s of warm-up",
+            "warm-up": f"{result.warmup_s:.1f} s",
+            "a token": milliseconds(result.ms_per_token, result.steps),
             **budget_rows(result.budget),
             "step": f"{result.capture}: {result.graphs} graphs, {result.breaks} breaks, {result.recompiles} recompiles",
         }

@@ -154,8 +154,8 @@ class TextStream:
 
 
 def milliseconds(value: float, steps: int) -> str:
-    """Milliseconds a token, or why there is no such figure: NaN where all steps were warm-up."""
-    return f"{value:.2f} ms" if value == value else f"- (all {steps} steps were warm-up: generate more tokens)"
+    """Milliseconds a token, or why there is no such figure: NaN where no step came after the warm-up."""
+    return f"{value:.2f} ms" if value == value else f"- (none of {steps} steps came after the warm-up: generate more tokens)"
 
 
 def budget_rows(report: BudgetReport | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ..selectors import Selector
 from .aggregation import ExactTopK
 from .ceiling import ExactTopP
 
+ALL_LAYERS = 1 << 20  # of any model
 # Fields of TwilightConfig that a method may set beside those of its selector.
 CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "dense_below": int, "sink_tokens": int, "recent_tokens": int}
 
@@ -50,7 +51,7 @@ class Method:
     def config(self) -> TwilightConfig:
         """Every length is sparse (dense_below 0), so that short contexts show the method too."""
         if self.selector is None:
-            return TwilightConfig(dense_layers=1 << 20, top_p=1.0)
+            return TwilightConfig(dense_layers=ALL_LAYERS, top_p=1.0)
         return TwilightConfig(selector=self.selector, top_p=self.top_p, **{"dense_below": 0, **dict(self.settings)})
 
     def check_files(self, where: str) -> None:

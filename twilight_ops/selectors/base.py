@@ -67,7 +67,10 @@ class Selector:
         """Called after append_kv with the same rows; updates `layer.selector_state` in place."""
 
     def select(self, q: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        """Proposes candidates for q [B, T, Hq, D]."""
+        """Proposes candidates for q [B, T, Hq, D].
+
+        The first `layer.plan.sink_tokens` and the newest `max(layer.plan.recent_tokens, T)` tokens belong to them: nothing adds them later.
+        """
         raise TypeError(f"{type(self).__name__} does not implement select()")
 
     def scan_bytes(self, layer: PagedKVLayer) -> list[float]:
