@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from fractions import Fraction
@@ -81,9 +82,13 @@ def check_output_folder(path: Path, option: str) -> None:
 
 
 def write_json(path: Path, record: dict) -> None:
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
+    """JSON has no NaN and no infinity: where there was nothing to measure stands null."""
+    path.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
-def measured(value: float) -> float | None:
-    """For JSON, which has no NaN: a figure, or None where there was nothing to measure."""
-    return value if value == value else None
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

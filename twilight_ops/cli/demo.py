@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from .arguments import check_outputs, measured, whole, write_json
+from .arguments import check_outputs, whole, write_json
 from .generate import add_twilight_arguments, encode, twilight_config
 from .models import SMOLLM2, add_model_arguments, context_of, device_of, load_model
 
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
             record = {
                 "prompt_tokens": [len(qa), len(story)],
                 "expected_answer": question.answer,
-                "speedup": measured(speedup),
+                "speedup": speedup,
                 "methods": methods,
             }
             write_json(args.json, record)
@@ -264,12 +264,12 @@ def equal_from_start(ours: Outcome, first: Outcome) -> int:
 
 
 def contender_record(contender: Contender, answer: Outcome, story: Outcome, first_answer: Outcome, first_story: Outcome) -> dict:
-    """One contender for --json; times in milliseconds, None where all steps were warm-up."""
+    """One contender for --json; times in milliseconds, null where no step came after the warm-up."""
     return {
         "name": contender.name,
         "answer": answer.text,
         "same_answer_as_dense": answer.text == first_answer.text,
-        "ms_per_token": measured(story.ms_per_token),
+        "ms_per_token": story.ms_per_token,
         "top1_agreement": story.agreement,
         "equal_tokens_from_start": equal_from_start(story, first_story),
         "new_tokens": len(story.tokens),

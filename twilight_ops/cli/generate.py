@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..ops._checks import MAX_QUERY_TOKENS
-from .arguments import check_outputs, measured, number, read_text, whole, write_json
+from .arguments import check_outputs, number, read_text, whole, write_json
 from .models import add_model_arguments, context_of, device_of, load_model
 
 MIN_PREFILL_CHUNK = MAX_QUERY_TOKENS + 1  # a smaller chunk would be taken for a decode step
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
                     "new_tokens": result.tokens.shape[1],
                     "prefill_s": result.prefill_s,
                     "warmup_s": result.warmup_s,
-                    "ms_per_token": measured(result.ms_per_token),
+                    "ms_per_token": result.ms_per_token,
                     "steps": result.steps,
                     "capture": result.capture,
                     "graphs": result.graphs,
