@@ -277,6 +277,7 @@ REFUSED = {
         "--tokens: expected >= 64, got -5",
     ),
     "bad tau": ([*CALIBRATE, "--tau", "1"], "--tau: expected 0 < value < 1, got 1.0"),
+    "p of two": (["eval", "--random-tiny", "--out", "x", "--p", "2"], "argument --p: expected 0 < value < 1, got 2.0"),
     "one process": (["demo-tp", "--processes", "1"], "--processes: expected >= 2, got 1"),
     "too many processes": (["demo-tp", "--processes", "3"], "processes: expected a divisor of the model's 2 KV heads, got 3"),
     "negative timing": (["demo-tp", "--timed-steps", "-1"], "--timed-steps: expected >= 0, got -1"),
