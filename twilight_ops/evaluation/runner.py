@@ -192,8 +192,8 @@ class Runner:
     ):
         self.model, self.tokenizer, self.documents, self.prose = model, tokenizer, documents, prose
         self.store, self.options, self.progress = store, options, progress
-        per_language = len(options.methods) + 2 + (sum(m.top_p < 1.0 for m in options.methods) if options.equal_tokens else 0)
-        per_task = len(options.methods) + 1
+        per_task = len(options.methods) + 1  # and dense
+        per_language = per_task + (options.mass_steps > 0) + sum(self._runs_alone(method) for method in options.methods)
         self.total = sum(per_language if task == LANGUAGE else per_task for task in options.tasks) * len(options.lengths)
         self.done = 0
         named = [task for task in options.tasks if task != LANGUAGE]
@@ -207,6 +207,10 @@ class Runner:
                     self.done += 1
         self.progress("done", self.total, self.total)
         return list(self.store.cells.values())
+
+    def _runs_alone(self, method: Method) -> bool:
+        """Whether the method's selector also runs without the pruner, at as many tokens as the pruner kept."""
+        return self.options.equal_tokens and method.top_p < 1.0 and method.name != "full"
 
     def _cell(self, key: str, fields: dict, work: Callable[[], dict]) -> dict:
         """A stored cell, or a new one."""
@@ -250,7 +254,7 @@ class Runner:
         for method in (DENSE, *options.methods):
             cell = self._cell(f"{LANGUAGE}/{length}/{method.key}", _fields(LANGUAGE, length, method), lambda method=method: measure(method))
             yield cell
-            if options.equal_tokens and method.top_p < 1.0 and method.name != "full":
+            if self._runs_alone(method):
                 alone = method.with_tokens(round(cell["kept"]))
                 fields = _fields(LANGUAGE, length, alone) | {"equal_tokens_of": method.key}
                 yield self._cell(f"{LANGUAGE}/{length}/equal/{method.key}", fields, lambda alone=alone: measure(alone))
