@@ -108,6 +108,8 @@ def copy_prompt(source, target, tokens: int) -> None:
     from ..integration import TwilightCache
 
     target.reset()
+    if isinstance(target, TwilightCache):
+        target.sequences.begin(1, tokens)
     for ours, theirs in zip(source.layers, target.layers, strict=True):
         if isinstance(target, TwilightCache):
             theirs.paged.k_cache.copy_(ours.paged.k_cache)
@@ -118,9 +120,7 @@ def copy_prompt(source, target, tokens: int) -> None:
                 rows[0, :, :tokens] = pages.transpose(0, 1).flatten(1, 2)[:, :tokens]
             theirs.cumulative_length.fill_(tokens)
     if isinstance(target, TwilightCache):
-        target.live_seq_lens.copy_(source.live_seq_lens)
-        target.seen.copy_(source.seen)
-        target.filled = True
+        target.sequences.commit()
 
 
 def run(args: argparse.Namespace) -> int:
