@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from twilight_ops import Selector, TwilightConfig
+from twilight_ops.capacity import page_capacity
 from twilight_ops.integration import generate
 from twilight_ops.selectors import Candidates
 
@@ -42,12 +43,14 @@ class PageMeans(Selector):
         query = q.float().unflatten(2, (kv_heads, -1)).mean(dim=(1, 3))  # [B, Hkv, D]
         scores = torch.einsum("bhd,bmhd->bhm", query, means)
         pages = torch.arange(page_table.shape[1], device=q.device)
-        newest = (seq_lens.view(-1, 1, 1) - q.shape[1]) // size
-        scores = scores.masked_fill(pages >= newest, torch.inf)  # the newest tokens' pages first
+        plan, tokens = layer.plan, q.shape[1]
+        newest = (seq_lens.view(-1, 1, 1) - max(plan.recent_tokens, tokens)) // size
+        # The first and the newest tokens that the configuration keeps come before everything else.
+        scores = scores.masked_fill((pages >= newest) | (pages * size < plan.sink_tokens), torch.inf)
         used = ((seq_lens + size - 1) // size).view(-1, 1, 1)
         scores = scores.masked_fill(pages >= used, -torch.inf)
 
-        capacity = min(page_table.shape[1], -(-self.token_budget // size) + 2)
+        capacity = page_capacity(len(pages), size, tokens, self.token_budget, self.budget_fraction, plan.sink_tokens, plan.recent_tokens)
         best = scores.topk(capacity, dim=-1).indices
         counts = used[..., 0].clamp(max=capacity).expand(-1, kv_heads)
         listed = torch.arange(capacity, device=q.device) < counts[..., None]

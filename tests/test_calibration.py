@@ -297,7 +297,7 @@ def test_the_operators_select_as_calibrated(model):
     q, k = heavy_channels(tokens, [list(range(0, 40, 4)), list(range(1, 60, 6))])
     table, lens = torch.arange(32, dtype=torch.int32)[None], torch.tensor([tokens], dtype=torch.int32)
     selector = ShadowPrefix(token_budget=1, budget_fraction=budget / tokens, tau=0.03)
-    plan = TwilightConfig(selector, dense_layers=0).layer_plan(0, "cpu", 2)
+    plan = TwilightConfig(selector, dense_layers=0, sink_tokens=0, recent_tokens=0).layer_plan(0, "cpu", 2)
     losses = {}
     for name in ("calibrated", "reversed", "whole"):
         layer = allocate_layer(plan, 32, HEADS, KV_HEADS, HEAD_DIM, 16, torch.float32, torch.device("cpu"))

@@ -51,12 +51,13 @@ class SinksAndWindow(Selector):
         return Candidates(tokens[:, None].repeat(1, kv_heads, 1), counts[:, None].repeat(1, kv_heads), 1)
 
 
+FEW = {"sink_tokens": 2, "recent_tokens": 4}  # the defaults would keep whole sequences of this length
 SELECTORS = {
     "dense": TwilightConfig(Full(), dense_layers=LAYERS, dense_below=DENSE_BELOW),
-    "full": TwilightConfig(Full(), top_p=0.9, dense_layers=0, dense_below=DENSE_BELOW),
-    "quest": TwilightConfig(Quest(token_budget=48), top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW, sink_tokens=2, recent_tokens=4),
-    "shadow_prefix": TwilightConfig(ShadowPrefix(token_budget=24), top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW, recent_tokens=4),
-    "third_party": TwilightConfig(SinksAndWindow(token_budget=40), top_p=0.9, dense_layers=0, dense_below=DENSE_BELOW),
+    "full": TwilightConfig(Full(), top_p=0.9, dense_layers=0, dense_below=DENSE_BELOW, **FEW),
+    "quest": TwilightConfig(Quest(token_budget=48), top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW, **FEW),
+    "shadow_prefix": TwilightConfig(ShadowPrefix(token_budget=24), top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW, **FEW),
+    "third_party": TwilightConfig(SinksAndWindow(token_budget=40), top_p=0.9, dense_layers=0, dense_below=DENSE_BELOW, **FEW),
 }
 
 

@@ -19,7 +19,7 @@ SELECTORS = {
 
 
 def new_cache(selector, dtype=torch.float32, **settings) -> PagedKVCache:
-    config = TwilightConfig(selector=selector, dense_layers=0, **({"dense_below": 0, "recent_tokens": 0} | settings))
+    config = TwilightConfig(selector=selector, dense_layers=0, **({"dense_below": 0, "sink_tokens": 0, "recent_tokens": 0} | settings))
     return PagedKVCache(config, 1, HEADS, KV_HEADS, DIM, BATCH, 200, dtype, "cpu")
 
 

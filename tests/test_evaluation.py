@@ -24,6 +24,7 @@ from twilight_ops.evaluation.ceiling import ExactTopP
 
 LENGTH, TOKENS = 300, 4
 TWO_DENSE = (("dense_layers", 2),)
+NOTHING_FORCED = (("sink_tokens", 0), ("recent_tokens", 0))
 MAX_KL = 1e-8  # of two exact fp32 runs
 
 
@@ -118,18 +119,18 @@ def test_each_query_heads_own_set_holds_its_estimated_mass(model, passage):
 def test_every_aggregation_runs_and_differs_from_none_at_full_budget(model, passage, aggregation):
     everything = methods.Method(ExactTopK(token_budget=1000, aggregation=aggregation))
     assert language.evaluate(model, passage, everything)["kl"] < MAX_KL
-    few = methods.Method(ExactTopK(token_budget=30, budget_fraction=0.0, aggregation=aggregation))
+    few = methods.Method(ExactTopK(token_budget=30, budget_fraction=0.0, aggregation=aggregation), settings=NOTHING_FORCED)
     result = language.evaluate(model, passage, few)
     assert result["kept"] == 30 and result["kl"] > MAX_KL
 
 
 def test_exact_top_p_keeps_the_mass_it_is_told_and_is_dense_at_one(model, passage):
     assert language.evaluate(model, passage, methods.Method(ExactTopP(mass=1.0)))["kl"] < MAX_KL
-    exact = [language.evaluate(model, passage, methods.Method(ExactTopP(mass=p))) for p in (0.5, 0.9, 0.99)]
+    exact = [language.evaluate(model, passage, methods.Method(ExactTopP(mass=p), settings=NOTHING_FORCED)) for p in (0.5, 0.9, 0.99)]
     assert exact[0]["kl"] > exact[1]["kl"] > exact[2]["kl"] > MAX_KL
     assert exact[0]["kept"] < exact[1]["kept"] < exact[2]["kept"] < exact[2]["live"]
     # The 4-bit estimate keeps about as many.
-    estimated = language.evaluate(model, passage, methods.Method(Full(), 0.9))
+    estimated = language.evaluate(model, passage, methods.Method(Full(), 0.9, NOTHING_FORCED))
     assert estimated["kept"] == pytest.approx(exact[1]["kept"], rel=0.05)
 
 
@@ -167,7 +168,12 @@ def test_methods_survive_the_way_through_their_label():
         ("qest", "methods: expected one of dense, .*quest.*, got 'qest'"),
         ("quest:budget=3", "methods: quest: expected field=value with a field of token_budget, .*, got 'budget=3'"),
         ("quest:token_budget", "methods: quest: expected field=value"),
-        ("quest:token_budget=many", "methods: quest: token_budget: expected <class 'int'>, got 'many'"),
+        ("quest:token_budget=many", "methods: Quest: token_budget: expected an integer >= 1, got 'many'"),
+        ("quest:budget_fraction=1/0", "methods: Quest: budget_fraction: expected a number 0..1, got '1/0'"),
+        ("quest:page_size=8", "methods: TwilightConfig: page_size: expected 16, 32 or 64, got 8"),
+        ("quest:page_size=16,page_size=32", "methods: quest: expected page_size once, got 'page_size=32' again"),
+        ("tidal:across_heads=maybe", "methods: Tidal: across_heads: expected True or False, got 'maybe'"),
+        ("dense:page_size=16", "methods: expected dense without fields, got 'dense:page_size=16'"),
     ],
 )
 def test_bad_methods_are_named(text, message):
@@ -224,7 +230,7 @@ def test_common_and_frequent_words_are_the_most_common():
 
 
 def test_prose_of_the_package_is_long_enough_to_evaluate_on():
-    texts = command.packaged_prose()
+    texts = command.packaged_prose().values()
     assert len(texts) >= 8
     assert all(len(tasks.sentences(text)) > 150 and len(text) > 35_000 for text in texts)
 
@@ -312,11 +318,17 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--p", "1.5"), "p: expected values between 0 and 1, got"),
+        (("--methods", "full@1.5"), "methods: full@1.5: expected 0 < value < 1, got 1.5"),
+        (("--methods", "full@"), "methods: full@: expected a number 0 < value < 1, got ''"),
+        (("--mass-steps", "9"), r"mass_steps: expected 0\.\.3, got 9"),
+        (("--greedy-tokens", "-1"), "greedy_tokens: expected >= 0, got -1"),
+        (("--lengths", "0"), r"lengths\[0\]: expected >= 1, got 0"),
+        (("--lengths", "40000", "--tasks", "passkey"), "lengths: expected at most 32765 tokens"),
+        (("--methods", "shadow_prefix:calibration=/no/such/file"), "methods: shadow_prefix: calibration: expected a file"),
         (("--tasks", "pass"), "tasks: expected some of language, passkey, .*, got 'pass'"),
         (("--limit", "0"), "limit: expected >= 1, got 0"),
         (("--budget-log", "-1"), "budget_log: expected >= 0, got -1"),
-        (("--depths", "2"), "depths: expected 0..1"),
+        (("--depths", "2"), r"depths\[0\]: expected 0\.\.1, got 2.0"),
         (("--tasks", "common_words"), "lengths: common_words: expected at least [0-9]+ tokens, got 400"),
         (("--lengths", "100000", "--tasks", "language"), "documents: expected at least 100004 tokens each, got"),
         (("--methods", "dense"), "methods: expected at least one, got none"),
@@ -325,6 +337,21 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
 def test_a_run_that_cannot_work_is_refused_before_it_starts(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         command.run(arguments(tmp_path / "out", *more))
+
+
+def test_cells_of_another_run_are_not_gone_on_with(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    described = {"model": "a", "documents": ["x.txt"], "kept_by_default": {"recent_tokens": 64}}
+    runner.CellStore(path, described, resume=False).add({"key": "one"})
+    assert "one" in runner.CellStore(path, described, resume=True)
+    for change in ({"model": "b"}, {"documents": ["y.txt"]}, {"kept_by_default": {"recent_tokens": 32}}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match=f"resume: expected the {next(iter(change))} of "):
+            runner.check_cells(path, described | change, resume=True)
+    with pytest.raises(ValueError, match="out: expected a new file"):
+        runner.check_cells(path, described, resume=False)
+    path.write_text("no cells\n")
+    with pytest.raises(ValueError, match="resume: expected cells of an earlier run"):
+        runner.check_cells(path, described, resume=True)
 
 
 def test_a_missing_model_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,10 @@ from twilight_ops import LayerOverride, PagedKVCache, Quest, ShadowPrefix, SparQ
 from twilight_ops.decode_step import append, attend
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 6, 3, 64, 200
+
+
+# Budgets below the default sinks and newest tokens show only without those.
+NOTHING_FORCED = {"dense_below": 0, "sink_tokens": 0, "recent_tokens": 0}
 
 
 def kept_counts(config: TwilightConfig, layers: int) -> list[list[int]]:
@@ -38,12 +43,12 @@ def test_pyramid_kv_falls_linearly_and_keeps_the_mean():
 
 
 def test_pyramid_kv_is_obeyed_by_the_step():
-    config = pyramid_kv(4, 40, SparQ(), beta=4, top_p=1.0, dense_layers=1, dense_below=0)
+    config = pyramid_kv(4, 40, SparQ(), beta=4, top_p=1.0, dense_layers=1, **NOTHING_FORCED)
     assert kept_counts(config, 4) == [[LENGTH] * 3, [50] * 3, [30] * 3, [10] * 3]
 
 
 def test_ada_kv_shares_a_layer_out_by_need_with_a_floor():
-    config = ada_kv([[1, 1, 1], [300, 100, 0]], 60, SparQ(), safeguard=0.2, top_p=1.0, dense_layers=1, dense_below=0)
+    config = ada_kv([[1, 1, 1], [300, 100, 0]], 60, SparQ(), safeguard=0.2, top_p=1.0, dense_layers=1, **NOTHING_FORCED)
     assert set(config.overrides) == {1}
     assert config.overrides[1].head_token_budget == (120, 48, 12)
     assert sum(config.overrides[1].head_token_budget) == 3 * 60
@@ -103,14 +108,23 @@ def test_presets_keep_the_selector_and_other_settings():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pyramid_kv(0, 10), "pyramid_kv: expected num_layers, token_budget, beta >= 1"),
-        (lambda: pyramid_kv(4, 10, beta=0.5), "pyramid_kv: expected num_layers, token_budget, beta >= 1"),
-        (lambda: ada_kv([[1.0]], 10, safeguard=2), "ada_kv: safeguard: expected 0..1, got 2"),
+        (lambda: pyramid_kv(0, 10), "pyramid_kv: num_layers: expected >= 1, got 0"),
+        (lambda: pyramid_kv(4, 10.5), "pyramid_kv: token_budget: expected an integer >= 1, got 10.5"),
+        (lambda: pyramid_kv(4, 10, beta=0.5), "pyramid_kv: beta: expected >= 1, got 0.5"),
+        (lambda: pyramid_kv(4, 10, beta=float("nan")), "pyramid_kv: beta: expected >= 1, got nan"),
+        (lambda: pyramid_kv(4, 10, Quest), "TwilightConfig: selector: expected a Selector, such as Quest"),
+        (lambda: pyramid_kv(2, 10, overrides={5: LayerOverride()}), "TwilightConfig: overrides: expected layers 0 to 1, got 5"),
+        (lambda: ada_kv([[1.0]], 10, safeguard=2), r"ada_kv: safeguard: expected 0\.\.1, got 2"),
         (lambda: ada_kv([[1.0]], 0), "ada_kv: token_budget: expected >= 1, got 0"),
-        (lambda: ada_kv([[0.0, 0.0]], 10), r"ada_kv: head_need\[0\]: expected non-negative numbers with a positive sum"),
-        (lambda: duo_attention([[1, 0], [1]]), "duo_attention: heads: expected one row of equal length a layer"),
-        (lambda: duo_attention([]), "duo_attention: heads: expected one row of equal length a layer"),
-        (lambda: duo_attention([[1, 0]], sparsity=1.5), "duo_attention: sparsity: expected 0..1, got 1.5"),
+        (lambda: ada_kv([[0.0, 0.0]], 10), r"ada_kv: head_need\[0\]: expected a positive sum, got \[0.0, 0.0\]"),
+        (lambda: ada_kv([[1.0], [-1.0]], 10), r"ada_kv: head_need\[1\]\[0\]: expected >= 0, got -1.0"),
+        (lambda: ada_kv([[float("nan")]], 10), r"ada_kv: head_need\[0\]\[0\]: expected >= 0, got nan"),
+        (lambda: ada_kv([3], 10), r"ada_kv: head_need\[0\]: expected a sequence with at least one entry, got 3"),
+        (lambda: duo_attention([[1, 0], [1]]), r"duo_attention: heads: expected one row of equal length a layer, got \[1, 2\]"),
+        (lambda: duo_attention([]), "duo_attention: heads: expected one row of numbers a layer, got "),
+        (lambda: duo_attention([["retrieval"]]), r"duo_attention: heads\[0\]\[0\]: expected a number >= 0, got 'retrieval'"),
+        (lambda: duo_attention([[1, 0]], sparsity=1.5), r"duo_attention: sparsity: expected 0\.\.1, got 1.5"),
+        (lambda: duo_attention([[1, 0]], recent_tokens=-1), "LayerOverride: recent_tokens: expected >= 0, got -1"),
     ],
 )
 def test_bad_arguments_are_named(make, message):
@@ -118,12 +132,8 @@ def test_bad_arguments_are_named(make, message):
         make()
 
 
-def test_recent_tokens_are_the_selectors_unless_the_configuration_or_an_override_says_how_many():
-    def recent(layer=0, **settings):
-        return TwilightConfig(**settings).layer_plan(layer, "cpu", 1).recent_tokens
-
-    assert recent() == ShadowPrefix.recent_tokens == 32
-    assert recent(selector=Quest()) == 0
-    assert recent(recent_tokens=0) == 0 and recent(recent_tokens=5, selector=Quest()) == 5
-    overrides = {0: LayerOverride(selector=Quest()), 1: LayerOverride(recent_tokens=7), 2: LayerOverride(selector="dense")}
-    assert [recent(layer, overrides=overrides) for layer in range(4)] == [0, 7, 0, 32]
+def test_tables_of_arrays_and_tensors_are_those_of_lists():
+    table = [[0.5, 0.25], [0.125, 1.0]]
+    for other in (np.array(table), torch.tensor(table)):
+        assert duo_attention(other) == duo_attention(table)
+        assert ada_kv(other, np.int64(100)) == ada_kv(table, 100)

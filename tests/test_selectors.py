@@ -48,7 +48,7 @@ def name(selector: Selector) -> str:
 
 def make_cache(selector, lens, max_len=160, layers=1, dtype=torch.float32, shuffled=True, **settings) -> PagedKVCache:
     """A cache whose sequences are `lens` tokens long and whose pages lie in random order."""
-    settings = {"dense_layers": 0, "dense_below": 0, "page_size": PAGE, **settings}
+    settings = {"dense_layers": 0, "dense_below": 0, "page_size": PAGE, "sink_tokens": 0, "recent_tokens": 0, **settings}
     cache = PagedKVCache(TwilightConfig(selector=selector, **settings), layers, HEADS, KV_HEADS, HEAD_DIM, len(lens), max_len, dtype, "cpu")
     if shuffled:
         order = torch.randperm(cache.page_table.numel(), generator=torch.Generator().manual_seed(3)).int()

@@ -21,7 +21,8 @@ DTYPE = torch.float16
 
 def filled_cache(selector, device: str) -> PagedKVCache:
     """Two layers that hold the prompts, calibrated on them; pages in random order."""
-    config = TwilightConfig(selector=selector, dense_layers=0, dense_below=DENSE_BELOW, page_size=PAGE, top_p=0.9, sink_tokens=2)
+    forced = {"sink_tokens": 2, "recent_tokens": 0}  # fewer than by default, which is half of these sequences
+    config = TwilightConfig(selector=selector, dense_layers=0, dense_below=DENSE_BELOW, page_size=PAGE, top_p=0.9, **forced)
     cache = PagedKVCache(config, LAYERS, HEADS, KV_HEADS, HEAD_DIM, len(LENS), max(LENS) + STEPS, DTYPE, device)
     order = torch.randperm(cache.page_table.numel(), generator=torch.Generator().manual_seed(3)).int()
     cache.page_table.copy_(order.view_as(cache.page_table))

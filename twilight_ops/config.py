@@ -5,8 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ._settings import MOST_TOKENS, Check, each, integer, normalise, one_of, optional, refuse, share, tokens
 from .ops._checks import PAGE_SIZES
 from .selectors import Selector, ShadowPrefix
+
+# The newest tokens of a sequence that every layer keeps unless told otherwise, and beside them one page of its first ones. A selector ranks
+# the newest ones badly, an estimate may lose them altogether, and attention needs few tokens more (bench/results/accuracy_defaults.jsonl).
+RECENT_TOKENS = 64
+
+
+def _selector(where: str, field: str, value: object) -> Selector:
+    if not isinstance(value, Selector):
+        refuse(where, field, "a Selector, such as Quest()", value)
+    return value
+
+
+def _selector_or_dense(where: str, field: str, value: object) -> Selector | str:
+    if not isinstance(value, Selector) and not (isinstance(value, str) and value == "dense"):
+        refuse(where, field, 'a Selector, such as Quest(), or "dense"', value)
+    return value
+
+
+def _overrides(where: str, field: str, value: object) -> dict[int, LayerOverride]:
+    if not isinstance(value, Mapping):
+        refuse(where, field, "a mapping from layer index to LayerOverride", value)
+    layer_index: Check = integer(0)
+    checked = {}
+    for layer, override in value.items():
+        layer = layer_index(where, f"{field}: layer", layer)
+        if not isinstance(override, LayerOverride):
+            refuse(where, f"{field}[{layer}]", "a LayerOverride", override)
+        checked[layer] = override
+    return checked
 
 
 @dataclass(frozen=True)
@@ -15,11 +45,14 @@ class LayerOverride:
 
     Args:
         selector: another selector, or "dense" for exact attention over everything.
-        top_p: another p for the whole layer; 1 switches the pruner off.
-        head_token_budget: candidates in tokens, one a KV head. They are clamped to the selector's own capacity, so give the selector
+        top_p: another p for the whole layer, 0 < p <= 1; 1 switches the pruner off.
+        head_token_budget: candidates in tokens, >= 1, one a KV head. They are clamped to the selector's own capacity, so give the selector
             a token_budget that reaches the largest.
-        head_top_p: p, one a query head.
-        sink_tokens, recent_tokens: always kept.
+        head_top_p: p, 0 < p <= 1, one a query head.
+        sink_tokens, recent_tokens: always kept, >= 0.
+
+    Raises:
+        ValueError: a field of another type or out of range. How many heads and layers there are is checked when a cache is made.
     """
 
     selector: Selector | str | None = None
@@ -28,6 +61,17 @@ class LayerOverride:
     head_top_p: tuple[float, ...] | None = None
     sink_tokens: int | None = None
     recent_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        normalise(
+            self,
+            selector=optional(_selector_or_dense),
+            top_p=optional(share()),
+            head_token_budget=optional(each(tokens(1))),
+            head_top_p=optional(each(share())),
+            sink_tokens=optional(tokens(0)),
+            recent_tokens=optional(tokens(0)),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,9 +111,15 @@ class TwilightConfig:
             KL to dense and saves a third of the bytes (bench/results/accuracy_smollm2.md), so the default is none.
         dense_below: sequences no longer than this, in tokens, attend to everything; None takes the measured break-even of the device, the
             batch size and the KV heads.
-        sink_tokens: the first tokens of a sequence that are always kept.
-        recent_tokens: the newest tokens of a sequence that are always kept; None takes what the selector asks for.
+        sink_tokens: the first tokens of a sequence, always candidates and always kept; None takes one page, 0 is none.
+        recent_tokens: the newest tokens of a sequence, always candidates and always kept; None takes RECENT_TOKENS. A step keeps its own
+            tokens whatever this says.
         overrides: what single layers do differently, by layer index.
+
+    Counts of tokens may be as large as you like: `sys.maxsize` is everything.
+
+    Raises:
+        ValueError: a field of another type or out of range. How many heads and layers there are is checked when a cache is made.
     """
 
     selector: Selector = field(default_factory=ShadowPrefix)
@@ -77,50 +127,85 @@ class TwilightConfig:
     page_size: int = 16
     dense_layers: int = 0
     dense_below: int | None = None
-    sink_tokens: int = 0
+    sink_tokens: int | None = None
     recent_tokens: int | None = None
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.selector, Selector):
-            raise ValueError(f"TwilightConfig: selector: expected a Selector, got {self.selector!r}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"TwilightConfig: top_p: expected 0 < top_p <= 1, got {self.top_p}")
-        if self.page_size not in PAGE_SIZES:
-            raise ValueError(f"TwilightConfig: page_size: expected one of {PAGE_SIZES}, got {self.page_size}")
-        for name in ("dense_layers", "dense_below", "sink_tokens", "recent_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"TwilightConfig: {name}: expected >= 0, got {value}")
+        normalise(
+            self,
+            selector=_selector,
+            top_p=share(),
+            page_size=one_of(*PAGE_SIZES),
+            dense_layers=integer(0),
+            dense_below=optional(tokens(0)),
+            sink_tokens=optional(tokens(0)),
+            recent_tokens=optional(tokens(0)),
+            overrides=_overrides,
+        )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuses overrides of layers that a model of `num_layers` does not have (ValueError)."""
+        beyond = [layer for layer in self.overrides if layer >= num_layers]
+        if beyond:
+            refuse("TwilightConfig", "overrides", f"layers 0 to {num_layers - 1}", min(beyond))
 
     def layer_plan(self, layer: int, device_type: str, kv_rows: int) -> LayerPlan:
-        """Resolves the overrides and device defaults of one layer; `kv_rows`: batch size times KV heads."""
+        """Resolves the overrides and device defaults of one layer; `kv_rows`: batch size times KV heads.
+
+        Raises:
+            ValueError: the device has no kernels.
+        """
         override = self.overrides.get(layer, LayerOverride())
-        selector = override.selector
-        if selector is None:
-            selector = None if layer < self.dense_layers else self.selector
-        elif selector == "dense":
-            selector = None
-        elif not isinstance(selector, Selector):
-            raise ValueError(f'LayerOverride: selector: expected a Selector or "dense", got {selector!r}')
+        break_even = break_even_of(device_type)
+        selector = self._selector_of(layer)
 
-        def pick(name: str):
-            value = getattr(override, name)
-            return getattr(self, name) if value is None else value
+        def pick(name: str, default: int) -> int:
+            return next((value for value in (getattr(override, name), getattr(self, name)) if value is not None), default)
 
-        recent_tokens = pick("recent_tokens")
-        if recent_tokens is None:
-            recent_tokens = 0 if selector is None else selector.recent_tokens
-        dense_below = BREAK_EVEN[device_type].tokens(kv_rows) if self.dense_below is None else self.dense_below
         return LayerPlan(
             selector=selector,
-            top_p=pick("top_p"),
-            dense_below=dense_below,
-            sink_tokens=pick("sink_tokens"),
-            recent_tokens=recent_tokens,
+            top_p=self.top_p if override.top_p is None else override.top_p,
+            dense_below=break_even.tokens(kv_rows) if self.dense_below is None else self.dense_below,
+            sink_tokens=0 if selector is None else pick("sink_tokens", self.page_size),
+            recent_tokens=0 if selector is None else pick("recent_tokens", RECENT_TOKENS),
             head_token_budget=override.head_token_budget,
             head_top_p=override.head_top_p,
         )
+
+    def never_sparse(self, num_layers: int, max_cache_len: int, device_type: str, kv_rows: int) -> str | None:
+        """Why no call on such a cache can read less than everything, in one sentence for a warning; None where one can.
+
+        A configuration whose layers are all dense, or whose `dense_below` is everything, asks for nothing else and gets None too.
+        `kv_rows`: batch size times KV heads.
+        """
+        plans = [self.layer_plan(layer, device_type, kv_rows) for layer in range(num_layers)]
+        sparse = [plan for plan in plans if plan.selector is not None]
+        if not sparse or self.dense_below == MOST_TOKENS:
+            return None
+        dense_below = sparse[0].dense_below
+        kept = min(plan.sink_tokens + plan.recent_tokens for plan in sparse)
+        if max_cache_len > max(dense_below, kept):
+            return None
+        if dense_below >= kept:
+            source = f"the break-even of {device_type} at {kv_rows} sequences x KV heads" if self.dense_below is None else "as asked for"
+            reason = f"sequences of up to dense_below = {dense_below} tokens ({source}) attend to everything"
+            remedy = "a longer max_cache_len or TwilightConfig(dense_below=0)"
+        else:
+            reason = f"the first and newest {kept} tokens are always kept"
+            remedy = "a longer max_cache_len, or fewer sink_tokens and recent_tokens"
+        first = max(dense_below, kept) + 1
+        return (
+            f"this cache of {max_cache_len} tokens will never be sparse: {reason}, so the first sparse length is {first}. "
+            f"Sparse decoding takes {remedy}"
+        )
+
+    def _selector_of(self, layer: int) -> Selector | None:
+        """None: dense."""
+        chosen = self.overrides[layer].selector if layer in self.overrides else None
+        if chosen is None:
+            return None if layer < self.dense_layers else self.selector
+        return None if isinstance(chosen, str) else chosen
 
 
 @dataclass(frozen=True)
@@ -147,3 +232,10 @@ BREAK_EVEN: Mapping[str, BreakEven] = {
         "other kernels deciding takes 13 us longer: a step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4",
     ),
 }
+
+
+def break_even_of(device_type: str) -> BreakEven:
+    """Raises ValueError for a device that has no kernels."""
+    if device_type not in BREAK_EVEN:
+        raise ValueError(f"TwilightCache: device: expected {' or '.join(BREAK_EVEN)}, got {device_type}")
+    return BREAK_EVEN[device_type]

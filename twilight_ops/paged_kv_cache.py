@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ._settings import integer, of_length, one_of
 from .capacity import COUNTER_COLUMNS
 from .config import LayerPlan, TwilightConfig
+from .ops._checks import HEAD_DIMS
 
 
 @dataclass
@@ -77,20 +80,23 @@ def allocate_layer(
         layer.k_scale = zeros(num_pages, num_kv_heads, page_size, 2, dtype=torch.bfloat16)
         order = torch.arange(head_dim, dtype=torch.int32, device=device)
         layer.channel_order = order.expand(num_kv_heads, -1).contiguous()
-        prefix = getattr(plan.selector, "prefix_channels", None) or head_dim
-        layer.prefix_channels = torch.full((num_kv_heads,), min(prefix, head_dim), dtype=torch.int32, device=device)
+        prefix = getattr(plan.selector, "prefix_channels", None)
+        if prefix is None:
+            prefix = head_dim
+        integer(8, head_dim, multiple_of=8)(type(plan.selector).__name__, "prefix_channels", prefix)
+        layer.prefix_channels = torch.full((num_kv_heads,), prefix, dtype=torch.int32, device=device)
     if plan.uses_page_bounds:
         eight_bit = getattr(plan.selector, "bounds_dtype", "model") == "int8"
         layer.page_bounds = zeros(num_pages, num_kv_heads, 2, head_dim, dtype=torch.uint8 if eight_bit else dtype)
         if eight_bit:
             layer.bounds_scale = zeros(num_pages, num_kv_heads, 2, dtype=torch.bfloat16)
     if plan.head_token_budget is not None:
-        if len(plan.head_token_budget) != num_kv_heads:
-            raise ValueError(f"head_token_budget: expected {num_kv_heads} entries, got {len(plan.head_token_budget)}")
-        layer.head_token_budget = torch.tensor(plan.head_token_budget, dtype=torch.int32, device=device)
+        of_length("LayerOverride", "head_token_budget", plan.head_token_budget, num_kv_heads, "KV head")
+        # No sequence is longer than all pages.
+        budgets = [min(budget, num_pages * page_size) for budget in plan.head_token_budget]
+        layer.head_token_budget = torch.tensor(budgets, dtype=torch.int32, device=device)
     if plan.head_top_p is not None:
-        if len(plan.head_top_p) != num_qo_heads:
-            raise ValueError(f"head_top_p: expected {num_qo_heads} entries, got {len(plan.head_top_p)}")
+        of_length("LayerOverride", "head_top_p", plan.head_top_p, num_qo_heads, "query head")
         layer.top_p_per_head = torch.tensor([plan.head_top_p], dtype=torch.float32, device=device)
     if plan.selector is not None:
         layer.selector_state = plan.selector.allocate(layer, previous)
@@ -109,6 +115,9 @@ class PagedKVCache:
         max_batch_size: sequences.
         max_cache_len: tokens a sequence; rounded up to whole pages.
         dtype, device: of K and V.
+
+    Raises:
+        ValueError: a size out of range, or settings that do not fit the model.
     """
 
     def __init__(
@@ -124,6 +133,21 @@ class PagedKVCache:
         device: torch.device | str,
     ):
         device = torch.device(device)
+        sizes = {
+            "num_layers": num_layers,
+            "num_kv_heads": num_kv_heads,
+            "num_qo_heads": num_qo_heads,
+            "max_batch_size": max_batch_size,
+            "max_cache_len": max_cache_len,
+        }
+        for name, size in sizes.items():
+            integer(1)("PagedKVCache", name, size)
+        integer(num_kv_heads, multiple_of=num_kv_heads)("PagedKVCache", "num_qo_heads", num_qo_heads)
+        one_of(*HEAD_DIMS)("PagedKVCache", "head_dim", head_dim)
+        config.check_layers(num_layers)
+        never_sparse = config.never_sparse(num_layers, max_cache_len, device.type, max_batch_size * num_kv_heads)
+        if never_sparse is not None:
+            warnings.warn(f"PagedKVCache: {never_sparse}", stacklevel=2)
         self.config = config
         self.max_pages = -(-max_cache_len // config.page_size)
         num_pages = max_batch_size * self.max_pages

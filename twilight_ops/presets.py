@@ -6,11 +6,24 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._settings import MOST_TOKENS, each, integer, number, refuse
 from .config import LayerOverride, TwilightConfig
 from .selectors import Selector, ShadowPrefix
 
-# A budget larger than any cache: index lists are as long as the cache allows, whatever it is.
-_UNBOUNDED_TOKENS = 1 << 24
+_score = number(0.0)
+
+
+def _configuration(selector: Selector | None, top_p: float, settings: dict) -> TwilightConfig:
+    """With the caller's selector, or ShadowPrefix for None."""
+    return TwilightConfig(selector=ShadowPrefix() if selector is None else selector, top_p=top_p, **settings)
+
+
+def _table(where: str, field: str, rows: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    """Non-negative finite numbers, one row a layer and one entry a KV head."""
+    rows = rows.tolist() if hasattr(rows, "tolist") else rows
+    if isinstance(rows, str | bytes) or not isinstance(rows, Sequence) or not rows:
+        refuse(where, field, "one row of numbers a layer", rows)
+    return [each(_score)(where, f"{field}[{layer}]", row) for layer, row in enumerate(rows)]
 
 
 def _with_budget(selector: Selector, tokens: int) -> Selector:
@@ -33,15 +46,16 @@ def pyramid_kv(
 
     Source: PyramidKV, arXiv 2406.02069.
     """
-    if num_layers < 1 or token_budget < 1 or beta < 1.0:
-        raise ValueError(f"pyramid_kv: expected num_layers, token_budget, beta >= 1, got {num_layers}, {token_budget}, {beta}")
-    selector = selector or ShadowPrefix()
+    num_layers = integer(1)("pyramid_kv", "num_layers", num_layers)
+    token_budget = integer(1)("pyramid_kv", "token_budget", token_budget)
+    beta = number(1.0)("pyramid_kv", "beta", beta)
+    config = _configuration(selector, top_p, settings)
+    config.check_layers(num_layers)
     last = token_budget / beta
     first = 2 * token_budget - last
     step = (first - last) / max(num_layers - 1, 1)
-    config = TwilightConfig(selector=selector, top_p=top_p, **settings)
     overrides = {
-        layer: LayerOverride(selector=_with_budget(selector, max(1, round(first - step * layer))))
+        layer: LayerOverride(selector=_with_budget(config.selector, max(1, round(first - step * layer))))
         for layer in range(config.dense_layers, num_layers)
     }
     return dataclasses.replace(config, overrides={**overrides, **config.overrides})
@@ -68,22 +82,21 @@ def ada_kv(
 
     Source: Ada-KV, arXiv 2407.11550.
     """
-    if not 0.0 <= safeguard <= 1.0:
-        raise ValueError(f"ada_kv: safeguard: expected 0..1, got {safeguard}")
-    if token_budget < 1:
-        raise ValueError(f"ada_kv: token_budget: expected >= 1, got {token_budget}")
-    selector = selector or ShadowPrefix()
-    config = TwilightConfig(selector=selector, top_p=top_p, **settings)
+    table = _table("ada_kv", "head_need", head_need)
+    token_budget = integer(1)("ada_kv", "token_budget", token_budget)
+    safeguard = number(0.0, 1.0)("ada_kv", "safeguard", safeguard)
+    config = _configuration(selector, top_p, settings)
+    config.check_layers(len(table))
     overrides = {}
-    for layer, need in enumerate(head_need):
-        if any(n < 0 for n in need) or sum(need) <= 0:
-            raise ValueError(f"ada_kv: head_need[{layer}]: expected non-negative numbers with a positive sum, got {list(need)}")
+    for layer, need in enumerate(table):
+        if sum(need) == 0.0:
+            refuse("ada_kv", f"head_need[{layer}]", "a positive sum", list(need))
         if layer < config.dense_layers:
             continue
         total, heads = token_budget * len(need), len(need)
         budgets = tuple(max(1, round(total * ((1 - safeguard) * n / sum(need) + safeguard / heads))) for n in need)
         # The list must have room for the neediest head.
-        overrides[layer] = LayerOverride(selector=_with_budget(selector, max(budgets)), head_token_budget=budgets)
+        overrides[layer] = LayerOverride(selector=_with_budget(config.selector, max(budgets)), head_token_budget=budgets)
     return dataclasses.replace(config, overrides={**overrides, **config.overrides})
 
 
@@ -108,25 +121,26 @@ def duo_attention(
 
     Source: DuoAttention, arXiv 2410.10819.
     """
-    scores = _read_heads(heads) if isinstance(heads, str | Path) else [[float(score) for score in row] for row in heads]
-    if not scores or any(len(row) != len(scores[0]) or not row for row in scores):
-        raise ValueError("duo_attention: heads: expected one row of equal length a layer, got rows of different lengths or none")
-    if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"duo_attention: sparsity: expected 0..1, got {sparsity}")
+    scores = _table("duo_attention", "heads", _read_heads(heads) if isinstance(heads, str | Path) else heads)
+    lengths = sorted({len(row) for row in scores})
+    if len(lengths) > 1:
+        refuse("duo_attention", "heads", "one row of equal length a layer", lengths)
+    sparsity = number(0.0, 1.0)("duo_attention", "sparsity", sparsity)
     # A table of zeros and ones says it all by itself; else the lowest scores stream, earlier layers first among equals.
     ranked = sorted((score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row))
     binary = all(score in (0.0, 1.0) for score, _, _ in ranked)
     count = sum(score == 0.0 for score, _, _ in ranked) if binary else round(sparsity * len(ranked))
     streaming = {(layer, head) for _, layer, head in ranked[:count]}
 
-    config = TwilightConfig(selector=selector or ShadowPrefix(), top_p=top_p, **settings)
-    retrieval = _with_budget(config.selector, _UNBOUNDED_TOKENS)
+    config = _configuration(selector, top_p, settings)
+    config.check_layers(len(scores))
+    retrieval = _with_budget(config.selector, MOST_TOKENS)
     overrides = {}
     for layer, row in enumerate(scores):
         if layer < config.dense_layers:
             continue
         # A streaming head's budget of one token leaves it the sinks and the window, which are always candidates and always kept.
-        budgets = tuple(1 if (layer, head) in streaming else _UNBOUNDED_TOKENS for head in range(len(row)))
+        budgets = tuple(1 if (layer, head) in streaming else MOST_TOKENS for head in range(len(row)))
         overrides[layer] = LayerOverride(
             selector=retrieval, head_token_budget=budgets, sink_tokens=sink_tokens, recent_tokens=recent_tokens
         )
@@ -136,7 +150,7 @@ def duo_attention(
 def _read_heads(path: str | Path) -> list[list[float]]:
     """Rows of tab- or space-separated numbers, one line a layer."""
     try:
-        rows = [[float(cell) for cell in line.split()] for line in Path(path).read_text().splitlines() if line.strip()]
+        rows = [[float(cell) for cell in line.split()] for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ValueError(f"duo_attention: heads: expected rows of numbers in {path}, got {error}") from None
     return rows

@@ -6,13 +6,16 @@ import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ._settings import integer
 from .capacity import (
     COUNTER_CANDIDATES,
+    COUNTER_DENSE,
     COUNTER_HEADER,
     COUNTER_KEPT,
     COUNTER_LIVE,
@@ -28,7 +31,10 @@ MASS_UNIT = 2.0**20
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, 5th and 95th percentile in tokens; percentiles are exact below 16 tokens and up to an eighth of an octave low above."""
+    """Mean, 5th and 95th percentile in tokens.
+
+    Percentiles come from a histogram: exact below 16 tokens, else within the eighth of an octave that holds the true one.
+    """
 
     mean: float
     p5: float
@@ -46,6 +52,8 @@ class Budget:
         kept: I1, what attention read.
         captured_mass: estimated attention weight kept, mean over the group's query heads.
         pruned: share of the live tokens that attention did not read.
+        dense: share of the calls that took the dense path: a dense layer, or a sequence no longer than `dense_below`. They are counted like
+            all others, with every live token as a candidate and kept.
     """
 
     calls: int
@@ -54,18 +62,25 @@ class Budget:
     kept: Spread
     captured_mass: float
     pruned: float
+    dense: float
 
 
 @dataclass(frozen=True)
 class LayerBudget:
+    """One layer; `dense_below` is the length up to which its sequences attend to everything."""
+
     layer: int
     selector: str
+    dense_below: int
     heads: list[Budget]
 
 
 @dataclass(frozen=True)
 class BudgetReport:
-    """Budgets of every layer and KV head, and of all sparse layers together (None where no sparse layer has decoded yet)."""
+    """Budgets of every layer and KV head, and of all sparse layers together (None where no sparse layer has decoded yet).
+
+    Printed, it is a table that ends with `summary`.
+    """
 
     layers: list[LayerBudget]
     sparse: Budget | None
@@ -73,20 +88,41 @@ class BudgetReport:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    @property
+    def summary(self) -> str:
+        """What was kept, and which calls took the dense path, in one line."""
+        dense = [layer.layer for layer in self.layers if layer.selector == "dense"]
+        if not self.layers:
+            return "no layers"
+        if len(dense) == len(self.layers):
+            return f"all layers ({len(dense)}) are dense"
+        if self.sparse is None:
+            return f"{len(self.layers) - len(dense)} of {len(self.layers)} layers are sparse; none has decoded yet"
+        total, lengths = self.sparse, sorted({layer.dense_below for layer in self.layers if layer.selector != "dense"})
+        below = f"sequences of up to {lengths[-1]} tokens"
+        which = f"{len(self.layers) - len(dense)} of {len(self.layers)} layers are sparse"
+        if total.dense == 1.0:
+            return f"{which}, but every call of theirs took the dense path ({below}): nothing was pruned"
+        share = f"({total.pruned:.1%} pruned), mass {total.captured_mass:.3f}"
+        kept = f"{which} and kept {total.kept.mean:.0f} of {total.live:.0f} tokens a KV head {share}"
+        if total.dense == 0.0:
+            return f"{kept}; no call of theirs took the dense path"
+        return f"{kept}; {total.dense:.1%} of their calls took the dense path ({below}), and these figures include them"
+
     def __str__(self) -> str:
         spreads = f"{'I0 mean/p5/p95':>22} {'I1 mean/p5/p95':>22}"
-        lines = [f"{'layer':>5} {'KV head':>7} {'selector':<16}{'live':>9} {spreads} {'mass':>7} {'pruned':>7}"]
+        lines = [f"{'layer':>5} {'KV head':>7} {'selector':<16}{'live':>9} {spreads} {'mass':>7} {'pruned':>7} {'dense':>6}"]
         for layer in self.layers:
             for index, budget in enumerate(layer.heads):
                 lines.append(f"{layer.layer:>5} {index:>7} {layer.selector:<16}{_row(budget)}")
         if self.sparse is not None:
             lines.append(f"{'all':>5} {'':>7} {'sparse layers':<16}{_row(self.sparse)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.summary])
 
 
 def _row(budget: Budget) -> str:
     spreads = " ".join(f"{f'{s.mean:.1f} / {s.p5:.0f} / {s.p95:.0f}':>22}" for s in (budget.candidates, budget.kept))
-    return f"{budget.live:>9.1f} {spreads} {budget.captured_mass:>7.4f} {budget.pruned:>7.2%}"
+    return f"{budget.live:>9.1f} {spreads} {budget.captured_mass:>7.4f} {budget.pruned:>7.2%} {budget.dense:>6.1%}"
 
 
 def budget_report(layers: Sequence[PagedKVLayer]) -> BudgetReport:
@@ -101,8 +137,9 @@ class BudgetLog:
     steps before it (into pinned memory on a GPU), so neither the step nor the host waits, and a captured step stays as it is. Lines are
     written as copies arrive, the last ones by `close`.
 
-    A line is `{"window", "steps": [first, last], "sparse": Budget or null, "layers": [{"layer", "selector", "heads": [Budget]}]}`, steps
-    counted from 1; a Budget has calls, live, candidates and kept (mean, p5, p95), captured_mass and pruned, as in `budget_report`.
+    A line is `{"window", "steps": [first, last], "sparse": Budget or null, "layers": [{"layer", "selector", "dense_below",
+    "heads": [Budget]}]}`, steps counted from 1; a Budget has calls, live, candidates and kept (mean, p5, p95), captured_mass, pruned and
+    dense, as in `budget_report`.
 
         with BudgetLog("budget.jsonl", cache, every=16) as log:
             for _ in range(steps):
@@ -116,14 +153,12 @@ class BudgetLog:
     """
 
     def __init__(self, path: str | Path, cache, every: int = 16):
-        if every < 1:
-            raise ValueError(f"BudgetLog: every: expected >= 1, got {every}")
-        self.every = every
+        self.every = integer(1)("BudgetLog", "every", every)
         self.steps = 0  # so far
         self._layers = [getattr(layer, "paged", layer) for layer in cache.layers]
         if None in self._layers:
             raise ValueError("BudgetLog: cache: expected an allocated cache (prefill first, or give it device and dtype), got an empty one")
-        self._file = Path(path).open("w")
+        self._file = Path(path).open("w", encoding="utf-8")
         self._windows = 0
         self._logged = 0  # steps up to the last snapshot
         self._queued: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, int]]] = deque()
@@ -213,7 +248,7 @@ def _report(layers: Sequence[PagedKVLayer], flat: Tensor) -> BudgetReport:
     report = []
     for index, (layer, rows) in enumerate(zip(layers, counters, strict=True)):
         name = "dense" if layer.plan.selector is None else layer.plan.selector.name
-        report.append(LayerBudget(index, name, [_budget(row) for row in rows]))
+        report.append(LayerBudget(index, name, layer.plan.dense_below, [_budget(row) for row in rows]))
     sparse = [rows.sum(0) for layer, rows in zip(layers, counters, strict=True) if layer.plan.selector is not None]
     together = _budget(torch.stack(sparse).sum(0)) if sparse else None
     return BudgetReport(report, together if together is not None and together.calls else None)
@@ -228,21 +263,32 @@ def _budget(row: Tensor) -> Budget:
     return Budget(
         calls=calls,
         live=live / per_call,
-        candidates=_spread(int(row[COUNTER_CANDIDATES]) / per_call, row[first : first + HISTOGRAM_BINS]),
-        kept=_spread(kept / per_call, row[second : second + HISTOGRAM_BINS]),
+        candidates=spread(int(row[COUNTER_CANDIDATES]), row[first : first + HISTOGRAM_BINS].tolist()),
+        kept=spread(kept, row[second : second + HISTOGRAM_BINS].tolist()),
         captured_mass=int(row[COUNTER_MASS]) / MASS_UNIT / per_call,
         pruned=1.0 - kept / live if live else 0.0,
+        dense=int(row[COUNTER_DENSE]) / per_call,
     )
 
 
-def _spread(mean: float, histogram: Tensor) -> Spread:
-    return Spread(mean, _percentile(histogram, 0.05), _percentile(histogram, 0.95))
+def spread(total: int, histogram: Sequence[int]) -> Spread:
+    """Mean and percentiles of counts whose sum is `total`, from how many of them lie in each bin.
 
+    Where in a bin its counts lie is not recorded, but their sum is: all are placed at one fraction of their bin's width, the one that gives
+    the recorded mean. So counts that are all equal have that value as every percentile, no percentile leaves its bin, and bins of one value
+    are exact.
+    """
+    calls = sum(histogram)
+    if calls == 0:
+        return Spread(0.0, 0.0, 0.0)
+    widths = [histogram_bin_start(index + 1) - 1 - histogram_bin_start(index) for index in range(HISTOGRAM_BINS)]
+    above = total - sum(count * histogram_bin_start(index) for index, count in enumerate(histogram))
+    room = sum(count * width for count, width in zip(histogram, widths, strict=True))
+    fraction = min(1.0, max(0.0, above / room)) if room else 0.0
 
-def _percentile(histogram: Tensor, q: float) -> float:
-    """Smallest count of the bin that holds the q-th share of the entries."""
-    total = int(histogram.sum())
-    if total == 0:
-        return 0.0
-    index = int((histogram.cumsum(0) < q * total).sum())
-    return float(histogram_bin_start(min(index, HISTOGRAM_BINS - 1)))
+    def percentile(share: float) -> float:
+        """The smallest value that `share` of the counts does not exceed."""
+        index = next(i for i, seen in enumerate(accumulate(histogram)) if histogram[i] and seen >= share * calls)
+        return histogram_bin_start(index) + fraction * widths[index]
+
+    return Spread(total / calls, percentile(0.05), percentile(0.95))

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from .arguments import check_outputs, whole, write_json
 from .generate import add_twilight_arguments, encode, twilight_config
-from .models import SMOLLM2, add_model_arguments, load_model
+from .models import SMOLLM2, add_model_arguments, context_of, device_of, load_model
 
 HELP = "SmolLM2 answers a question from a long document and continues a longer one, dense and with Twilight"
 
 # How deep the fact lies in the document, as a share of its length.
 FACT_DEPTH = 0.5
+LEAST_TOKENS = 16
 # Tokens from which on the method shows unless --dense-below says otherwise, whether or not it pays for so small a model on this device.
 SPARSE_FROM = 512
 
@@ -27,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser, default=SMOLLM2)
     add_twilight_arguments(parser, dense_below=SPARSE_FROM)
-    parser.add_argument("--question-index", type=int, default=0, help="which of the packaged questions")
-    parser.add_argument("--question-tokens", type=int, default=3800, help="length of the prompt of (a)")
-    parser.add_argument("--continue-tokens", type=int, default=7500, help="length of the prompt of (b)")
-    parser.add_argument("--answer-tokens", type=int, default=24, help="most new tokens in (a)")
-    parser.add_argument("--new-tokens", type=int, default=96, help="new tokens in (b)")
+    parser.add_argument("--question-index", type=whole(0), default=0, help="which of the packaged questions")
+    parser.add_argument("--question-tokens", type=whole(LEAST_TOKENS), default=3800, help="length of the prompt of (a)")
+    parser.add_argument("--continue-tokens", type=whole(LEAST_TOKENS), default=7500, help="length of the prompt of (b)")
+    parser.add_argument("--answer-tokens", type=whole(LEAST_TOKENS), default=24, help="most new tokens in (a)")
+    parser.add_argument("--new-tokens", type=whole(LEAST_TOKENS), default=96, help="new tokens in (b)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
 
 
@@ -44,12 +46,12 @@ class Question:
 
     @property
     def text(self) -> str:
-        return (resources.files("twilight_ops.data") / "prose" / self.document).read_text()
+        return (resources.files("twilight_ops.data") / "prose" / self.document).read_text("utf-8")
 
 
 def questions() -> list[Question]:
     path = resources.files("twilight_ops.data") / "prose" / "questions.json"
-    return [Question(**entry) for entry in json.loads(path.read_text())]
+    return [Question(**entry) for entry in json.loads(path.read_text("utf-8"))]
 
 
 def question_prompt(tokenizer, question: Question, tokens: int, depth: float = FACT_DEPTH) -> list[int]:
@@ -93,7 +95,7 @@ def make_contenders(model, config, max_cache_len: int) -> list[Contender]:
     static = StaticCache(config=model.config, max_cache_len=max_cache_len)
     head_dim = model.get_decoder().layers[0].self_attn.head_dim
     static.early_initialization(1, model.config.num_key_value_heads, head_dim, model.dtype, model.device)
-    dense = TwilightConfig(dense_layers=model.config.num_hidden_layers)
+    dense = TwilightConfig(dense_layers=model.config.num_hidden_layers, page_size=config.page_size)
     return [
         Contender("dense, transformers sdpa", "sdpa", Decoder(model, static)),
         Contender("dense, twilight_ops", "twilight", Decoder(model, twilight_cache(dense))),
@@ -106,6 +108,8 @@ def copy_prompt(source, target, tokens: int) -> None:
     from ..integration import TwilightCache
 
     target.reset()
+    if isinstance(target, TwilightCache):
+        target.sequences.begin(1, tokens)
     for ours, theirs in zip(source.layers, target.layers, strict=True):
         if isinstance(target, TwilightCache):
             theirs.paged.k_cache.copy_(ours.paged.k_cache)
@@ -116,60 +120,63 @@ def copy_prompt(source, target, tokens: int) -> None:
                 rows[0, :, :tokens] = pages.transpose(0, 1).flatten(1, 2)[:, :tokens]
             theirs.cumulative_length.fill_(tokens)
     if isinstance(target, TwilightCache):
-        target.live_seq_lens.copy_(source.live_seq_lens)
-        target.seen.copy_(source.seen)
-        target.filled = True
+        target.sequences.commit()
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from rich.console import Console
 
     from .. import backends
-    from .terminal import table
+    from .terminal import Terminal
 
     asked = questions()
-    if not 0 <= args.question_index < len(asked):
+    if args.question_index >= len(asked):
         raise ValueError(f"question-index: expected 0 to {len(asked) - 1}, got {args.question_index}")
-    for name in ("question_tokens", "continue_tokens", "answer_tokens", "new_tokens"):
-        if getattr(args, name) < 16:
-            raise ValueError(f"{name.replace('_', '-')}: expected >= 16, got {getattr(args, name)}")
+    check_outputs(json=args.json)
     config = twilight_config(args)
-    console = Console(highlight=False)
+    backend = backends.CUDA if device_of(args).type == "cuda" else backends.CPU
     started = time.perf_counter()
-    backend = backends.CUDA if torch.cuda.is_available() and args.device != "cpu" else backends.CPU
-    console.print(
-        f"torch {torch.__version__}, {backend.device} kernels: {backend.name} ({backend.detail}), {torch.get_num_threads()} threads"
-    )
-    model, tokenizer = load_model(args)
-    question = asked[args.question_index]
-    qa = question_prompt(tokenizer, question, args.question_tokens)
-    story = list(tokenizer(question.text)["input_ids"])[: args.continue_tokens]
-    longest = max(len(qa) + args.answer_tokens, len(story) + args.new_tokens)
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(f"continue-tokens: expected at most {model.config.max_position_embeddings} tokens in all, got {longest}")
-    contenders = make_contenders(model, config, longest + 1)
+    with Terminal() as terminal:
+        terminal.line(
+            f"torch {torch.__version__}, {backend.device} kernels: {backend.name} ({backend.detail}), {torch.get_num_threads()} threads"
+        )
+        model, tokenizer = load_model(args)
+        question = asked[args.question_index]
+        qa = question_prompt(tokenizer, question, args.question_tokens)
+        story = list(tokenizer(question.text)["input_ids"])
+        if len(story) < args.continue_tokens:
+            raise ValueError(f"continue-tokens: expected at most the document's {len(story)} tokens, got {args.continue_tokens}")
+        story = story[: args.continue_tokens]
+        longest, limit = max(len(qa) + args.answer_tokens, len(story) + args.new_tokens), context_of(model)
+        if longest > limit:
+            raise ValueError(f"continue-tokens: expected at most {limit} tokens in all, got {longest}")
+        contenders = make_contenders(model, config, longest + 1)
 
-    console.rule(f"(a) {len(qa)} tokens: {question.question}")
-    answers = run_part(console, model, tokenizer, contenders, qa, args.answer_tokens, stop=True)
-    console.rule(f"(b) {len(story)} tokens, continued by {args.new_tokens}")
-    stories = run_part(console, model, tokenizer, contenders, story, args.new_tokens, stop=False)
+        terminal.heading(f"(a) {len(qa)} tokens: {question.question}")
+        answers = run_part(terminal, model, tokenizer, contenders, qa, args.answer_tokens, stop=True)
+        terminal.heading(f"(b) {len(story)} tokens, continued by {args.new_tokens}")
+        stories = run_part(terminal, model, tokenizer, contenders, story, args.new_tokens, stop=False)
 
-    rows = figures(contenders, answers, stories)
-    console.print(table("", ("", *(c.name for c in contenders)), [(name, *values) for name, values in rows.items()]))
-    best = min(r.ms_per_token for r in stories[:-1])
-    console.print(
-        f"Twilight decodes {best / stories[-1].ms_per_token:.2f} times as fast as the best dense at {len(story)} tokens; "
-        f"expected answer: {question.answer}; {time.perf_counter() - started:.0f} s in all"
-    )
-    if args.json is not None:
-        names = [contender.name for contender in contenders]
-        record = {
-            "prompt_tokens": [len(qa), len(story)],
-            "speedup": best / stories[-1].ms_per_token,
-            "rows": {name: dict(zip(names, row, strict=True)) for name, row in rows.items()},
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        rows = figures(contenders, answers, stories)
+        terminal.table("", ("", *(c.name for c in contenders)), [(name, *values) for name, values in rows.items()])
+        speedup = min(r.ms_per_token for r in stories[:-1]) / stories[-1].ms_per_token
+        speed = f"{speedup:.2f} times as fast as" if speedup == speedup else "in too few steps to be timed beside"
+        terminal.line(
+            f"Twilight decodes {speed} the best dense at {len(story)} tokens; "
+            f"expected answer: {question.answer}; {time.perf_counter() - started:.0f} s in all"
+        )
+        if args.json is not None:
+            methods = [
+                contender_record(contender, answer, told, answers[0], stories[0])
+                for contender, answer, told in zip(contenders, answers, stories, strict=True)
+            ]
+            record = {
+                "prompt_tokens": [len(qa), len(story)],
+                "expected_answer": question.answer,
+                "speedup": speedup,
+                "methods": methods,
+            }
+            write_json(args.json, record)
     return 0
 
 
@@ -184,17 +191,17 @@ class Outcome:
     generation: object
 
 
-def run_part(console, model, tokenizer, contenders: list[Contender], prompt: list[int], new_tokens: int, stop: bool) -> list[Outcome]:
+def run_part(terminal, model, tokenizer, contenders: list[Contender], prompt: list[int], new_tokens: int, stop: bool) -> list[Outcome]:
     """Reads the prompt once, then lets every contender decode from it; the last token is each one's own first step."""
     import torch
 
-    from .terminal import TextStream, progress_bar
+    from .terminal import TextStream
 
     ids = torch.tensor([prompt], device=model.device)
     twilight = contenders[-1].decoder
     model.set_attn_implementation("twilight")
     twilight.cache.reset()
-    with progress_bar(console, "reading the document") as on_prefill:
+    with terminal.progress("reading the document") as on_prefill:
         twilight.prefill(ids[:, :-1], on_prefill=on_prefill)
     end_tokens = _end_tokens(model) if stop else []
 
@@ -204,8 +211,8 @@ def run_part(console, model, tokenizer, contenders: list[Contender], prompt: lis
         model.set_attn_implementation(contender.attention)
         if decoder is not twilight:
             copy_prompt(twilight.cache, decoder.cache, len(prompt) - 1)
-        console.print(f"[bold]{contender.name}:[/bold] ", end="")
-        stream = TextStream(console, tokenizer)
+        terminal.write(f"{contender.name}: ")
+        stream = TextStream(terminal, tokenizer)
         decoder.stop_at(end_tokens)
         result = decoder.generate(ids[:, -1:], max_new_tokens=new_tokens, on_tokens=stream)
         stream.finish()
@@ -250,26 +257,43 @@ def _end_tokens(model) -> list[int]:
     return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
+def equal_from_start(ours: Outcome, first: Outcome) -> int:
+    """Tokens before the first difference."""
+    pairs = zip(first.tokens, ours.tokens, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first.tokens), len(ours.tokens)))
+
+
+def contender_record(contender: Contender, answer: Outcome, story: Outcome, first_answer: Outcome, first_story: Outcome) -> dict:
+    """One contender for --json; times in milliseconds, null where no step came after the warm-up."""
+    return {
+        "name": contender.name,
+        "answer": answer.text,
+        "same_answer_as_dense": answer.text == first_answer.text,
+        "ms_per_token": story.ms_per_token,
+        "top1_agreement": story.agreement,
+        "equal_tokens_from_start": equal_from_start(story, first_story),
+        "new_tokens": len(story.tokens),
+        "graphs": contender.decoder.graphs,
+        "breaks": contender.decoder.breaks,
+        "recompiles": max(0, contender.decoder.graphs - 1),
+        "budget": None if story.generation.budget is None else story.generation.budget.to_dict(),
+    }
+
+
 def figures(contenders: list[Contender], answers: list[Outcome], stories: list[Outcome]) -> dict[str, list[str]]:
     """Rows of the table, one value a contender."""
-    from .terminal import budget_rows
-
-    def equal_from_start(outcomes: list[Outcome], index: int) -> str:
-        pairs = zip(outcomes[0].tokens, outcomes[index].tokens, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(outcomes[0].tokens), len(outcomes[index].tokens)))
-        return f"{same} of {len(outcomes[0].tokens)}"
+    from .terminal import budget_rows, milliseconds
 
     columns = []
-    for index, contender in enumerate(contenders):
-        answer, story = answers[index], stories[index]
+    for contender, answer, story in zip(contenders, answers, stories, strict=True):
         decoder = contender.decoder
         columns.append(
             {
                 "(a) answer": answer.text,
                 "(a) same as dense": "yes" if answer.text == answers[0].text else "no",
-                "(b) ms a token": f"{story.ms_per_token:.1f}",
+                "(b) a token": milliseconds(story.ms_per_token, story.generation.steps),
                 "(b) top-1 agreement, teacher-forced": f"{story.agreement:.1%}",
-                "(b) equal tokens before the first difference": equal_from_start(stories, index),
+                "(b) equal tokens before the first difference": f"{equal_from_start(story, stories[0])} of {len(stories[0].tokens)}",
                 **{f"(b) {name}": value for name, value in budget_rows(story.generation.budget).items()},
                 "graphs, breaks, recompiles": f"{decoder.graphs}, {decoder.breaks}, {max(0, decoder.graphs - 1)}",
             }

@@ -9,18 +9,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .arguments import whole
+
 HELP = "tensor parallelism: tokens and kept sets of several processes against one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Generates with a random model in one process and, through torchrun, sharded over several; tokens and kept sets must be equal."
+        "Generates with a random model in one process and, through torchrun, sharded over several; tokens and kept sets must be equal, "
+        "or the exit status is 1."
     )
-    parser.add_argument("--processes", type=int, default=2, help="ranks; must divide the model's KV heads (default 2)")
+    parser.add_argument("--processes", type=whole(2), default=2, help="ranks; must divide the model's KV heads (default 2)")
     parser.add_argument("--model", help="folder of a Llama-family model instead of random weights")
     parser.add_argument("--selector", choices=("full", "quest", "shadow_prefix"), default="shadow_prefix")
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--timed-steps", type=int, default=0, help="also decode with the captured step, and time so many of them")
+    parser.add_argument("--new-tokens", type=whole(2), default=16, help="default 16")
+    parser.add_argument("--timed-steps", type=whole(0), default=0, help="also decode with the captured step, and time so many of them")
 
 
 def generate_with(processes: int, model: str, output: Path, selector: str, new_tokens: int, timed_steps: int = 0) -> list[dict]:
@@ -34,7 +37,10 @@ def generate_with(processes: int, model: str, output: Path, selector: str, new_t
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, *launcher, *worker], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{processes} processes: exit status {done.returncode}: {done.stderr.strip()[-2000:]}")
+        lines = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        # The launcher sums up below what the ranks said.
+        reason = next((line for line in reversed(lines) if "Error: " in line and "ChildFailedError" not in line), lines[-1])
+        raise OSError(f"{processes} processes: exit status {done.returncode}: {reason}")
     return [torch.load(output / f"rank{rank}.pt") for rank in range(processes)]
 
 
@@ -66,27 +72,27 @@ def compare(alone: dict, ranks: list[dict]) -> dict[str, bool | int | float | st
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from rich.console import Console
+    from transformers import AutoConfig
 
     from .models import find_model, random_tiny
-    from .terminal import table
+    from .terminal import Terminal
 
-    if args.processes < 2:
-        raise ValueError(f"processes: expected >= 2, got {args.processes}")
-    if args.new_tokens < 2:
-        raise ValueError(f"new-tokens: expected >= 2, got {args.new_tokens}")
-    console = Console()
-    with tempfile.TemporaryDirectory() as folder:
+    with Terminal() as terminal, tempfile.TemporaryDirectory() as folder:
         model = folder
         if args.model is None:
             random_tiny(torch.device("cpu"), torch.float32, "sdpa").save_pretrained(folder)
         else:
-            model, _ = find_model(args.model)
-        with console.status("one process"):
+            model, extra = find_model(args.model)
+            if extra:
+                raise ValueError(f"model: expected a folder with config.json, because transformers shards no GGUF file, got {args.model}")
+        kv_heads = AutoConfig.from_pretrained(model).get_text_config().num_key_value_heads
+        if kv_heads % args.processes:
+            raise ValueError(f"processes: expected a divisor of the model's {kv_heads} KV heads, got {args.processes}")
+        with terminal.status("one process"):
             (alone,) = generate_with(1, model, Path(folder, "alone"), args.selector, args.new_tokens, args.timed_steps)
-        with console.status(f"{args.processes} processes"):
+        with terminal.status(f"{args.processes} processes"):
             ranks = generate_with(args.processes, model, Path(folder, "sharded"), args.selector, args.new_tokens, args.timed_steps)
-    result = compare(alone, ranks)
-    rows = [(name, str(value)) for name, value in result.items()]
-    console.print(table(f"{args.processes} processes against one, {args.selector}", ("", ""), rows))
+        result = compare(alone, ranks)
+        rows = [(name, str(value)) for name, value in result.items()]
+        terminal.table(f"{args.processes} processes against one, {args.selector}", ("", ""), rows)
     return 0 if all(value for name, value in result.items() if name.endswith(" equal")) else 1

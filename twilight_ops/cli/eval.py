@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 
-from .models import add_model_arguments, load_model
+from .arguments import check_output_folder, number, read_text, write_json
+from .models import SMOLLM2, add_model_arguments, context_of, device_of, load_model
+
+_share = number(above=0.0, below=1.0)
 
 HELP = "accuracy of every selector, with and without the pruner"
 
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Every method runs without the pruner and at every --p. Finished cells are JSON lines in OUT/cells.jsonl; "
         "--resume goes on after an interruption."
     )
-    add_model_arguments(parser, default="smollm2")
+    add_model_arguments(parser, default=SMOLLM2)
     parser.add_argument("--out", type=Path, required=True, help="folder for cells.jsonl, results.json, table.md and plots")
     parser.add_argument("--resume", action="store_true", help="go on with the cells that OUT lacks")
     parser.add_argument("--tasks", nargs="+", default=["language", "passkey"], help="language, passkey, needle_single, ... or all")
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="sequences decoded together")
     parser.add_argument("--no-equal-tokens", action="store_true", help="skip each selector alone at its pruned budget")
     parser.add_argument("--only-pruned", action="store_true", help="skip each selector alone at its own budget")
-    parser.add_argument("--mass-steps", type=int, default=8, help="steps at which estimated and true mass are compared, 0 for none")
+    parser.add_argument("--mass-steps", type=int, help="steps at which estimated and true mass are compared, 0 for none (default: up to 8)")
     parser.add_argument(
         "--budget-log",
         type=int,
@@ -54,27 +56,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
 
 
-def _share(text: str) -> float:
-    return float(Fraction(text))
+def _own_top_ps(text: str, listed: str) -> list[float]:
+    """p of `method@p+p`."""
+    try:
+        return [_share(p) for p in listed.split("+")]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"methods: {text}: {error}") from None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ValueError for anything the user can put right."""
+    """Raises ValueError for anything the user can put right, before the model is loaded where that is possible."""
     import torch
-    from rich.console import Console
 
     from ..evaluation import report
     from ..evaluation.methods import parse_method
-    from ..evaluation.runner import CellStore, Options, Runner, describe
+    from ..evaluation.runner import CellStore, Options, Runner, check_cells, describe
     from ..evaluation.tasks import TASKS, sentences
-    from .terminal import table
+    from .terminal import Terminal
 
     methods = []
     for text in args.methods:
-        spec, _, own = text.partition("@")
-        method, top_ps = parse_method(spec), [_share(p) for p in own.split("+")] if own else args.p
-        if any(not 0.0 < p < 1.0 for p in top_ps):
-            raise ValueError(f"p: expected values between 0 and 1, got {top_ps}")
+        spec, at, own = text.partition("@")
+        method, top_ps = parse_method(spec), _own_top_ps(text, own) if at else args.p
+        method.check_files("methods")
         if method.selector is not None:
             methods += ([] if args.only_pruned else [method]) + [method.with_top_p(p) for p in top_ps]
     tasks = ["language", *TASKS] if args.tasks == ["all"] else args.tasks
@@ -87,59 +91,55 @@ def run(args: argparse.Namespace) -> int:
         greedy_tokens=args.greedy_tokens,
         limit=args.limit,
         batch_size=args.batch_size,
-        mass_steps=args.mass_steps,
+        mass_steps=min(8, args.tokens) if args.mass_steps is None else args.mass_steps,
         equal_tokens=not args.no_equal_tokens,
         budget_log=args.budget_log,
         seed=args.seed,
     )
-    texts = [path.read_text() for path in args.documents] if args.documents else packaged_prose()
-    model, tokenizer = load_model(args)
-    documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-    needed = max(args.lengths) + args.tokens + 1
-    if "language" in tasks and min(map(len, documents)) < needed:
-        raise ValueError(f"documents: expected at least {needed} tokens each, got {min(map(len, documents))}")
-
+    texts = {path.name: read_text(path, "documents") for path in args.documents} if args.documents else packaged_prose()
+    if len(texts) < len(args.documents or ()):
+        raise ValueError(f"documents: expected files of different names, got {' '.join(map(str, args.documents))}")
+    check_output_folder(args.out, "out")
+    device_of(args)
     name = "random-tiny" if args.random_tiny else Path(args.model).name
-    console = Console()
-    store = CellStore(args.out / "cells.jsonl", describe(name, model, options), args.resume)
-    prose = [sentence for text in texts for sentence in sentences(text)]
-    with _progress(console) as progress:
-        runner = Runner(model, tokenizer, documents, prose, store, options, progress)
-        cells = runner.run()
+    store_path = args.out / "cells.jsonl"
+    check_cells(store_path, {"model": name, "options": options.fingerprint(), "documents": list(texts)}, args.resume)
+    with Terminal() as terminal:
+        model, tokenizer = load_model(args)
+        documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts.values()]
+        needed = max(args.lengths) + args.tokens + 1
+        if "language" in tasks and min(map(len, documents)) < needed:
+            raise ValueError(f"documents: expected at least {needed} tokens each, got {min(map(len, documents))}")
+        if needed - 1 > context_of(model):
+            raise ValueError(
+                f"lengths: expected at most {context_of(model) - args.tokens} tokens (the model's {context_of(model)} less {args.tokens} "
+                f"new ones), got {max(args.lengths)}"
+            )
 
-    described = json.loads(store.path.read_text().splitlines()[0])["run"]
-    (args.out / "results.json").write_text(json.dumps({**described, "cells": cells}, indent=1) + "\n")
-    (args.out / "table.md").write_text(report.markdown(described, cells))
-    for title, columns, rows in report.tables(cells):
-        console.print(table(title, columns, rows))
-    try:
-        from ..evaluation.plots import draw
+        store = CellStore(store_path, describe(name, model, options, list(texts)), args.resume)
+        prose = [sentence for text in texts.values() for sentence in sentences(text)]
+        with terminal.progress("cells") as advance:
+            cells = Runner(model, tokenizer, documents, prose, store, options, lambda what, done, total: advance(done, total, what)).run()
 
-        written = [path.name for path in draw(cells, args.out)]
-    except ImportError:
-        written = []
-        console.print("no plots: matplotlib is not installed")
-    console.print(f"{args.out}: {', '.join(['cells.jsonl', 'results.json', 'table.md', *written])}")
+        described = json.loads(store.path.read_text("utf-8").splitlines()[0])["run"]
+        write_json(args.out / "results.json", {**described, "cells": cells})
+        (args.out / "table.md").write_text(report.markdown(described, cells), "utf-8")
+        for title, columns, rows in report.tables(cells):
+            terminal.table(title, columns, rows)
+        try:
+            from ..evaluation.plots import draw
+
+            written = [path.name for path in draw(cells, args.out)]
+        except ImportError:
+            written = []
+            terminal.note("no plots: matplotlib is not installed")
+        terminal.line(f"{args.out}: {', '.join(['cells.jsonl', 'results.json', 'table.md', *written])}")
     return 0
 
 
-def packaged_prose() -> list[str]:
-    """The documents that come with the package."""
+def packaged_prose() -> dict[str, str]:
+    """The documents that come with the package, by name."""
     folder = resources.files("twilight_ops.data") / "prose"
-    return [path.read_text() for path in sorted(folder.iterdir(), key=lambda path: path.name) if path.name.endswith(".txt")]
-
-
-def _progress(console):
-    """A context whose value is the runner's progress callback."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def bar():
-        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=None)
-            yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
-
-    return bar()
+    return {
+        path.name: path.read_text("utf-8") for path in sorted(folder.iterdir(), key=lambda path: path.name) if path.name.endswith(".txt")
+    }

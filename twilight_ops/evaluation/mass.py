@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from transformers import AttentionInterface
 from .. import ops
 from ..config import TwilightConfig
 from ..decode_step import append, attend
+from ..integration.generate import cache_argument
 from ..selectors import Full
 from .prefill import Prefill, attention, cache_of
 
@@ -79,16 +81,17 @@ _PROBE: list[MassProbe] = []
 
 def _probing_attention(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
     """A decode step of the "twilight" attention, with the probe looking on."""
-    layer, key = key
-    cache = layer.cache
-    if layer.index == 0:
-        cache.begin_step(query.shape[0], query.shape[2], position_ids)
+    layer, key = key.layer, key.k
+    sequences = layer.sequences
+    forward = sequences.enter_layer(layer.index, query.shape[0], query.shape[2], None, position_ids)
     q = query.transpose(1, 2)
-    table, lens = cache.live_page_table, cache.live_seq_lens
-    append(key.transpose(1, 2), value.transpose(1, 2), layer.paged, table, lens, cache.step_positions)
+    table, lens = sequences.live_page_table, sequences.live_step_lens
+    append(key.transpose(1, 2), value.transpose(1, 2), layer.paged, table, lens, forward.slots)
     if layer.paged.plan.selector is not None:
         _PROBE[-1].look(q, layer.paged, table, lens, scaling)
-    return attend(q, layer.paged, table, lens, scaling)[0], None
+    out, _ = attend(q, layer.paged, table, lens, scaling)
+    sequences.leave_layer(layer.index)
+    return out, None
 
 
 AttentionInterface.register("twilight_probe", _probing_attention)
@@ -108,11 +111,12 @@ def probing(model, probe: MassProbe):
 def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[float]) -> list[dict]:
     """Teacher-forces tokens [B, T] with exact attention and prunes beside it at every p, in every layer."""
     # The shadow is kept, but every step is short enough to be dense: what is measured does not change what is computed.
-    config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=1 << 30)
+    config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=sys.maxsize)
     cache = cache_of(model, config, prefills, forced.shape[1])
     probe = MassProbe(top_ps)
     position = cache.live_seq_lens.long()[:, None].clone()
+    named = {cache_argument(model): cache}
     with probing(model, probe):
         for t in range(forced.shape[1]):
-            model(input_ids=forced[:, t : t + 1], position_ids=position + t, past_key_values=cache, use_cache=True)
+            model(input_ids=forced[:, t : t + 1], position_ids=position + t, use_cache=True, **named)
     return probe.result()

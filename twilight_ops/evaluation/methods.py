@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from .. import selectors
 from ..config import TwilightConfig
@@ -13,8 +14,9 @@ from ..selectors import Selector
 from .aggregation import ExactTopK
 from .ceiling import ExactTopP
 
+ALL_LAYERS = 1 << 20  # of any model
 # Fields of TwilightConfig that a method may set beside those of its selector.
-CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "sink_tokens": int, "recent_tokens": int}
+CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "dense_below": int, "sink_tokens": int, "recent_tokens": int}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,14 @@ class Method:
     def config(self) -> TwilightConfig:
         """Every length is sparse (dense_below 0), so that short contexts show the method too."""
         if self.selector is None:
-            return TwilightConfig(dense_layers=1 << 20, top_p=1.0)
+            return TwilightConfig(dense_layers=ALL_LAYERS, top_p=1.0)
         return TwilightConfig(selector=self.selector, top_p=self.top_p, **{"dense_below": 0, **dict(self.settings)})
+
+    def check_files(self, where: str) -> None:
+        """ValueError for a calibration file that is not there, before a model is loaded for it."""
+        path = getattr(self.selector, "calibration", None)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{where}: {self.name}: calibration: expected a file of `python -m twilight_ops calibrate`, got {path}")
 
     def with_top_p(self, top_p: float) -> Method:
         return dataclasses.replace(self, top_p=top_p)
@@ -74,42 +82,51 @@ def selector_classes() -> dict[str, type[Selector]]:
     return {cls.name: cls for cls in found if isinstance(cls, type) and issubclass(cls, Selector) and cls.name}
 
 
-def parse_method(text: str) -> Method:
-    """`quest:budget_fraction=1/4,token_budget=1` -> Method; raises ValueError with what is expected."""
+def parse_method(text: str, where: str = "methods") -> Method:
+    """`quest:budget_fraction=1/4,token_budget=1` -> Method; raises ValueError with what is expected, beginning with `where`."""
     name, _, settings = text.strip().partition(":")
     classes = selector_classes()
+    if name != "dense" and name not in classes:
+        raise ValueError(f"{where}: expected one of dense, {', '.join(classes)}, got {name!r}")
+    parts = list(filter(None, settings.split(",")))
     if name == "dense":
+        if parts:
+            raise ValueError(f"{where}: expected dense without fields, got {text!r}")
         return DENSE
-    if name not in classes:
-        raise ValueError(f"methods: expected one of dense, {', '.join(classes)}, got {name!r}")
     types = typing.get_type_hints(classes[name])
     fields = {field.name: types[field.name] for field in dataclasses.fields(classes[name])}
-    chosen, config = {}, []
-    for part in filter(None, settings.split(",")):
+    chosen, config = {}, {}
+    for part in parts:
         field, equals, value = part.partition("=")
         if not equals or field not in {**fields, **CONFIG_FIELDS}:
-            raise ValueError(f"methods: {name}: expected field=value with a field of {', '.join([*fields, *CONFIG_FIELDS])}, got {part!r}")
-        try:
-            if field in fields:
-                chosen[field] = _convert(fields[field], value)
-            else:
-                config.append((field, int(value)))
-        except ValueError:
-            raise ValueError(f"methods: {name}: {field}: expected {fields.get(field, int)}, got {value!r}") from None
-    return Method(classes[name](**chosen), 1.0, tuple(config))
+            raise ValueError(f"{where}: {name}: expected field=value with a field of {', '.join([*fields, *CONFIG_FIELDS])}, got {part!r}")
+        target, kind = (chosen, fields[field]) if field in fields else (config, CONFIG_FIELDS[field])
+        if field in target:
+            raise ValueError(f"{where}: {name}: expected {field} once, got {part!r} again")
+        target[field] = _convert(kind, value)
+    try:
+        method = Method(classes[name](**chosen), 1.0, tuple(config.items()))
+        method.config()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return method
 
 
 def _convert(kind, value: str):
+    """The value that the text stands for, or the text itself: the record that it is for says what it expects."""
     if value == "None":
         return None
     kinds = typing.get_args(kind) or (kind,)
-    if kind is bool:
-        return {"true": True, "false": False}[value.lower()] if value.lower() in ("true", "false") else int("x")
-    if typing.get_origin(kind) is tuple:
-        return tuple(int(part) for part in value.split("+"))
-    if kind is float:
-        return float(Fraction(value))
-    return int(value) if int in kinds else value
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(int(part) for part in value.split("+"))
+        if bool in kinds:
+            return {"true": True, "false": False}.get(value.lower(), value)
+        if float in kinds:
+            return float(Fraction(value))
+        return int(value) if int in kinds else value
+    except (ValueError, ZeroDivisionError):
+        return value
 
 
 # Budgets as shares of the context, so that one list serves every length; token_budget=1 leaves the decision to the share.

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._settings import each, integer, normalise, number, share
+from ..config import RECENT_TOKENS
 from . import language
 from .decoding import greedy
 from .mass import masses
@@ -59,17 +61,25 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task != LANGUAGE and task not in TASKS:
-                raise ValueError(f"tasks: expected some of {', '.join([LANGUAGE, *TASKS])}, got {task!r}")
         for name in ("lengths", "methods", "tasks", "depths"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected at least one, got none")
-        for name, least in (("forced_tokens", 1), ("limit", 1), ("batch_size", 1), ("budget_log", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
-        if any(not 0.0 <= depth <= 1.0 for depth in self.depths):
-            raise ValueError(f"depths: expected 0..1, got {self.depths}")
+        for task in self.tasks:
+            if task != LANGUAGE and task not in TASKS:
+                raise ValueError(f"tasks: expected some of {', '.join([LANGUAGE, *TASKS])}, got {task!r}")
+        normalise(
+            self,
+            lengths=each(integer(1)),
+            depths=each(number(0.0, 1.0)),
+            forced_tokens=integer(1),
+            greedy_tokens=integer(0),
+            limit=integer(1),
+            batch_size=integer(1),
+            mass_steps=integer(0, self.forced_tokens),
+            mass_top_ps=each(share()),
+            budget_log=integer(0),
+            seed=integer(0),
+        )
 
     def fingerprint(self) -> dict:
         """What must agree for cells of two runs to be comparable; methods, lengths and tasks may differ."""
@@ -77,40 +87,59 @@ class Options:
         return {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(self))).items() if name not in skipped}
 
 
+# What must agree for cells of two runs to stand in one file.
+COMPARED = ("model", "parameters", "dtype", "options", "documents", "kept_by_default")
+
+
+def check_cells(path: Path, run: dict, resume: bool) -> None:
+    """Refuses a file of cells that a run described by `run`, whole or in part, may not go on with; touches nothing.
+
+    Raises:
+        ValueError: the file belongs to another run, or exists while `resume` is false.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    if not resume:
+        raise ValueError(f"out: expected a new file (or --resume), got {path}, which exists")
+    with path.open(encoding="utf-8") as file:
+        try:
+            found = json.loads(file.readline())["run"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"resume: expected cells of an earlier run in {path}, got something else") from None
+    for name in COMPARED:
+        if name in run and found.get(name) != run[name]:
+            raise ValueError(f"resume: expected the {name} of {path}, {found.get(name)}, got {run[name]}")
+
+
 class CellStore:
     """JSON lines: first what the run is, then one finished cell a line.
 
     Raises:
-        ValueError: the file belongs to another run, or exists while `resume` is false.
+        ValueError: see `check_cells`.
     """
 
     def __init__(self, path: Path, run: dict, resume: bool):
         self.path = path
         self.cells: dict[str, dict] = {}
+        check_cells(path, run, resume)
         if path.exists() and path.stat().st_size:
-            if not resume:
-                raise ValueError(f"out: expected a new file (or --resume), got {path}, which exists")
-            self._read(run)
+            self._read()
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write({"run": run})
 
-    def _read(self, run: dict) -> None:
-        lines = self.path.read_text().splitlines(keepends=True)
-        found = json.loads(lines[0])["run"]
-        for name in ("model", "options"):
-            if found[name] != run[name]:
-                raise ValueError(f"resume: expected the {name} of {self.path}, {found[name]}, got {run[name]}")
+    def _read(self) -> None:
+        lines = self.path.read_text("utf-8").splitlines(keepends=True)
         complete = [line for line in lines[1:] if line.endswith("\n")]
         if len(complete) < len(lines) - 1:
             # The line that was being written when the run was cut short.
-            self.path.write_text("".join([lines[0], *complete]))
+            self.path.write_text("".join([lines[0], *complete]), "utf-8")
         for line in complete:
             cell = json.loads(line)
             self.cells[cell["key"]] = cell
 
     def _write(self, record: dict) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def add(self, cell: dict) -> dict:
@@ -122,8 +151,8 @@ class CellStore:
         return key in self.cells
 
 
-def describe(model_name: str, model, options: Options) -> dict:
-    """What a result file says about its run."""
+def describe(model_name: str, model, options: Options, documents: Sequence[str]) -> dict:
+    """What a result file says about its run; documents by their names."""
     import transformers
 
     from .. import __version__, backends
@@ -131,11 +160,15 @@ def describe(model_name: str, model, options: Options) -> dict:
     device = model.device.type
     return {
         "model": model_name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if device == "cuda" else platform.machine(),
         "backend": (backends.CUDA if device == "cuda" else backends.CPU).name,
         "versions": {"twilight_ops": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "options": options.fingerprint(),
+        "documents": list(documents),
+        # A method's label leaves out what is at its default, so the defaults are part of what was run.
+        "kept_by_default": {"sink_pages": 1, "recent_tokens": RECENT_TOKENS},
     }
 
 
@@ -159,8 +192,8 @@ class Runner:
     ):
         self.model, self.tokenizer, self.documents, self.prose = model, tokenizer, documents, prose
         self.store, self.options, self.progress = store, options, progress
-        per_language = len(options.methods) + 2 + (sum(m.top_p < 1.0 for m in options.methods) if options.equal_tokens else 0)
-        per_task = len(options.methods) + 1
+        per_task = len(options.methods) + 1  # and dense
+        per_language = per_task + (options.mass_steps > 0) + sum(self._runs_alone(method) for method in options.methods)
         self.total = sum(per_language if task == LANGUAGE else per_task for task in options.tasks) * len(options.lengths)
         self.done = 0
         named = [task for task in options.tasks if task != LANGUAGE]
@@ -174,6 +207,10 @@ class Runner:
                     self.done += 1
         self.progress("done", self.total, self.total)
         return list(self.store.cells.values())
+
+    def _runs_alone(self, method: Method) -> bool:
+        """Whether the method's selector also runs without the pruner, at as many tokens as the pruner kept."""
+        return self.options.equal_tokens and method.top_p < 1.0 and method.name != "full"
 
     def _cell(self, key: str, fields: dict, work: Callable[[], dict]) -> dict:
         """A stored cell, or a new one."""
@@ -199,8 +236,8 @@ class Runner:
 
         def measure(method: Method) -> dict:
             results = []
-            for number, passage in enumerate(prepared()):
-                result = language.evaluate(self.model, passage, method, self._budget_log(length, method, number), options.budget_log)
+            for index, passage in enumerate(prepared()):
+                result = language.evaluate(self.model, passage, method, self._budget_log(length, method, index), options.budget_log)
                 results.append(result | (language.agreement(self.model, passage, method) if options.greedy_tokens else {}))
             return language.together(results)
 
@@ -217,7 +254,7 @@ class Runner:
         for method in (DENSE, *options.methods):
             cell = self._cell(f"{LANGUAGE}/{length}/{method.key}", _fields(LANGUAGE, length, method), lambda method=method: measure(method))
             yield cell
-            if options.equal_tokens and method.top_p < 1.0 and method.name != "full":
+            if self._runs_alone(method):
                 alone = method.with_tokens(round(cell["kept"]))
                 fields = _fields(LANGUAGE, length, alone) | {"equal_tokens_of": method.key}
                 yield self._cell(f"{LANGUAGE}/{length}/equal/{method.key}", fields, lambda alone=alone: measure(alone))

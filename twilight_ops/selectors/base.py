@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from .._settings import normalise, number, tokens
+
 if TYPE_CHECKING:
     from ..paged_kv_cache import PagedKVLayer
 
@@ -30,7 +32,7 @@ class Selector:
 
     A selector outside this package subclasses this, sets `name`, and implements `select`; it may add `allocate`, `calibrate` and
     `append`. `append` and `select` run inside the compiled decode step, so they take and return tensors of fixed shape and never read
-    a value on the host.
+    a value on the host. A `__post_init__` of its own calls this one, which checks the budgets.
 
     Args:
         token_budget: candidates in tokens, at least 1.
@@ -44,13 +46,9 @@ class Selector:
     kernel: ClassVar[str] = "given"  # the `selector` argument of decode_attention; "given": `select` is called first
     uses_page_bounds: ClassVar[bool] = False
     uses_shadow: ClassVar[bool] = False  # even where nothing is pruned
-    recent_tokens: ClassVar[int] = 0  # always kept where the configuration does not say how many
 
     def __post_init__(self) -> None:
-        if self.token_budget < 1:
-            raise ValueError(f"{type(self).__name__}: token_budget: expected >= 1, got {self.token_budget}")
-        if not 0.0 <= self.budget_fraction <= 1.0:
-            raise ValueError(f"{type(self).__name__}: budget_fraction: expected 0..1, got {self.budget_fraction}")
+        normalise(self, token_budget=tokens(1), budget_fraction=number(0.0, 1.0))
 
     def allocate(self, layer: PagedKVLayer, previous: PagedKVLayer | None) -> dict[str, Tensor]:
         """Extra tensors of one layer, kept in `layer.selector_state`; addresses never change afterwards.
@@ -69,7 +67,10 @@ class Selector:
         """Called after append_kv with the same rows; updates `layer.selector_state` in place."""
 
     def select(self, q: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        """Proposes candidates for q [B, T, Hq, D]."""
+        """Proposes candidates for q [B, T, Hq, D].
+
+        The first `layer.plan.sink_tokens` and the newest `max(layer.plan.recent_tokens, T)` tokens belong to them: nothing adds them later.
+        """
         raise TypeError(f"{type(self).__name__} does not implement select()")
 
     def scan_bytes(self, layer: PagedKVLayer) -> list[float]:

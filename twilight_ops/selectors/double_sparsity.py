@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._settings import integer, normalise, one_of, optional, path
 from ._paged import allocate_rows, read_rows, write_rows
 from ._rank import best_tokens, group_query, live_tokens, real_rows, sum_of_softmax
 from .base import Candidates, Selector, stored_bytes
@@ -34,10 +35,7 @@ class DoubleSparsity(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heavy_channels < 1:
-            raise ValueError(f"DoubleSparsity: heavy_channels: expected >= 1, got {self.heavy_channels}")
-        if self.label_dtype not in ("int8", "model"):
-            raise ValueError(f'DoubleSparsity: label_dtype: expected "int8" or "model", got {self.label_dtype!r}')
+        normalise(self, heavy_channels=integer(1), label_dtype=one_of("int8", "model"), calibration=optional(path))
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
         _, kv_heads, _, head_dim = layer.k_cache.shape

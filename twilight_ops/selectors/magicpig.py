@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._settings import integer, normalise, refuse
 from ._paged import allocate_rows, read_rows, write_rows
 from ._rank import best_tokens, group_query, real_rows
 from .base import Candidates, Selector, stored_bytes
@@ -41,10 +42,9 @@ class MagicPig(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.hyperplanes <= 15:
-            raise ValueError(f"MagicPig: hyperplanes: expected 1..15, got {self.hyperplanes}")
-        if not 1 <= self.min_collisions <= self.tables:
-            raise ValueError(f"MagicPig: min_collisions: expected 1..tables = {self.tables}, got {self.min_collisions}")
+        normalise(self, hyperplanes=integer(1, 15), tables=integer(1), min_collisions=integer(1), seed=integer(0))
+        if self.min_collisions > self.tables:
+            refuse("MagicPig", "min_collisions", f"1..tables = {self.tables}", self.min_collisions)
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
         _, kv_heads, _, head_dim = layer.k_cache.shape

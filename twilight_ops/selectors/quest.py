@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .._settings import normalise, one_of
 from ..ops import select_pages
 from .base import Candidates, Selector, stored_bytes
 
@@ -30,8 +31,7 @@ class Quest(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bounds_dtype not in ("int8", "model"):
-            raise ValueError(f'Quest: bounds_dtype: expected "int8" or "model", got {self.bounds_dtype!r}')
+        normalise(self, bounds_dtype=one_of("int8", "model"))
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         plan = layer.plan

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._settings import integer, normalise
 from ._paged import read_keys
 from ._rank import best_tokens, group_query, live_tokens, sum_of_softmax
 from .base import Candidates, Selector, stored_bytes
@@ -33,8 +34,7 @@ class SparQ(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.channels < 1:
-            raise ValueError(f"SparQ: channels: expected >= 1, got {self.channels}")
+        normalise(self, channels=integer(1))
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         kv_heads, head_dim = layer.k_cache.shape[1], layer.k_cache.shape[3]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._settings import normalise, tokens
 from ._rank import limits, list_capacity, row_budget
 from .base import Candidates, Selector
 
@@ -28,8 +29,7 @@ class Streaming(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sinks < 0:
-            raise ValueError(f"Streaming: sinks: expected >= 0, got {self.sinks}")
+        normalise(self, sinks=tokens(0))
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         query_tokens = q.shape[1]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._settings import each, flag, integer, normalise
 from ._paged import allocate_rows, physical_pages, read_rows
 from ._rank import best_tokens, exact_logits, sum_of_softmax
 from .base import Candidates, Selector, stored_bytes
@@ -31,6 +32,10 @@ class Tidal(Selector):
     across_heads: bool = True
 
     name: ClassVar[str] = "tidal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        normalise(self, selection_layers=each(integer(0)), across_heads=flag)
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
         if previous is not None and "tidal_selected" in previous.selector_state:
