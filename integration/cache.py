@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -80,6 +81,9 @@ class TwilightLayer(CacheLayerMixin):
         with torch.inference_mode(False), torch.no_grad():
             if sequences.page_table is None:
                 sequences.allocate(device)
+                kv_rows = sequences.max_batch_size * kv_heads
+                if message := self.twilight.never_sparse(sequences.num_layers, sequences.max_cache_len, device.type, kv_rows):
+                    warnings.warn(f"TwilightCache: {message}", stacklevel=2)
             elif sequences.page_table.device != device:
                 raise ValueError(f"TwilightCache: layer {self.index}: expected device {sequences.page_table.device}, got {device}")
             paged = allocate_layer(
@@ -187,6 +191,7 @@ class TwilightCache(Cache):
         if (device is None) != (dtype is None):
             raise ValueError("TwilightCache: device: expected device and dtype together, got one without the other")
         layers, heads, kv_heads = read_layers(config, max_cache_len)
+        self.twilight.check_layers(layers)
         pages = -(-max_cache_len // self.twilight.page_size)
         self.sequences = Sequences(layers, max_batch_size, pages, self.twilight.page_size, step_tokens)
         self.max_batch_size, self.max_cache_len = max_batch_size, self.sequences.max_cache_len

@@ -219,8 +219,8 @@ class Decoder:
         if self._chosen:
             raise ValueError(f'generate: capture: expected "eager" for this model, got "{self.capture}": {reason}') from error
         warnings.warn(
-            f'generate: this model decodes with capture="eager" instead of "{self.capture}", which costs the host every operator of every '
-            f"step (about 3 times a token on a CPU, 5 on a GPU): {reason}",
+            f'generate: this model decodes with capture="eager" instead of "{self.capture}", which costs the host a call of every operator '
+            f"of every step: {reason}",
             stacklevel=3,
         )
         self.capture, self.captured = "eager", None

@@ -248,9 +248,9 @@ class Sequences:
 
     def _place(self, live: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths [B] after the columns `live` [B, T], and their slots [B, T]."""
-        placed = live.cumsum(1, dtype=torch.int32)
-        slots = torch.where(live, self.live_seq_lens[:, None] + placed - 1, -1)
-        return self.live_seq_lens + placed[:, -1], slots.int()
+        # In 64 bits and rounded last: Inductor of torch 2.13 hands a cumsum in 32 bits over as 64.
+        ends = self.live_seq_lens.long()[:, None] + live.long().cumsum(1)
+        return ends[:, -1].int(), torch.where(live, ends - 1, -1).int()
 
     def _read_prompt(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> tuple[list[PromptRow], Tensor | None]:
         """The rows of a prompt, and their slots [B, T] where there is padding; reads the host once."""
