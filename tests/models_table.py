@@ -511,7 +511,8 @@ def judge_apart(family: Family, compiled: bool = True) -> Row:
 
 HEADER = """# Models
 
-Every decoder of transformers {version}, as a tiny random model: {works} work, {refused} are refused by name. A test judges each anew.
+Every decoder of transformers {version}, as a tiny random model. Of {families} families {works} work, {wide} work while their windows
+are as long as the cache, and {refused} are refused by name. A test judges each anew.
 
 *Works*: logits and greedy tokens are those of transformers' own attention for a left-padded batch of two, p = 1, through
 `model.generate` (`Full` and `ShadowPrefix`), our own loop, and our own loop with its step traced as one graph. *Step not compiled*:
@@ -529,7 +530,10 @@ def render(rows: list[Row], version: str) -> str:
     """docs/models.md."""
     works = [row for row in rows if row.verdict in (WORKS, EAGER)]
     rest = [row for row in rows if row not in works]
-    lines = [HEADER.format(version=version, works=len(works), refused=len(rest))]
+    wide = sum(row.family.endswith(WIDE) for row in works)
+    families = sum(not row.family.endswith(WIDE) for row in rows)
+    counts = {"families": families, "works": len(works) - wide, "wide": wide, "refused": families - len(works)}
+    lines = [HEADER.format(version=version, **counts)]
     lines += ["## Works", "", "| family | class | |", "|---|---|---|"]
     lines += [f"| {row.family} | {row.model_class} | {'' if row.verdict == WORKS else 'step not compiled'} |" for row in works]
     lines += ["", "## Refused", "", "| family | class | error |", "|---|---|---|"]
