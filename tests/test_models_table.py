@@ -26,6 +26,8 @@ TITLES = [*FAMILIES, *(title for title in ROWS if title.endswith(WIDE) and title
 @pytest.mark.parametrize("title", TITLES)
 def test_models_table_a_family_works_or_is_refused_as_the_page_says(title):
     row = models_table.judge(models_table.family_of(title), compiled=title in TRACED)
+    if row.verdict == "not run" and not SAME_VERSION:
+        pytest.skip(f"{title}: transformers {transformers.__version__} itself does not run the tiny model: {row.reason}")
     assert row.verdict in (WORKS, EAGER, REFUSED), f"{title}: {row.verdict}: {row.reason}"
     if not SAME_VERSION:
         return
