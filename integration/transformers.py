@@ -173,13 +173,13 @@ def twilight_mask(
         return torch.empty((batch_size, 1, 0, 0), dtype=torch.uint8, device=device)
     if attention_mask is None:
         return None
-    live = attention_mask[:, -q_length:].bool()
-    if torch.compiler.is_compiling():
-        return live[:, None, None]
-    if q_length > 1:
+    compiling = torch.compiler.is_compiling()
+    if q_length > 1 and not compiling:
         _check_width(attention_mask, q_length, q_offset, fail)
+    # The width of a mask that the model made from the cache's length is unknown in a trace; a slice would have an unknown width too.
+    live = attention_mask.narrow(1, attention_mask.shape[1] - q_length, q_length).bool()
     # A decode step rarely has padding, and without it fewer operators; a GPU is not asked, because that waits for it.
-    elif not live.is_cuda and bool(live.all()):
+    if q_length == 1 and not compiling and not live.is_cuda and bool(live.all()):
         return None
     return live[:, None, None]
 
