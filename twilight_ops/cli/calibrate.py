@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     prefix = torch.stack([layer.prefix_channels for layer in paged]).float()
     console.print(
         f"{args.out}: {len(paged)} layers x {prefix.shape[1]} KV heads, "
-        f"prefix {prefix.mean():.1f} of {cache.head_dim} channels on average, {prefix.min():.0f} to {prefix.max():.0f}"
+        f"prefix {prefix.mean():.1f} of {cache.head_dim} channels on average, {prefix.min():.0f} to {prefix.max():.0f}",
+        soft_wrap=True,
     )
     return 0

@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     backend = backends.CUDA if torch.cuda.is_available() and args.device != "cpu" else backends.CPU
     console.print(
-        f"torch {torch.__version__}, {backend.device} kernels: {backend.name} ({backend.detail}), {torch.get_num_threads()} threads"
+        f"torch {torch.__version__}, {backend.device} kernels: {backend.name} ({backend.detail}), {torch.get_num_threads()} threads",
+        soft_wrap=True,
     )
     model, tokenizer = load_model(args)
     question = asked[args.question_index]
@@ -160,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
     best = min(r.ms_per_token for r in stories[:-1])
     console.print(
         f"Twilight decodes {best / stories[-1].ms_per_token:.2f} times as fast as the best dense at {len(story)} tokens; "
-        f"expected answer: {question.answer}; {time.perf_counter() - started:.0f} s in all"
+        f"expected answer: {question.answer}; {time.perf_counter() - started:.0f} s in all",
+        soft_wrap=True,
     )
     if args.json is not None:
         names = [contender.name for contender in contenders]

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         written = []
         console.print("no plots: matplotlib is not installed")
-    console.print(f"{args.out}: {', '.join(['cells.jsonl', 'results.json', 'table.md', *written])}")
+    console.print(f"{args.out}: {', '.join(['cells.jsonl', 'results.json', 'table.md', *written])}", soft_wrap=True)
     return 0
 
 
