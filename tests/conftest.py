@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch._inductor.runtime.runtime_utils import default_cache_dir
 
-import twilight_ops
-from twilight_ops import backends
+# Inductor's cache does not know ATEN_CPU_CAPABILITY: code compiled under one setting corrupts the heap under another. Importing Inductor
+# settles the folder, so this comes first.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
+)
+
+import twilight_ops  # noqa: E402
+from twilight_ops import backends  # noqa: E402
 
 # Workers that all use every core slow each other down many times over.
 if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
-
-# Inductor's cache does not know ATEN_CPU_CAPABILITY: code compiled under one setting corrupts the heap under another.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
 
 # What rich and argparse ask about the terminal. Tests of other widths set COLUMNS themselves.
 TERMINAL = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LINES")
@@ -115,6 +118,13 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_configure(config) -> None:
+    expected = os.environ.get("TWILIGHT_EXPECTED_PACKAGE")
+    found = os.path.dirname(twilight_ops.__file__)
+    if expected not in (None, found):
+        raise pytest.UsageError(f"TWILIGHT_EXPECTED_PACKAGE: expected twilight_ops in {expected}, got {found}")
 
 
 def pytest_report_header(config) -> str:
