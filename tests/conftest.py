@@ -49,11 +49,11 @@ def process_state() -> dict[str, object]:
     }
     for name in ("torch._dynamo.config", "torch._inductor.config"):
         if name in sys.modules:
-            # A value, and whether it can be read: `monkeypatch.setattr` undone leaves attributes of these modules that cannot.
+            # Whether settings can be read: after `monkeypatch.setattr` they cannot. Their values the compiler itself changes now and then.
             config = sys.modules[name]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecated settings
-                state |= {f"{name}.{key}": (value, hasattr(config, key)) for key, value in config.get_config_copy().items()}
+                state |= {f"{name}.{key} can be read": hasattr(config, key) for key in config.get_config_copy()}
     return state
 
 
