@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import ShadowPrefix, TwilightConfig, calibration
     from ..integration import TwilightCache
-    from ..integration.generate import layer_progress
+    from ..integration.generate import cache_argument, layer_progress
     from .terminal import progress_bar
 
     given = {name: value for name in ("tau", "budget_fraction") if (value := getattr(args, name)) is not None}
@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
     cache = TwilightCache(model.config, TwilightConfig(selector, dense_layers=0), max_cache_len=len(ids))
     console = Console()
     with progress_bar(console, f"{len(ids)} tokens, layers") as advance, layer_progress(model, advance), torch.no_grad():
-        model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor([ids], device=model.device), logits_to_keep=1, **{cache_argument(model): cache})
     paged = [layer.paged for layer in cache.layers]
     metadata = {"tau": str(selector.tau), "budget_fraction": str(selector.budget_fraction), "tokens": str(len(ids))}
     calibration.save(paged, args.out, {"model_type": model.config.model_type, **metadata})
     prefix = torch.stack([layer.prefix_channels for layer in paged]).float()
     console.print(
         f"{args.out}: {len(paged)} layers x {prefix.shape[1]} KV heads, "
-        f"prefix {prefix.mean():.1f} of {cache.head_dim} channels on average, {prefix.min():.0f} to {prefix.max():.0f}",
+        f"prefix {prefix.mean():.1f} of {paged[0].k_cache.shape[-1]} channels on average, {prefix.min():.0f} to {prefix.max():.0f}",
         soft_wrap=True,
     )
     return 0

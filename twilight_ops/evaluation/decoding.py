@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..integration import CapturedStep, TwilightCache
+from ..integration.generate import cache_argument
 from .prefill import attention
 
 
@@ -20,11 +21,12 @@ class Stepper:
         self.position = lens.long()[:, None].clone()
         self.logits = torch.zeros(len(lens), model.config.vocab_size, device=lens.device)
         token, position, logits = self.token, self.position, self.logits
+        held = {cache_argument(model): cache}
 
         # A closure over the buffers and not a bound method: a cycle through self would keep a graph and its memory until some later
         # garbage collection.
         def forward() -> None:
-            out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+            out = model(input_ids=token, position_ids=position, use_cache=True, **held)
             logits.copy_(out.logits[:, -1])
             position.add_(1)
 

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from .. import ops
 from ..config import TwilightConfig
 from ..decode_step import append, attend
+from ..integration.generate import cache_argument
 from ..selectors import Full
 from .prefill import Prefill, attention, cache_of
 
@@ -112,7 +113,8 @@ def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[
     cache = cache_of(model, config, prefills, forced.shape[1])
     probe = MassProbe(top_ps)
     position = cache.live_seq_lens.long()[:, None].clone()
+    held = {cache_argument(model): cache}
     with probing(model, probe):
         for t in range(forced.shape[1]):
-            model(input_ids=forced[:, t : t + 1], position_ids=position + t, past_key_values=cache, use_cache=True)
+            model(input_ids=forced[:, t : t + 1], position_ids=position + t, use_cache=True, **held)
     return probe.result()
