@@ -35,7 +35,7 @@ LIBRARY.define("_first_requiring_grad(Tensor[] tensors) -> int")
 LIBRARY.impl("_first_requiring_grad", _first_requiring_grad, "CompositeExplicitAutograd")
 
 
-def call(op: torch._ops.OpOverload, *arguments):
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     """`op(*arguments)`; under `torch.func` only a wrapper knows that a gradient is asked for, and no kernel sees it."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         for argument, value in zip(op._schema.arguments, arguments, strict=True):
