@@ -55,6 +55,7 @@ from workload import ENERGY_DECAY, PAGE_COHERENCE, SPREAD
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.decode_step import append, decode_step
 from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, join_linears
+from twilight_ops.integration.generate import cache_argument
 
 SHAPES = {
     "llama31-8b": LlamaConfig(
@@ -241,7 +242,7 @@ def decode_hf_static(model: PreTrainedModel, batch: int, context: Context, optio
     cache.early_initialization(batch, context.key_std.shape[1], config.head_dim, model.dtype, device)
     context.fill_static(cache, batch)
     forget_peak(device)
-    forward = model.forward
+    forward, held = model.forward, {cache_argument(model): cache}
     if not options.eager:
         forward = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -249,7 +250,7 @@ def decode_hf_static(model: PreTrainedModel, batch: int, context: Context, optio
 
     def step() -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        logits = forward(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+        logits = forward(input_ids=token, position_ids=position, use_cache=True, **held).logits
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         position.add_(1)
 
@@ -436,7 +437,8 @@ class Run:
                     model.set_attn_implementation("sdpa")
 
                     def forward() -> None:
-                        model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+                        held = {cache_argument(model): DynamicCache(config=model.config)}
+                        model(input_ids=ids, use_cache=True, logits_to_keep=1, **held)
                 else:
                     model.set_attn_implementation("twilight")
                     all_sparse = argparse.Namespace(**{**vars(options), "dense_layers": 0})
@@ -447,7 +449,7 @@ class Run:
 
                     def forward() -> None:
                         cache.reset()
-                        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                        model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
 
                 forward()
                 times = sorted(step_times(forward, PREFILL_REPEATS, self.device))

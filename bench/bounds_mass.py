@@ -16,6 +16,7 @@ from twilight_ops import Quest, TwilightConfig, ops
 from twilight_ops.cli.models import add_model_arguments, load_model
 from twilight_ops.evaluation.mass import exact_weights, probing
 from twilight_ops.evaluation.prefill import cache_of, record
+from twilight_ops.integration.generate import cache_argument
 
 PROSE = Path(__file__).resolve().parents[1] / "twilight_ops" / "data" / "prose"
 SHARES = (16, 8, 4)  # budgets: a page at least, and 1/16, 1/8, 1/4 of the context
@@ -71,7 +72,7 @@ def main() -> None:
         with torch.no_grad(), probing(model, probe):
             for t in range(options.steps):
                 token = ids[None, options.length + t, None]
-                model(input_ids=token, position_ids=position + t, past_key_values=cache, use_cache=True)
+                model(input_ids=token, position_ids=position + t, use_cache=True, **{cache_argument(model): cache})
     print(f"{len(options.documents)} documents, {options.length} tokens, {options.steps} steps, layers from the third: mean true mass")
     for share in SHARES:
         print(f"1/{share}: " + ", ".join(f"{kind} {probe.mass[share, kind] / probe.rows:.4f}" for kind in ("8-bit", "K's type")))

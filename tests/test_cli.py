@@ -390,6 +390,7 @@ def test_the_question_prompt_is_as_long_as_asked_with_the_fact_deep_inside():
         demo.question_prompt(ByteTokenizer(), demo.questions()[0], 16)
 
 
+@pytest.mark.slow
 def test_the_demo_compares_three_ways_of_decoding(capsys, tmp_path):
     path = tmp_path / "demo.json"
     code, out, err = run(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import twilight_ops.integration.transformers as attention
@@ -138,7 +139,7 @@ def test_after_reset_the_same_graph_serves_a_new_prompt(model):
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-@torch._inductor.config.patch("triton.cudagraph_or_error", True)
+@inductor_config.patch({"triton.cudagraph_or_error": True})
 def test_generate_of_transformers_compiles_with_cuda_graphs_or_fails(model, name):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -22,6 +22,7 @@ class PagedKVLayer:
     plan: LayerPlan
     k_cache: Tensor  # [P, Hkv, S, D]
     v_cache: Tensor  # [P, Hkv, S, D]
+    budget_counters: Tensor  # [Hkv, COUNTER_COLUMNS] int64
     index: int = 0  # of the layer in its model
     k_quant: Tensor | None = None  # [P, Hkv, S * D / 2] uint8
     k_scale: Tensor | None = None  # [P, Hkv, S, 2] bf16
@@ -29,7 +30,6 @@ class PagedKVLayer:
     prefix_channels: Tensor | None = None  # [Hkv] int32
     page_bounds: Tensor | None = None  # [P, Hkv, 2, D]
     bounds_scale: Tensor | None = None  # [P, Hkv, 2] bf16
-    budget_counters: Tensor | None = None  # [Hkv, COUNTER_COLUMNS] int64
     head_token_budget: Tensor | None = None  # [Hkv] int32
     top_p_per_head: Tensor | None = None  # [1, Hq] fp32
     selector_state: dict[str, Tensor] = field(default_factory=dict)

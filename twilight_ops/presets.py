@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ._settings import MOST_TOKENS, each, integer, number, refuse
 from .config import LayerOverride, TwilightConfig
@@ -13,7 +14,7 @@ from .selectors import Selector, ShadowPrefix
 _score = number(0.0)
 
 
-def _configuration(selector: Selector | None, top_p: float, settings: dict) -> TwilightConfig:
+def _configuration(selector: Selector | None, top_p: float, settings: dict[str, Any]) -> TwilightConfig:
     """With the caller's selector, or ShadowPrefix for None."""
     return TwilightConfig(selector=ShadowPrefix() if selector is None else selector, top_p=top_p, **settings)
 
@@ -31,7 +32,7 @@ def _with_budget(selector: Selector, tokens: int) -> Selector:
 
 
 def pyramid_kv(
-    num_layers: int, token_budget: int, selector: Selector | None = None, beta: float = 20.0, top_p: float = 0.95, **settings
+    num_layers: int, token_budget: int, selector: Selector | None = None, beta: float = 20.0, top_p: float = 0.95, **settings: Any
 ) -> TwilightConfig:
     """Budgets that fall linearly from the lowest layer to the highest, as attention narrows.
 
@@ -67,7 +68,7 @@ def ada_kv(
     selector: Selector | None = None,
     safeguard: float = 0.2,
     top_p: float = 0.95,
-    **settings,
+    **settings: Any,
 ) -> TwilightConfig:
     """One layer's budget shared out over its KV heads by need, a part of it evenly.
 
@@ -107,7 +108,7 @@ def duo_attention(
     recent_tokens: int = 256,
     selector: Selector | None = None,
     top_p: float = 0.95,
-    **settings,
+    **settings: Any,
 ) -> TwilightConfig:
     """Streaming heads keep sinks and a window, retrieval heads see everything (and are pruned by top-p).
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ from .capacity import (
     HISTOGRAM_BINS,
     histogram_bin_start,
 )
-from .paged_kv_cache import PagedKVLayer
+from .paged_kv_cache import PagedKVCache, PagedKVLayer
+
+if TYPE_CHECKING:
+    from .integration import TwilightCache
 
 MASS_UNIT = 2.0**20
 
@@ -85,7 +89,7 @@ class BudgetReport:
     layers: list[LayerBudget]
     sparse: Budget | None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
@@ -152,7 +156,7 @@ class BudgetLog:
         every: steps a window, >= 1.
     """
 
-    def __init__(self, path: str | Path, cache, every: int = 16):
+    def __init__(self, path: str | Path, cache: TwilightCache | PagedKVCache, every: int = 16):
         self.every = integer(1)("BudgetLog", "every", every)
         self.steps = 0  # so far
         self._layers = [getattr(layer, "paged", layer) for layer in cache.layers]
@@ -169,7 +173,7 @@ class BudgetLog:
     def __enter__(self) -> BudgetLog:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def advance(self, steps: int = 1) -> None:
@@ -213,21 +217,21 @@ class BudgetLog:
                 event.synchronize()
             self._queued.popleft()
             if self._before is not None:
-                self._write(host, steps)
+                self._write(self._before, host, steps)
                 if event is not None:
                     self._spare.append(self._before)
             self._before = host
 
-    def _write(self, counters: Tensor, steps: tuple[int, int]) -> None:
+    def _write(self, before: Tensor, counters: Tensor, steps: tuple[int, int]) -> None:
         # Counters that fell were reset in between: what they hold was counted since.
-        grown = counters - self._before
+        grown = counters - before
         report = _report(self._layers, counters if (grown < 0).any() else grown)
         line = {"window": self._windows, "steps": list(steps), **report.to_dict()}
         self._file.write(json.dumps(_rounded(line)) + "\n")
         self._windows += 1
 
 
-def _rounded(value):
+def _rounded(value: Any) -> Any:
     """Floats to six significant digits, so that a line is not mostly digits."""
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Checker:
         self.grad_enabled = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         self.differentiable: str | None = None  # the first argument that asks for a gradient
 
-    def fail(self, argument: str, expected: str, got: object) -> None:
+    def fail(self, argument: str, expected: str, got: object) -> NoReturn:
         raise RuntimeError(f"twilight::{self.op}: {argument}: expected {expected}, got {got}")
 
     def require(self, ok: bool, argument: str, expected: str, got: object) -> None:
@@ -40,7 +41,7 @@ class Checker:
     def tensor(
         self,
         argument: str,
-        tensor: Tensor,
+        tensor: Tensor | None,
         dims: Sequence[str | int],
         dtypes: Sequence[torch.dtype] | torch.dtype,
         contiguous: bool = True,
@@ -48,6 +49,8 @@ class Checker:
         """Checks device, dtype, rank and sizes; a symbol seen for the first time is bound, later ones must agree."""
         if isinstance(dtypes, torch.dtype):
             dtypes = (dtypes,)
+        if tensor is None:
+            self.fail(argument, "a tensor", None)
         self.watch(argument, tensor)
         self.require(tensor.device == self.device, argument, f"device {self.device}", tensor.device)
         wanted_dtypes = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -80,7 +83,7 @@ class Checker:
         if self.differentiable is not None:
             self.fail(self.differentiable, *NO_BACKWARD)
 
-    def one_of(self, argument: str, value: object, allowed: Sequence) -> None:
+    def one_of(self, argument: str, value: object, allowed: Sequence[object]) -> None:
         self.require(value in allowed, argument, "one of " + ", ".join(str(a) for a in allowed), value)
 
     def at_least(self, argument: str, value: int, minimum: int) -> None:

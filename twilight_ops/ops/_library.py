@@ -4,6 +4,7 @@ Schemas stay in Python because tags on a schema need libtorch 2.12 from C++, and
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ LIBRARY = torch.library.Library("twilight", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 
-def define(schema: str, fake: Callable) -> None:
+def define(schema: str, fake: Callable[..., Any]) -> None:
     """Registers one schema with its fake implementation, which also validates the arguments at trace time."""
     LIBRARY.define(schema, tags=_TAGS)
     name = schema.split("(", 1)[0].strip()
@@ -34,7 +35,7 @@ LIBRARY.define("_first_requiring_grad(Tensor[] tensors) -> int")
 LIBRARY.impl("_first_requiring_grad", _first_requiring_grad, "CompositeExplicitAutograd")
 
 
-def call(op: torch._ops.OpOverload, *arguments):
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     """`op(*arguments)`; under `torch.func` only a wrapper knows that a gradient is asked for, and no kernel sees it."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         for argument, value in zip(op._schema.arguments, arguments, strict=True):

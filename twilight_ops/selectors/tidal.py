@@ -59,6 +59,7 @@ class Tidal(Selector):
         best = best_tokens(scores, live, self, layer, page_table, seq_lens, q.shape[1])
         # One slot more, where the pads of the list land.
         selected = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=q.device)
+        assert best.indices is not None
         slots = torch.where(best.indices >= 0, best.indices.long(), scores.shape[2])
         selected = selected.scatter(2, slots, torch.ones_like(slots, dtype=torch.bool))[..., :-1]
         by_page = selected.unflatten(2, (-1, page_size)).transpose(1, 2)  # [B, M, Hkv, S]
