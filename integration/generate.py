@@ -316,12 +316,12 @@ class Decoder:
         if on_tokens is not None:
             on_tokens(self.output[:, :1].clone())
 
-        if isinstance(self._captured, CapturedStep):
-            self._captured.recheck()
+        if isinstance(self.captured, CapturedStep):
+            self.captured.recheck()
         seen = cache.get_seq_length() + 0
         breaks_before = _graph_breaks()
         # A recorded step is checked by running it once.
-        warmup = max(int(isinstance(self._captured, CapturedStep)), WARMUP_STEPS + 1 - self._steps_run)
+        warmup = max(int(isinstance(self.captured, CapturedStep)), WARMUP_STEPS + 1 - self._steps_run)
         start = warm = time.perf_counter()
         steps, reported, ended = 0, 1, False
         for step in range(1, max_new_tokens):
