@@ -751,7 +751,7 @@ def test_a_cuda_graph_decodes_with_the_weights_that_the_model_has_now(joined):
         decoder.cache.reset()
         eager = Decoder(model, TwilightCache(model.config, EXACT, 1, 64), eos_token_ids=(), capture="eager")
         assert torch.equal(decoder.generate(ids(PROMPT), max_new_tokens=12).tokens, eager.generate(ids(PROMPT), max_new_tokens=12).tokens)
-        assert decoder._captured.recordings == recordings
+        assert decoder.captured.recordings == recordings
 
 
 # ---- sums over processes ----
