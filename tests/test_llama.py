@@ -331,6 +331,7 @@ def test_sampled_generation_is_compiled_and_repeats_with_a_seed(llama):
 def test_streamed_tokens_are_the_returned_ones(llama):
     ids, mask = make_prompt([30])
     parts, progress = [], []
+    hooks = [list(layer._forward_hooks) for layer in llama.model.layers]  # transformers leaves its own after output_attentions
     result = generate(
         llama,
         ids,
@@ -344,7 +345,7 @@ def test_streamed_tokens_are_the_returned_ones(llama):
     )
     assert torch.equal(torch.cat(parts, 1), result.tokens)
     assert progress == [(0, 30), (3, 30), (6, 30), (10, 30), (13, 30), (16, 30), (20, 30), (23, 30), (26, 30), (30, 30)]
-    assert not any(layer._forward_hooks for layer in llama.model.layers)
+    assert [list(layer._forward_hooks) for layer in llama.model.layers] == hooks
 
 
 def test_budget_report_counts_every_decode_step(llama):
