@@ -166,10 +166,10 @@ class Sequences:
         Raises:
             ValueError: the forward does not fit, or does not follow what is cached.
         """
-        if not 1 <= batch <= self.max_batch_size:
-            raise ValueError(f"TwilightCache: input_ids: expected 1 to max_batch_size = {self.max_batch_size} sequences, got {batch}")
         if self.filled and batch != self.batch_size:
             raise ValueError(f"TwilightCache: input_ids: expected the {self.batch_size} sequences already cached (or reset()), got {batch}")
+        if not 1 <= batch <= self.max_batch_size:
+            raise ValueError(f"TwilightCache: input_ids: expected 1 to max_batch_size = {self.max_batch_size} sequences, got {batch}")
         positions = None
         if live is None and tokens > 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
             # One column is a token: nobody forwards padding alone.
