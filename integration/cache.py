@@ -51,8 +51,11 @@ class TwilightLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, sequences: Sequences, index: int, twilight: TwilightConfig, num_qo_heads: int, num_kv_heads: int):
+    def __init__(
+        self, sequences: Sequences, index: int, twilight: TwilightConfig, num_qo_heads: int, num_kv_heads: int, warn_never_sparse: bool
+    ):
         super().__init__()
+        self.warn_never_sparse = warn_never_sparse
         self.sequences, self.index, self.twilight = sequences, index, twilight
         self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads  # of the whole model
 
@@ -65,7 +68,9 @@ class TwilightLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the layer for K [B, Hkv, T, D]; the head counts are this rank's under tensor parallelism."""
         batch, kv_heads, _, head_dim = key_states.shape
-        sequences, device, dtype = self.sequences, key_states.device, _cache_dtype(key_states, value_states)
+        sequences, device = self.sequences, key_states.device
+        plan = self.twilight.layer_plan(self.index, device.type, sequences.max_batch_size * kv_heads)  # refuses a device without kernels
+        dtype = _cache_dtype(key_states, value_states)
         if value_states.shape[-1] != head_dim:
             raise ValueError(
                 f"TwilightCache: layer {self.index}: expected values of {head_dim} channels as keys have, got {value_states.shape[-1]} "
@@ -82,12 +87,13 @@ class TwilightLayer(CacheLayerMixin):
             if sequences.page_table is None:
                 sequences.allocate(device)
                 kv_rows = sequences.max_batch_size * kv_heads
-                if message := self.twilight.never_sparse(sequences.num_layers, sequences.max_cache_len, device.type, kv_rows):
+                message = self.twilight.never_sparse(sequences.num_layers, sequences.max_cache_len, device.type, kv_rows)
+                if message and self.warn_never_sparse:
                     warnings.warn(f"TwilightCache: {message}", stacklevel=2)
             elif sequences.page_table.device != device:
                 raise ValueError(f"TwilightCache: layer {self.index}: expected device {sequences.page_table.device}, got {device}")
             paged = allocate_layer(
-                self.twilight.layer_plan(self.index, device.type, sequences.max_batch_size * kv_heads),
+                plan,
                 sequences.max_batch_size * sequences.max_pages,
                 self.num_qo_heads * kv_heads // self.num_kv_heads,
                 kv_heads,
@@ -159,6 +165,7 @@ class TwilightCache(Cache):
         device, dtype: of K and V; give both to allocate before a compiled prefill or an export.
         step_tokens: forwards of up to so many tokens on a filled cache are decode steps, pruned; longer ones are prompts, exact. 1 to 8.
             transformers' speculative decoding needs no setting here.
+        warn_never_sparse: say once where every length that fits is attended to whole, because reading everything is faster.
 
     Raises:
         ValueError: a bad size, or a model with layers that this cache would get wrong.
@@ -177,6 +184,7 @@ class TwilightCache(Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         step_tokens: int = 1,
+        warn_never_sparse: bool = True,
     ):
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("TwilightCache: config: expected a decoder, got an encoder-decoder model")
@@ -195,7 +203,8 @@ class TwilightCache(Cache):
         pages = -(-max_cache_len // self.twilight.page_size)
         self.sequences = Sequences(layers, max_batch_size, pages, self.twilight.page_size, step_tokens)
         self.max_batch_size, self.max_cache_len = max_batch_size, self.sequences.max_cache_len
-        super().__init__(layers=[TwilightLayer(self.sequences, i, self.twilight, heads, kv_heads) for i in range(layers)])
+        shared = (self.twilight, heads, kv_heads, warn_never_sparse)
+        super().__init__(layers=[TwilightLayer(self.sequences, index, *shared) for index in range(layers)])
         if device is not None:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
             self.early_initialization(max_batch_size, kv_heads, head_dim, dtype, torch.device(device))

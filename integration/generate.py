@@ -535,6 +535,7 @@ def generate(
         raise ValueError("generate: config: expected None together with cache, got a TwilightConfig")
     if cache is None:
         room = input_ids.shape[-1] + max_new_tokens if max_cache_len is None else max_cache_len
-        cache = TwilightCache(model.config, config, max_batch_size=input_ids.shape[0], max_cache_len=room)
+        chosen = max_cache_len is not None
+        cache = TwilightCache(model.config, config, input_ids.shape[0], room, warn_never_sparse=chosen)
     decoder = Decoder(model, cache, input_ids.shape[0], sampling, eos_token_ids, pad_token_id, capture)
     return decoder.generate(input_ids, attention_mask, max_new_tokens, prefill_chunk, on_prefill, on_tokens)

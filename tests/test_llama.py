@@ -350,7 +350,7 @@ def test_streamed_tokens_are_the_returned_ones(llama):
 
 def test_budget_report_counts_every_decode_step(llama):
     ids, mask = make_prompt([200])
-    config = TwilightConfig(Quest(token_budget=64), top_p=0.5, dense_layers=1, dense_below=0)
+    config = TwilightConfig(Quest(token_budget=64), top_p=0.5, dense_layers=1, dense_below=0, sink_tokens=0, recent_tokens=4)
     cache = make_cache(llama, config, length=256)
     result = Decoder(llama, cache, capture="eager").generate(ids, mask, 11)
     report = result.budget
@@ -367,7 +367,7 @@ def test_budget_report_counts_every_decode_step(llama):
                 assert 0.5 <= head.captured_mass <= 1.0
     assert report.sparse.calls == 2 * 2 * 10
     assert report.sparse.pruned > 0.6
-    assert str(report).count("\n") == 7
+    assert str(report).count("\n") == 8
     cache.reset_budget()
     assert cache.budget_report().sparse is None
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -378,3 +379,17 @@ def test_default_settings_sample_and_stream_on_a_padded_batch(model):
     torch.manual_seed(0)
     result = generate(model, ids, TwilightConfig(ShadowPrefix()), mask, 6, sampling=Sampling(), capture="eager", on_tokens=parts.append)
     assert torch.equal(torch.cat(parts, 1), result.tokens)
+
+
+def test_a_cache_that_can_never_be_sparse_says_so_once_with_the_first_length(model):
+    ids = tokens(1, 30)
+    cache = make_cache(model, TwilightConfig())
+    with pytest.warns(UserWarning, match="this cache of 128 tokens will never be sparse: .* so the first sparse length is 513") as caught:
+        logits(model, ids, cache)
+        logits(model, ids[:, :1], cache)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, ids, max_new_tokens=2, capture="eager")
+        logits(model, ids, make_cache(model, EXACT))
+        logits(model, ids, make_cache(model, TwilightConfig(), length=1024))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 
 from ._settings import MOST_TOKENS, Check, each, integer, normalise, one_of, optional, refuse, share, tokens
 from .ops._checks import PAGE_SIZES
-from .selectors import Selector, ShadowPrefix
+from .selectors import Full, Selector, ShadowPrefix
 
 # The newest tokens of a sequence that every layer keeps unless told otherwise, and beside them one page of its first ones. A selector ranks
 # the newest ones badly, an estimate may lose them altogether, and attention needs few tokens more (bench/results/accuracy_defaults.jsonl).
@@ -176,11 +177,12 @@ class TwilightConfig:
     def never_sparse(self, num_layers: int, max_cache_len: int, device_type: str, kv_rows: int) -> str | None:
         """Why no call on such a cache can read less than everything, in one sentence for a warning; None where one can.
 
-        A configuration whose layers are all dense, or whose `dense_below` is everything, asks for nothing else and gets None too.
+        A configuration whose layers are all dense or leave nothing out, or whose `dense_below` is everything, asks for nothing
+        else and gets None too.
         `kv_rows`: batch size times KV heads.
         """
         plans = [self.layer_plan(layer, device_type, kv_rows) for layer in range(num_layers)]
-        sparse = [plan for plan in plans if plan.selector is not None]
+        sparse = [plan for plan in plans if plan.prunes or not isinstance(plan.selector, (Full, NoneType))]
         if not sparse or self.dense_below == MOST_TOKENS:
             return None
         dense_below = sparse[0].dense_below

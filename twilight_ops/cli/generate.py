@@ -155,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
         check_length(model, len(ids), args.max_new_tokens)
         torch.manual_seed(args.seed)
 
-        cache = TwilightCache(model.config, config, max_cache_len=len(ids) + args.max_new_tokens, device=model.device, dtype=model.dtype)
+        room = len(ids) + args.max_new_tokens
+        cache = TwilightCache(model.config, config, max_cache_len=room, device=model.device, dtype=model.dtype, warn_never_sparse=False)
         logging = nullcontext() if args.budget_log is None else BudgetLog(args.budget_log, cache, args.budget_log_steps or LOG_STEPS)
         stream = TextStream(terminal, tokenizer)
         with logging as log, terminal.progress("prompt") as on_prefill:
