@@ -181,7 +181,8 @@ def twilight_mask(
     # A decode step rarely has padding, and without it fewer operators; a GPU is not asked, because that waits for it.
     if q_length == 1 and not compiling and not live.is_cuda and bool(live.all()):
         return None
-    return live[:, None, None]
+    # A copy of its own, with strides that do not grow with the mask: a compiled step guards on them.
+    return live[:, None, None] if compiling else live.clone(memory_format=torch.contiguous_format)[:, None, None]
 
 
 def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor, fail) -> None:

@@ -17,6 +17,7 @@ from twilight_ops import Full, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, Sampling, TwilightCache, generate  # noqa: E402
 from twilight_ops.integration.generate import cache_argument  # noqa: E402
 from twilight_ops.integration.sequences import live_columns  # noqa: E402
+from twilight_ops.integration.transformers import twilight_mask  # noqa: E402
 
 EXACT = TwilightConfig(Full(), top_p=1.0, dense_below=0)
 # Keeps so little that every step that is pruned shows.
@@ -393,3 +394,17 @@ def test_a_cache_that_can_never_be_sparse_says_so_once_with_the_first_length(mod
         generate(model, ids, max_new_tokens=2, capture="eager")
         logits(model, ids, make_cache(model, EXACT))
         logits(model, ids, make_cache(model, TwilightConfig(), length=1024))
+
+
+def test_the_mask_of_a_decode_step_looks_the_same_at_every_length():
+    """A compiled step guards on shape and strides of its inputs, and a recorded one on their storage."""
+    masks = []
+    for width in (20, 21, 37):
+        mask = torch.ones(2, width, dtype=torch.bool)
+        mask[1, -1] = False
+        masks.append(twilight_mask(2, 1, 64, q_offset=width - 1, attention_mask=mask))
+        assert masks[-1].untyped_storage().data_ptr() != mask.untyped_storage().data_ptr()
+    assert {(mask.shape, mask.stride(), mask.storage_offset(), mask.untyped_storage().nbytes()) for mask in masks} == {
+        ((2, 1, 1, 1), masks[0].stride(), 0, 2)
+    }
+    assert masks[0].flatten().tolist() == [True, False]
