@@ -309,8 +309,6 @@ class Decoder:
         self.finished.zero_()
         self.count.zero_()
         self.position.copy_(prompt_lens[:, None])
-        if isinstance(cache, TwilightCache):
-            cache.sequences.begin_decoding()
         self._emit(logits)
         prefill_s = self._now() - start
         if on_tokens is not None:
@@ -431,6 +429,8 @@ class Decoder:
                 padding = {} if bool(live.all()) else {"attention_mask": live[:, None, None]}
                 logits = self._forward(ids[:, part], positions[:, part].clamp(min=0), **padding, **keep)[:, -1]
             begin = end
+        if isinstance(self.cache, TwilightCache):
+            self.cache.sequences.begin_decoding()
         return logits
 
     def _report(self, on_tokens: Callable[[Tensor], None], reported: int, written: int) -> int:
