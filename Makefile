@@ -45,7 +45,7 @@ test-wheel: venv
 	cd build/source && PATH="$(CURDIR)/$(VENV)/bin:$$PATH" TWILIGHT_NATIVE=required TWILIGHT_CPU_CAPABILITIES=default,avx2,avx512 \
 		$(CURDIR)/$(PIP) wheel --quiet --no-build-isolation --no-deps -w ../wheel .
 	$(PIP) install --quiet --no-deps --target $(ELSEWHERE)/site build/wheel/*.whl
-	cp -r tests bench examples csrc pyproject.toml $(ELSEWHERE)/checkout
+	cp -r tests bench docs examples csrc pyproject.toml $(ELSEWHERE)/checkout
 	test -f $(ELSEWHERE)/site/twilight_ops/py.typed
 
 # Tests of the build stay behind. The order follows the commit, so that a failure can be repeated.
