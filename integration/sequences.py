@@ -206,12 +206,12 @@ class Sequences:
 
     def _begin_step(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> Forward:
         slots = order = None
-        if live is None and positions is not None and tokens > 1:
+        if live is None and positions is not None:
             live = live_columns(positions, self.live_seq_lens == 0)
         if live is None:
             new_lens = self.live_seq_lens + tokens
         else:
-            new_lens, slots = self._place(live)
+            new_lens, slots = _place(live, self.live_seq_lens)
             # A row of several tokens sees one token less than the row after it, so padding goes first.
             order = live.long().argsort(dim=1, stable=True) if tokens > 1 else None
         fits = (new_lens <= self.max_cache_len).all()
@@ -239,18 +239,12 @@ class Sequences:
                     live = torch.ones(self.batch_size, tokens, dtype=torch.bool, device=self.live_seq_lens.device)
                 else:
                     live = live_columns(positions, self.live_seq_lens == 0)
-            new_lens, slots = self._place(live)
+            new_lens, slots = _place(live, self.live_seq_lens)
             torch._assert_async(
                 (new_lens <= self.max_cache_len).all(), "TwilightCache: input_ids: expected a prompt that fits max_cache_len"
             )
         self.live_step_lens.copy_(new_lens)
         return Forward(tokens, exact=True, calibrates=not self.filled, slots=slots, rows=rows)
-
-    def _place(self, live: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths [B] after the columns `live` [B, T], and their slots [B, T]."""
-        # In 64 bits and rounded last: Inductor of torch 2.13 hands a cumsum in 32 bits over as 64.
-        ends = self.live_seq_lens.long()[:, None] + live.long().cumsum(1)
-        return ends[:, -1].int(), torch.where(live, ends - 1, -1).int()
 
     def _read_prompt(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> tuple[list[PromptRow], Tensor | None]:
         """The rows of a prompt, and their slots [B, T] where there is padding; reads the host once."""
@@ -308,6 +302,13 @@ def live_columns(positions: Tensor, empty: Tensor) -> Tensor:
     return positive | (token & empty[:, None])
 
 
+def _place(live: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths [B] int32 of sequences of `lens` [B] after the columns `live` [B, T], and the slots [B, T] int32 of those columns."""
+    # In 64 bits and rounded last: Inductor of torch 2.13 hands a cumsum in 32 bits over as 64.
+    ends = lens.long()[:, None] + live.long().cumsum(1)
+    return ends[:, -1].int(), torch.where(live, ends - 1, -1).int()
+
+
 def _rows(live: Tensor, cached: Sequence[int]) -> tuple[list[PromptRow], Tensor | None]:
     """Rows and slots [B, T] of the columns `live` [B, T], both on the host; slots are None where nothing is padding."""
     tokens = live.shape[1]
@@ -319,8 +320,7 @@ def _rows(live: Tensor, cached: Sequence[int]) -> tuple[list[PromptRow], Tensor 
         count = len(columns)
         first, last = (int(columns[0]), int(columns[-1])) if count else (0, -1)
         rows.append(PromptRow(slice(first, last + 1) if last + 1 - first == count else columns, count, length))
-    starts = torch.tensor(cached, dtype=torch.int32, device=live.device)[:, None]
-    return rows, torch.where(live, starts + live.cumsum(1, dtype=torch.int32) - 1, -1).int()
+    return rows, _place(live, torch.tensor(cached, device=live.device))[1]
 
 
 def _read_prompt_rows(positions: Tensor, cached: Sequence[int], *_) -> tuple[list[PromptRow], Tensor | None]:
