@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "arguments.h"
 #include "dot.h"
 #include "paged_kv.h"
 #include "parallel.h"
@@ -215,10 +216,7 @@ bool share_a_page(const std::vector<TouchedPage>& pages) {
   return std::adjacent_find(physical.begin(), physical.end()) != physical.end();
 }
 
-void append_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, OptionalTensor k_quant,
-               OptionalTensor k_scale, OptionalTensor page_bounds, OptionalTensor bounds_scale,
-               const OptionalTensor& channel_order, const OptionalTensor& prefix_channels, const Tensor& page_table,
-               const Tensor& seq_lens, const OptionalTensor& positions) {
+void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   Checker check("append_kv", k);
   const ScalarType dtype = k.scalar_type();
   check.tensor("k", k, {"B", "T", "Hkv", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, false);

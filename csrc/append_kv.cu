@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "append_kv.cuh"
+#include "arguments.h"
 #include "launch.cuh"
 
 namespace twilight {
@@ -50,10 +51,7 @@ const V* data_or_null(const OptionalTensor& tensor) {
 }
 
 // Arguments were checked by append_kv.
-void fused_append_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, OptionalTensor k_quant,
-                     OptionalTensor k_scale, OptionalTensor page_bounds, OptionalTensor bounds_scale,
-                     const OptionalTensor& channel_order, const OptionalTensor& prefix_channels,
-                     const Tensor& page_table, const Tensor& seq_lens, const OptionalTensor& positions) {
+void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   const int batch = k.size(0), device = k.get_device_index();
   if (batch == 0) return;
   torch::stable::accelerator::DeviceGuard guard(device);
@@ -88,12 +86,5 @@ void fused_append_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_
 
 }  // namespace
 }  // namespace twilight
-
-STABLE_TORCH_LIBRARY_FRAGMENT(twilight, m) {
-  m.def(
-      "_fused_append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_quant, "
-      "Tensor(d!)? k_scale, Tensor(e!)? page_bounds, Tensor(f!)? bounds_scale, Tensor? channel_order, "
-      "Tensor? prefix_channels, Tensor page_table, Tensor seq_lens, Tensor? positions) -> ()");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(twilight, CUDA, m) { m.impl("_fused_append_kv", TORCH_BOX(&twilight::fused_append_kv)); }

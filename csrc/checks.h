@@ -259,17 +259,17 @@ class Checker {
     if (head_token_budget.has_value()) tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
   }
 
-  void top_p(double top_p, const OptionalTensor& top_p_per_head) {
+  void top_p(double top_p, const OptionalTensor& head_top_p) {
     if (!(top_p > 0.0 && top_p <= 1.0)) fail("top_p", "0 < top_p <= 1", number(top_p));
-    if (!top_p_per_head.has_value()) return;
-    const Tensor& p = *top_p_per_head;
-    watch("top_p_per_head", p);
+    if (!head_top_p.has_value()) return;
+    const Tensor& p = *head_top_p;
+    watch("head_top_p", p);
     const int64_t batch = size("B"), heads = size("Hq");
-    check_device("top_p_per_head", p);
-    check_dtype("top_p_per_head", p, {ScalarType::Float});
+    check_device("head_top_p", p);
+    check_dtype("head_top_p", p, {ScalarType::Float});
     const auto sizes = p.sizes();
     if (sizes.size() != 2 || (sizes[0] != 1 && sizes[0] != batch) || (sizes[1] != 1 && sizes[1] != heads))
-      fail("top_p_per_head",
+      fail("head_top_p",
            "shape [B or 1, Hq or 1] with B = " + std::to_string(batch) + ", Hq = " + std::to_string(heads),
            list(sizes));
   }

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "arguments.h"
 #include "attend_sparse.h"
 #include "capacity.h"
 #include "estimate_weights.h"
@@ -202,15 +203,7 @@ Selector selector_named(const std::string& name) {
   return name == "shadow_prefix" ? Selector::kShadowPrefix : Selector::kGiven;
 }
 
-std::tuple<Tensor, Tensor> decode_attention(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_quant,
-    const OptionalTensor& k_scale, const OptionalTensor& page_bounds, const OptionalTensor& bounds_scale,
-    const OptionalTensor& channel_order, const OptionalTensor& prefix_channels, const Tensor& page_table,
-    const Tensor& seq_lens, std::string selector_name, int64_t token_budget, double budget_fraction, double top_p,
-    double sm_scale, int64_t dense_below, int64_t sink_tokens, int64_t recent_tokens,
-    const OptionalTensor& head_token_budget, const OptionalTensor& top_p_per_head, const OptionalTensor& candidates,
-    const OptionalTensor& candidate_counts, int64_t tokens_per_candidate, const OptionalTensor& budget_counters,
-    const OptionalTensor& kept_indices, const OptionalTensor& kept_counts) {
+std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS) {
   Checker check("decode_attention", q);
   check.query(q);
   check.cache(k_cache, v_cache);
@@ -219,10 +212,10 @@ std::tuple<Tensor, Tensor> decode_attention(
   check.one_of("selector", selector_name, {"dense", "full", "quest", "shadow_prefix", "given"});
   const Selector selector = selector_named(selector_name);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
-  check.top_p(top_p, top_p_per_head);
+  check.top_p(top_p, head_top_p);
   check.scale(sm_scale);
   check.at_least("dense_below", dense_below, 0);
-  const bool prunes = selector != Selector::kDense && (top_p < 1.0 || top_p_per_head.has_value());
+  const bool prunes = selector != Selector::kDense && (top_p < 1.0 || head_top_p.has_value());
   const bool has_shadow =
       k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value();
   if (prunes || selector == Selector::kShadowPrefix || has_shadow)
@@ -234,16 +227,11 @@ std::tuple<Tensor, Tensor> decode_attention(
     check.absent("bounds_scale", bounds_scale, "None, because page_bounds is None");
   }
   if (selector == Selector::kGiven) {
-    check.given("candidates", candidates, "a tensor, because selector is \"given\"");
+    check.given("indices", indices, "a tensor, because selector is \"given\"");
   } else {
-    check.absent("candidates", candidates, "None, unless selector is \"given\"");
+    check.absent("indices", indices, "None, unless selector is \"given\"");
   }
-  check.together("candidate_counts", candidate_counts, "candidates", candidates);
-  check.one_of("tokens_per_candidate", tokens_per_candidate, {1, k_cache.size(2)});
-  if (candidates.has_value()) {
-    check.tensor("candidates", *candidates, {"B", "Hkv", "C"}, {ScalarType::Int});
-    check.tensor("candidate_counts", *candidate_counts, {"B", "Hkv"}, {ScalarType::Int});
-  }
+  check.candidates(indices, counts, tokens_per_index, k_cache.size(2));
   if (budget_counters.has_value())
     check.tensor("budget_counters", *budget_counters, {"Hkv", kCounterColumns}, {ScalarType::Long});
   check.together("kept_counts", kept_counts, "kept_indices", kept_indices);
@@ -262,8 +250,8 @@ std::tuple<Tensor, Tensor> decode_attention(
   if (page_bounds.has_value()) bounds.emplace(*page_bounds, bounds_scale);
   const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens, dense_below);
   const Budget budget(limits, budget_fraction, head_token_budget);
-  const PruneOptions options(top_p, top_p_per_head, limits);
-  const GivenCandidates given(candidates, candidate_counts, tokens_per_candidate);
+  const PruneOptions options(top_p, head_top_p, limits);
+  const GivenCandidates given(indices, counts, tokens_per_index);
   const int64_t list_capacity = selector == Selector::kQuest ? page_capacity(limits, paging.page_size, budget_fraction)
                                                              : token_capacity(limits, budget_fraction);
 

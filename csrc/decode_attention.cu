@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "arguments.h"
 #include "decode_attention.cuh"
 #include "launch.cuh"
 
@@ -69,14 +70,7 @@ FusedSelector selector_of(const std::string& name) {
 }
 
 // Arguments were checked by decode_attention; kernels/fused.py says which calls come here and with which cluster size.
-std::tuple<Tensor, Tensor> fused_decode_attention(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_quant,
-    const OptionalTensor& k_scale, const OptionalTensor& page_bounds, const OptionalTensor& bounds_scale,
-    const OptionalTensor& channel_order, const OptionalTensor& prefix_channels, const Tensor& page_table,
-    const Tensor& seq_lens, std::string selector, int64_t token_budget, double budget_fraction, double top_p,
-    double sm_scale, int64_t dense_below, int64_t sink_tokens, int64_t recent_tokens,
-    const OptionalTensor& head_token_budget, const OptionalTensor& top_p_per_head, OptionalTensor budget_counters,
-    OptionalTensor kept_indices, OptionalTensor kept_counts, int64_t cluster_size) {
+std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS, int64_t cluster_size) {
   const int batch = q.size(0), query_tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const int kv_heads = k_cache.size(1), page_size = k_cache.size(2), rows = query_tokens * heads / kv_heads;
   const int device = q.get_device_index();
@@ -101,10 +95,10 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   p.page_table = static_cast<const int*>(page_table.const_data_ptr());
   p.seq_lens = static_cast<const int*>(seq_lens.const_data_ptr());
   p.head_token_budget = data_or_null<int>(head_token_budget);
-  p.top_p_per_head = data_or_null<float>(top_p_per_head);
-  if (top_p_per_head.has_value()) {
-    p.top_p_stride_batch = top_p_per_head->size(0) == 1 ? 0 : top_p_per_head->stride(0);
-    p.top_p_stride_head = top_p_per_head->size(1) == 1 ? 0 : top_p_per_head->stride(1);
+  p.head_top_p = data_or_null<float>(head_top_p);
+  if (head_top_p.has_value()) {
+    p.top_p_stride_batch = head_top_p->size(0) == 1 ? 0 : head_top_p->stride(0);
+    p.top_p_stride_head = head_top_p->size(1) == 1 ? 0 : head_top_p->stride(1);
   }
   if (budget_counters.has_value()) {
     p.budget_counters = static_cast<unsigned long long*>(budget_counters->mutable_data_ptr());
@@ -118,7 +112,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
   p.budget_fraction = budget_fraction;
   p.top_p = top_p;
   p.sm_scale = static_cast<float>(sm_scale);
-  p.selector = selector_of(selector);
+  p.selector = selector_of(selector_name);
   p.query_tokens = query_tokens;
   p.group_size = heads / kv_heads;
   p.kv_heads = kv_heads;
@@ -132,7 +126,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
                                                    : token_capacity(limits, budget_fraction);
   p.dense_below = limits.dense_below;
   if (limits.max_tokens <= p.dense_below) p.selector = FusedSelector::kDense;  // as kernels/fused.py has it
-  p.prunes = p.selector != FusedSelector::kDense && (top_p < 1.0 || top_p_per_head.has_value());
+  p.prunes = p.selector != FusedSelector::kDense && (top_p < 1.0 || head_top_p.has_value());
   p.sink_tokens = limits.sink_tokens;
   p.recent_tokens = limits.recent_tokens;
 
@@ -163,16 +157,6 @@ std::tuple<Tensor, Tensor> fused_decode_attention(
 
 }  // namespace
 }  // namespace twilight
-
-STABLE_TORCH_LIBRARY_FRAGMENT(twilight, m) {
-  m.def(
-      "_fused_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_quant, Tensor? k_scale, "
-      "Tensor? page_bounds, Tensor? bounds_scale, Tensor? channel_order, Tensor? prefix_channels, Tensor page_table, "
-      "Tensor seq_lens, str selector, int token_budget, float budget_fraction, float top_p, float sm_scale, "
-      "int dense_below, int sink_tokens, int recent_tokens, Tensor? head_token_budget, Tensor? top_p_per_head, "
-      "Tensor(a!)? budget_counters, Tensor(b!)? kept_indices, Tensor(c!)? kept_counts, int cluster_size) "
-      "-> (Tensor out, Tensor lse)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(twilight, CUDA, m) {
   m.impl("_fused_decode_attention", TORCH_BOX(&twilight::fused_decode_attention));

@@ -36,7 +36,7 @@ struct FusedParams {
   const int* page_table;
   const int* seq_lens;
   const int* head_token_budget;
-  const float* top_p_per_head;
+  const float* head_top_p;
   int top_p_stride_batch, top_p_stride_head;
   unsigned long long* budget_counters;
   int* kept_indices;

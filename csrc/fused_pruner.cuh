@@ -153,9 +153,9 @@ struct FusedPruner : FusedSelection<T, D, RP, kSelector> {
 
   // p of one query row, at least 0; 1 keeps everything.
   __device__ __forceinline__ double row_top_p(int row) const {
-    if (p.top_p_per_head == nullptr) return p.top_p;
+    if (p.head_top_p == nullptr) return p.top_p;
     const int query_head = head * p.group_size + row % p.group_size;
-    const float given = p.top_p_per_head[sequence * p.top_p_stride_batch + query_head * p.top_p_stride_head];
+    const float given = p.head_top_p[sequence * p.top_p_stride_batch + query_head * p.top_p_stride_head];
     return isnan(given) ? 1.0 : fmin(fmax(static_cast<double>(given), 0.0), 1.0);
   }
 

@@ -93,16 +93,16 @@ Reached reach(uint32_t* keys, int64_t n, int64_t need, Arena& arena) {
 
 }  // namespace
 
-PruneOptions::PruneOptions(double top_p, const OptionalTensor& top_p_per_head, const Limits& limits)
+PruneOptions::PruneOptions(double top_p, const OptionalTensor& head_top_p, const Limits& limits)
     : top_p(top_p),
-      per_head(top_p_per_head.has_value() ? top_p_per_head->const_data_ptr<float>() : nullptr),
+      per_head(head_top_p.has_value() ? head_top_p->const_data_ptr<float>() : nullptr),
       batch_stride(0),
       head_stride(0),
       sink_tokens(limits.sink_tokens),
       recent_tokens(limits.recent_tokens) {
   if (per_head == nullptr) return;
-  if (top_p_per_head->size(0) > 1) batch_stride = top_p_per_head->stride(0);
-  if (top_p_per_head->size(1) > 1) head_stride = top_p_per_head->stride(1);
+  if (head_top_p->size(0) > 1) batch_stride = head_top_p->stride(0);
+  if (head_top_p->size(1) > 1) head_stride = head_top_p->stride(1);
 }
 
 TopP top_p_row(const float* weights, int64_t n, double p, Arena& arena) {
@@ -224,7 +224,7 @@ class PruneRow {
 std::tuple<Tensor, Tensor, Tensor> prune_top_p(const Tensor& weights, const Tensor& seq_lens,
                                                const OptionalTensor& indices, const OptionalTensor& counts,
                                                int64_t tokens_per_index, int64_t num_kv_heads, double top_p,
-                                               const OptionalTensor& top_p_per_head, int64_t sink_tokens,
+                                               const OptionalTensor& head_top_p, int64_t sink_tokens,
                                                int64_t recent_tokens) {
   Checker check("prune_top_p", weights);
   check.tensor("weights", weights, {"B", "T", "Hq", "N"}, {ScalarType::Float});
@@ -241,14 +241,14 @@ std::tuple<Tensor, Tensor, Tensor> prune_top_p(const Tensor& weights, const Tens
     check.fail("weights",
                "C * tokens_per_index = " + std::to_string(indices->size(2) * tokens_per_index) + " slots a row",
                std::to_string(slots));
-  check.top_p(top_p, top_p_per_head);
+  check.top_p(top_p, head_top_p);
   check.at_least("sink_tokens", sink_tokens, 0);
   check.at_least("recent_tokens", recent_tokens, 0);
   check.no_gradients();
 
   const GivenCandidates candidates(indices, counts, tokens_per_index);
   const Limits limits(kMaxTokens, query_tokens, /*token_budget=*/1, sink_tokens, recent_tokens);
-  const PruneOptions options(top_p, top_p_per_head, limits);
+  const PruneOptions options(top_p, head_top_p, limits);
   Tensor kept = torch::stable::new_empty(weights, {batch, num_kv_heads, slots}, ScalarType::Int);
   Tensor kept_counts = torch::stable::new_empty(weights, {batch, num_kv_heads}, ScalarType::Int);
   Tensor mass = torch::stable::new_empty(weights, {batch, query_tokens, heads}, ScalarType::Float);

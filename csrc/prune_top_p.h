@@ -20,7 +20,7 @@ struct PruneOptions {
   int64_t batch_stride, head_stride;
   int64_t sink_tokens, recent_tokens;
 
-  PruneOptions(double top_p, const OptionalTensor& top_p_per_head, const Limits& limits);
+  PruneOptions(double top_p, const OptionalTensor& head_top_p, const Limits& limits);
 
   double p(int64_t b, int64_t head) const {
     if (per_head == nullptr) return top_p;

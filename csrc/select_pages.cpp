@@ -97,9 +97,9 @@ class SelectPagesRow : public SelectionRow {
 
 std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const Tensor& page_bounds, const OptionalTensor& bounds_scale,
                                         const Tensor& page_table, const Tensor& seq_lens, int64_t page_size,
-                                        int64_t token_budget, double budget_fraction, double sm_scale,
-                                        int64_t sink_tokens, int64_t recent_tokens,
-                                        const OptionalTensor& head_token_budget) {
+                                        int64_t token_budget, double budget_fraction,
+                                        const OptionalTensor& head_token_budget, double sm_scale, int64_t sink_tokens,
+                                        int64_t recent_tokens) {
   Checker check("select_pages", q);
   check.query(q);
   check.bounds(page_bounds, bounds_scale);

@@ -10,10 +10,8 @@ from typing import ClassVar
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from twilight_ops import Selector, TwilightConfig
-from twilight_ops.capacity import page_capacity
+from twilight_ops import Candidates, Selector, TwilightConfig
 from twilight_ops.integration import generate
-from twilight_ops.selectors import Candidates
 
 
 @dataclass(frozen=True)
@@ -24,21 +22,21 @@ class PageMeans(Selector):
     name: ClassVar[str] = "page_means"
 
     def allocate(self, layer, previous):
-        pages, kv_heads, _, head_dim = layer.k_cache.shape
-        return {"page_means": torch.zeros(pages, kv_heads, head_dim, dtype=torch.float32, device=layer.k_cache.device)}
+        pages, kv_heads, _, head_dim = layer.kv.k_cache.shape
+        return {"page_means": torch.zeros(pages, kv_heads, head_dim, dtype=torch.float32, device=layer.kv.k_cache.device)}
 
     def append(self, k, layer, page_table, seq_lens, positions):
         # append_kv has stored the new keys already: take the mean of every page's live rows again. (A TwilightCache has no holes in
         # its page table; where there are -1 entries, mask them here.)
         size = layer.page_size
-        keys = layer.k_cache[page_table.long()].float()  # [B, M, Hkv, S, D]
+        keys = layer.kv.k_cache[page_table.long()].float()  # [B, M, Hkv, S, D]
         slots = torch.arange(page_table.shape[1] * size, device=k.device).view(-1, 1, size, 1)
         live = slots < seq_lens.view(-1, 1, 1, 1, 1)
         means = keys.where(live, 0.0).sum(3) / live.sum(3).clamp(min=1)
         layer.selector_state["page_means"][page_table.long()] = means
 
     def select(self, q, layer, page_table, seq_lens, sm_scale):
-        size, kv_heads = layer.page_size, layer.k_cache.shape[1]
+        size, kv_heads = layer.page_size, layer.num_kv_heads
         means = layer.selector_state["page_means"][page_table.long()]  # [B, M, Hkv, D]
         query = q.float().unflatten(2, (kv_heads, -1)).mean(dim=(1, 3))  # [B, Hkv, D]
         scores = torch.einsum("bhd,bmhd->bhm", query, means)
@@ -50,7 +48,7 @@ class PageMeans(Selector):
         used = ((seq_lens + size - 1) // size).view(-1, 1, 1)
         scores = scores.masked_fill(pages >= used, -torch.inf)
 
-        capacity = page_capacity(len(pages), size, tokens, self.token_budget, self.budget_fraction, plan.sink_tokens, plan.recent_tokens)
+        capacity = layer.limits(page_table, tokens).page_capacity(size)
         best = scores.topk(capacity, dim=-1).indices
         counts = used[..., 0].clamp(max=capacity).expand(-1, kv_heads)
         listed = torch.arange(capacity, device=q.device) < counts[..., None]

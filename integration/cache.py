@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .. import calibration
 from ..config import TwilightConfig
+from ..layer import PagedKVLayer, allocate_layer
 from ..ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
-from ..paged_kv_cache import PagedKVLayer, allocate_layer
 from ..report import BudgetReport, budget_report
 from .sequences import Sequences
 from .sequences import _read_prompt_rows as _read_prompt_rows
@@ -103,7 +102,6 @@ class TwilightLayer(CacheLayerMixin):
                 device,
                 sequences.layers[self.index - 1] if self.index > 0 else None,
             )
-            calibration.initialise(paged)
         for tensor in paged.tensors():
             torch._dynamo.mark_static_address(tensor)
         sequences.layers[self.index] = paged
@@ -135,8 +133,7 @@ class TwilightLayer(CacheLayerMixin):
     def forget(self) -> None:
         """The layer's own part of a reset: budget counters, and a calibration that came from the prompt."""
         if self.is_initialized:
-            self.paged.budget_counters.zero_()
-            calibration.initialise(self.paged)
+            self.paged.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         self.sequences.crop(tokens_to_remove)

@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 
 from .. import decode_step
 from ..config import TwilightConfig
-from ..paged_kv_cache import PagedKVLayer
+from ..layer import PagedKVLayer
 from ..selectors import Full, Quest, ShadowPrefix
 from . import transformers as attention
 from .cache import TwilightCache
@@ -38,7 +38,7 @@ class KeptRecorder:
         self.calls: list[Tensor] = []  # [B, Hkv of this rank, M * S] int32, -1 pads
 
     def __call__(self, q: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
-        batch, kv_heads = q.shape[0], layer.k_cache.shape[1]
+        batch, kv_heads = q.shape[0], layer.num_kv_heads
         positions = page_table.shape[1] * layer.page_size
         kept = torch.empty(batch, kv_heads, positions, dtype=torch.int32, device=q.device)
         counts = torch.empty(batch, kv_heads, dtype=torch.int32, device=q.device)

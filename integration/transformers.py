@@ -11,9 +11,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from .. import calibration
 from ..decode_step import append, attend
-from ..paged_kv_cache import PagedKVLayer
+from ..layer import PagedKVLayer
 from .cache import LayerKeys, TwilightLayer
 from .sequences import Forward
 
@@ -67,7 +66,7 @@ def twilight_attention(
     paged, table, lens = layer.paged, sequences.live_page_table, sequences.live_step_lens
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if forward.calibrates:
-        calibration.from_prompt(paged, q, k, forward.slots, scale)
+        paged.calibrate(q, k, forward.slots, scale)
     append(k, v, paged, table, lens, forward.slots)
     if not forward.exact:
         out = _attend_step(q, paged, table, lens, forward, scale)
@@ -226,8 +225,8 @@ def _attend_rows(
             k, v = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
             mask = None
         else:
-            k = _paged_rows(paged.k_cache, page_table[b : b + 1], row.end)
-            v = _paged_rows(paged.v_cache, page_table[b : b + 1], row.end)
+            k = _paged_rows(paged.kv.k_cache, page_table[b : b + 1], row.end)
+            v = _paged_rows(paged.kv.v_cache, page_table[b : b + 1], row.end)
             mask = torch.ones(row.count, row.end, dtype=torch.bool, device=q.device).tril(row.start)
         attended = scaled_dot_product_attention(q, _repeat(k, group), _repeat(v, group), mask, is_causal=mask is None, scale=scale)
         out[b : b + 1, row.columns] = attended.transpose(1, 2)
@@ -236,10 +235,10 @@ def _attend_rows(
 
 def _attend_paged(query: Tensor, paged: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, forward: Forward, scale: float) -> Tensor:
     """The same in fixed shapes, for a traced prompt: every slot of the cache, masked by position."""
-    group = query.shape[1] // paged.k_cache.shape[1]
+    group = query.shape[1] // paged.kv.k_cache.shape[1]
     max_cache_len = page_table.shape[1] * paged.page_size
-    k = _paged_rows(paged.k_cache, page_table, max_cache_len)
-    v = _paged_rows(paged.v_cache, page_table, max_cache_len)
+    k = _paged_rows(paged.kv.k_cache, page_table, max_cache_len)
+    v = _paged_rows(paged.kv.v_cache, page_table, max_cache_len)
     slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.

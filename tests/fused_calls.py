@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
+from flat import reference
 from inputs import DecodeInputs, Shape, make_inputs, on_device
 from torch import Tensor
 
-from twilight_ops import capacity, reference
+from twilight_ops import capacity
 from twilight_ops.kernels import fused
 
 
@@ -59,7 +60,7 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
         )
     if rng.random() < 0.2:
         levels = [[rng.uniform(0.5, 1.0) for _ in range(kv_heads * group)] for _ in shape.seq_lens]
-        overrides["top_p_per_head"] = torch.tensor(levels, device=device)
+        overrides["head_top_p"] = torch.tensor(levels, device=device)
     return inputs, overrides, rng.choice([1, 2, 4])
 
 

@@ -7,9 +7,8 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import torch
+from flat import reference
 from torch import Tensor
-
-from twilight_ops import reference
 
 # What every selector and pruner argument is unless a test says otherwise.
 DEFAULTS = {
@@ -20,6 +19,11 @@ DEFAULTS = {
     "counts": None,
     "tokens_per_index": 1,
     "selector": "full",
+    "head_token_budget": None,
+    "head_top_p": None,
+    "sink_tokens": 0,
+    "recent_tokens": 0,
+    "dense_below": 0,
 }
 
 
@@ -97,7 +101,7 @@ class DecodeInputs:
         return self.page_table.shape[1] * self.page_size
 
     def arguments(self, op: str, **overrides) -> dict[str, object]:
-        """Keyword arguments of `twilight::<op>`: from `overrides`, else this object's fields, else DEFAULTS, else the schema."""
+        """Flat keyword arguments of `twilight::<op>`: from `overrides`, else this object's fields, else DEFAULTS, else the schema."""
         schema = getattr(torch.ops.twilight, op).default._schema
         unknown = set(overrides) - {a.name for a in schema.arguments}
         if unknown:
@@ -109,7 +113,7 @@ class DecodeInputs:
                 arguments[name] = overrides[name]
             elif hasattr(self, name):
                 arguments[name] = getattr(self, name)
-            elif not argument.has_default_value():
+            elif name in DEFAULTS:
                 arguments[name] = DEFAULTS[name]
         return arguments
 

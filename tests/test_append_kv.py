@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_same_state
+from flat import reference
 from inputs import SHAPES, Shape, make_inputs, shadow_keys, strided
-
-from twilight_ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((70, 0, 33), 6, 3, 64, 16, 1, torch.float32)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from twilight_ops import backends
-from twilight_ops.capacity import page_capacity, token_capacity
+from twilight_ops import Always, Budget, backends
+from twilight_ops.capacity import Limits
 from twilight_ops.kernels import fused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,11 +150,11 @@ FASTEST = {
 @pytest.mark.parametrize("generated", [0, 96])
 def test_as_many_blocks_share_a_head_as_were_fastest(selector, generated):
     """Also with some room behind the context for what is generated."""
-    capacity = page_capacity if selector == "quest" else token_capacity
     for (batch, tokens, query_heads, kv_heads), blocks in FASTEST[selector].items():
         pages = (tokens + generated) // 16
         budget, fraction = (min(8192, tokens // 4), 0.0) if selector == "quest" else (0, 0.125)
-        items = capacity(pages, 16, 1, budget, fraction, 0, 0)
+        limits = Limits.of(pages * 16, 1, Budget(budget, fraction), Always())
+        items = limits.page_capacity(16) if selector == "quest" else limits.token_capacity
         chosen = fused.cluster_size(
             batch * kv_heads, selector, selector != "dense", 128, query_heads // kv_heads, 16, pages, items, dense_below=512
         )

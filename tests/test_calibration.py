@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, calibration  # noqa: E402
 from twilight_ops.decode_step import append  # noqa: E402
 from twilight_ops.integration import TwilightCache  # noqa: E402
-from twilight_ops.paged_kv_cache import allocate_layer  # noqa: E402
+from twilight_ops.layer import allocate_layer  # noqa: E402
+from twilight_ops.selectors import _channels  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 SCALE = HEAD_DIM**-0.5
@@ -38,7 +39,7 @@ def captured_mass(q, k, order, prefix, budget):
     q, k = q[0].double(), k[0].double()
     tokens, group = k.shape[0], HEADS // KV_HEADS
     result = torch.zeros(KV_HEADS)
-    columns = range(tokens - 1, max(0, tokens - 256) - 1, -math.ceil(min(tokens, 256) / calibration.SCORED_QUERIES))
+    columns = range(tokens - 1, max(0, tokens - 256) - 1, -math.ceil(min(tokens, 256) / _channels.SCORED_QUERIES))
     for head in range(KV_HEADS):
         kept = order[head, : prefix[head]].long()
         mass = torch.zeros(group)
@@ -55,7 +56,7 @@ def captured_mass(q, k, order, prefix, budget):
 def test_heavy_channels_lead_the_order():
     heavy = [[3, 17, 40, 63], [0, 1, 30, 31]]
     q, k = heavy_channels(300, heavy)
-    order = calibration.channel_order(q, k, None)
+    order = _channels.channel_order(q, k, None)
     assert [sorted(row[:4].tolist()) for row in order] == heavy
     assert (order.sort(-1).values == torch.arange(HEAD_DIM)).all()
 
@@ -65,15 +66,15 @@ def test_the_order_ignores_padding():
     junk_q, junk_k = heavy_channels(300, [[5], [6]], seed=1, spread=500.0)
     positions = torch.cat([torch.full((1, 100), -1), torch.arange(200)[None]], 1).int()
     live = (positions >= 0)[..., None, None]
-    mixed = calibration.channel_order(torch.where(live, q, junk_q), torch.where(live, k, junk_k), positions)
-    assert torch.equal(mixed, calibration.channel_order(q[:, 100:], k[:, 100:], None))
+    mixed = _channels.channel_order(torch.where(live, q, junk_q), torch.where(live, k, junk_k), positions)
+    assert torch.equal(mixed, _channels.channel_order(q[:, 100:], k[:, 100:], None))
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.1])
 def test_the_prefix_is_the_shortest_that_loses_at_most_tau(tau):
     q, k = heavy_channels(512, [list(range(6)), list(range(0, 60, 3))])
-    order = calibration.channel_order(q, k, None)
-    prefix = calibration.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE)
+    order = _channels.channel_order(q, k, None)
+    prefix = _channels.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE)
     assert (prefix % 8 == 0).all() and (prefix >= 8).all()
     assert prefix[0] == 8
     assert 8 < prefix[1] <= 32
@@ -86,28 +87,28 @@ def test_the_prefix_is_the_shortest_that_loses_at_most_tau(tau):
 
 def test_a_smaller_tau_never_shortens_the_prefix():
     q, k = heavy_channels(512, [list(range(0, 40, 2)), list(range(0, 60, 3))], seed=3)
-    order = calibration.channel_order(q, k, None)
-    lengths = [calibration.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE) for tau in (0.3, 0.1, 0.03, 0.005)]
+    order = _channels.channel_order(q, k, None)
+    lengths = [_channels.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE) for tau in (0.3, 0.1, 0.03, 0.005)]
     assert all((a <= b).all() for a, b in zip(lengths, lengths[1:], strict=False))
     assert (lengths[0] < lengths[-1]).any()
 
 
 def test_padding_does_not_change_the_prefix_of_a_sequence():
     q, k = heavy_channels(512, [list(range(0, 40, 2)), list(range(0, 60, 3))], seed=3)
-    order = calibration.channel_order(q, k, None)
-    alone = calibration.shortest_prefix(q, k, None, order, 512, 0.125, 0.05, SCALE)
+    order = _channels.channel_order(q, k, None)
+    alone = _channels.shortest_prefix(q, k, None, order, 512, 0.125, 0.05, SCALE)
     pad = torch.nn.functional.pad
     positions = torch.cat([torch.full((1, 128), -1), torch.arange(512)[None]], 1).int()
-    padded = calibration.shortest_prefix(
+    padded = _channels.shortest_prefix(
         pad(q, (0, 0, 0, 0, 128, 0), value=7.0), pad(k, (0, 0, 0, 0, 128, 0), value=7.0), positions, order, 512, 0.125, 0.05, SCALE
     )
     assert torch.equal(alone, padded)
 
 
 def sampled_prefix(monkeypatch, sampled_tokens, q, k, positions=None, tau=0.05):
-    monkeypatch.setattr(calibration, "WHOLE_TOKENS", sampled_tokens)
-    monkeypatch.setattr(calibration, "SAMPLED_TOKENS", sampled_tokens)
-    return calibration.shortest_prefix(q, k, positions, calibration.channel_order(q, k, positions), 64, 0.125, tau, SCALE)
+    monkeypatch.setattr(_channels, "WHOLE_TOKENS", sampled_tokens)
+    monkeypatch.setattr(_channels, "SAMPLED_TOKENS", sampled_tokens)
+    return _channels.shortest_prefix(q, k, positions, _channels.channel_order(q, k, positions), 64, 0.125, tau, SCALE)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -122,7 +123,7 @@ def test_a_sample_of_a_long_prompt_finds_the_prefix_of_the_whole(monkeypatch, se
 def test_a_sample_weighs_the_first_tokens_as_one_each():
     """A first token that holds half the mass still holds half of it among a quarter of the other tokens."""
     tokens, stride = 4096, 4
-    columns, is_sink, counts = calibration._scored_tokens(tokens, stride, None, torch.device("cpu"))
+    columns, is_sink, counts = _channels._scored_tokens(tokens, stride, None, torch.device("cpu"))
     logits = torch.randn(tokens, generator=torch.Generator().manual_seed(0)).double()
     logits[0] = logits[1:].logsumexp(0)
     biased = (logits[columns] + torch.where(is_sink, -math.log(stride), 0.0)).masked_fill(~counts, float("-inf")).softmax(0)
@@ -132,11 +133,11 @@ def test_a_sample_weighs_the_first_tokens_as_one_each():
 
 def test_the_first_tokens_of_a_padded_prompt_are_found_behind_its_padding():
     live = torch.arange(9000) >= 1000
-    columns, is_sink, counts = calibration._scored_tokens(9000, 2, live, live.device)
-    assert columns[is_sink].tolist() == list(range(1000, 1000 + calibration.SINK_TOKENS))
+    columns, is_sink, counts = _channels._scored_tokens(9000, 2, live, live.device)
+    assert columns[is_sink].tolist() == list(range(1000, 1000 + _channels.SINK_TOKENS))
     used = columns[counts]
     assert len(used.unique()) == len(used) and columns[-1] == 8999
-    ones, _, all_count = calibration._scored_tokens(500, 1, None, live.device)
+    ones, _, all_count = _channels._scored_tokens(500, 1, None, live.device)
     assert torch.equal(ones, torch.arange(500)) and all_count.all()
 
 
@@ -151,10 +152,10 @@ def test_padding_does_not_change_the_prefix_of_a_sampled_sequence(monkeypatch):
 
 
 def test_the_budget_is_never_the_whole_of_a_short_prompt():
-    assert calibration.calibration_budget(256, 512, 0.125) == 32
-    assert calibration.calibration_budget(8192, 512, 0.125) == 1024
-    assert calibration.calibration_budget(8192, 512, 0.0) == 512
-    assert calibration.calibration_budget(256, 512, 0.5) == 128
+    assert _channels.calibration_budget(256, 512, 0.125) == 32
+    assert _channels.calibration_budget(8192, 512, 0.125) == 1024
+    assert _channels.calibration_budget(8192, 512, 0.0) == 512
+    assert _channels.calibration_budget(256, 512, 0.5) == 128
 
 
 def make_model(**overrides):
@@ -192,9 +193,9 @@ def calibrated(model, selector, prompt, dense_layers=1):
 
 def settings(cache):
     return [
-        (layer.paged.channel_order.clone(), layer.paged.prefix_channels.clone())
+        (layer.paged.shadow.channel_order.clone(), layer.paged.shadow.prefix_channels.clone())
         for layer in cache.layers
-        if layer.paged.channel_order is not None
+        if layer.paged.shadow is not None
     ]
 
 
@@ -221,7 +222,7 @@ def test_the_first_prompt_calibrates_and_later_ones_do_not(model):
 
 
 def test_a_very_short_first_prompt_keeps_the_whole_row(model):
-    cache = calibrated(model, ShadowPrefix(tau=0.2), ids(calibration.MIN_TOKENS - 1))
+    cache = calibrated(model, ShadowPrefix(tau=0.2), ids(_channels.MIN_TOKENS - 1))
     assert all(torch.equal(order, IDENTITY) and (prefix == HEAD_DIM).all() for order, prefix in settings(cache))
 
 
@@ -245,10 +246,10 @@ def test_calibration_reads_nothing_on_the_host_and_has_fixed_shapes(model):
     q, k = heavy_channels(200, [[1, 2], [3, 4]])
     positions = torch.arange(200)[None].int()
     for given in (None, positions):
-        order = calibration.channel_order(q, k, given)
+        order = _channels.channel_order(q, k, given)
 
         def both(q, k, given=given, order=order):
-            return calibration.channel_order(q, k, given), calibration.shortest_prefix(q, k, given, order, 512, 0.125, 0.05, SCALE)
+            return _channels.channel_order(q, k, given), _channels.shortest_prefix(q, k, given, order, 512, 0.125, 0.05, SCALE)
 
         compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k)
         assert all(torch.equal(a, b) for a, b in zip(compiled, both(q, k), strict=True))
@@ -286,7 +287,7 @@ def test_a_bad_file_is_one_clear_error(model, tmp_path):
     whole = calibrated(model, ShadowPrefix(), ids(300), dense_layers=0)
     calibration.save([layer.paged for layer in whole.layers], tmp_path / "whole", {})
     refused(tmp_path / "whole", r"expected 2 KV heads of 128 channels, got \[2, 64\]", make_model(head_dim=128))
-    whole.layers[1].paged.channel_order[0, 0] = whole.layers[1].paged.channel_order[0, 1]
+    whole.layers[1].paged.shadow.channel_order[0, 0] = whole.layers[1].paged.shadow.channel_order[0, 1]
     calibration.save([layer.paged for layer in whole.layers], tmp_path / "broken", {})
     refused(tmp_path / "broken", "expected permutations and prefixes that are multiples of 8, got others")
 
@@ -301,12 +302,12 @@ def test_the_operators_select_as_calibrated(model):
     losses = {}
     for name in ("calibrated", "reversed", "whole"):
         layer = allocate_layer(plan, 32, HEADS, KV_HEADS, HEAD_DIM, 16, torch.float32, torch.device("cpu"))
-        calibration.from_prompt(layer, q, k, None, SCALE)
-        assert (layer.prefix_channels < HEAD_DIM).all()
+        layer.calibrate(q, k, None, SCALE)
+        assert (layer.shadow.prefix_channels < HEAD_DIM).all()
         if name == "reversed":
-            layer.channel_order.copy_(layer.channel_order.flip(-1))
+            layer.shadow.channel_order.copy_(layer.shadow.channel_order.flip(-1))
         elif name == "whole":
-            layer.prefix_channels.fill_(HEAD_DIM)
+            layer.shadow.prefix_channels.fill_(HEAD_DIM)
         append(k, k, layer, table, lens)
         losses[name] = 0.0
         for t in range(480, 512, 4):

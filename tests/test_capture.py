@@ -36,7 +36,7 @@ class SinksAndWindow(Selector):
     sinks: int = 4
 
     def allocate(self, layer, previous):
-        return {"steps": torch.zeros(1, dtype=torch.int64, device=layer.k_cache.device)}
+        return {"steps": torch.zeros(1, dtype=torch.int64, device=layer.kv.k_cache.device)}
 
     def append(self, k, layer, page_table, seq_lens, positions):
         layer.selector_state["steps"].add_(1)
@@ -47,7 +47,7 @@ class SinksAndWindow(Selector):
         tokens = torch.where((slots < self.sinks) | (seq_lens[:, None] <= self.token_budget), slots, window)
         counts = seq_lens.clamp(max=self.token_budget)
         tokens = torch.where(slots < counts[:, None], tokens, -1).int()
-        kv_heads = layer.k_cache.shape[1]
+        kv_heads = layer.kv.k_cache.shape[1]
         return Candidates(tokens[:, None].repeat(1, kv_heads, 1), counts[:, None].repeat(1, kv_heads), 1)
 
 
@@ -149,15 +149,15 @@ def test_a_growing_decode_is_one_graph_without_breaks_recompiles_or_clones_of_th
 
 def test_a_read_of_the_cache_before_its_mutation_would_be_caught(model):
     """The guard above sees what it is there for: a sum that the compiler sinks below the append makes it clone the cache."""
-    from twilight_ops import append_kv, attend_sparse
+    from twilight_ops import Candidates, Paging, append_kv, attend_sparse
 
     layer = filled_cache(model, "dense").layers[0].paged
     table, lens = torch.arange(16, dtype=torch.int32)[None], torch.tensor([PROMPT], dtype=torch.int32)
 
     def wrong_order(k, v, q):
-        total = layer.k_cache.sum(0)
-        append_kv(k, v, layer.k_cache, layer.v_cache, None, None, None, None, None, None, table, lens)
-        out, _ = attend_sparse(q, layer.k_cache, layer.v_cache, table, lens, None, None, 1, 0.125)
+        total = layer.kv.k_cache.sum(0)
+        append_kv(k, v, layer.kv, Paging(table, lens))
+        out, _ = attend_sparse(q, layer.kv, Paging(table, lens), Candidates(), 0.125)
         return out + total.mean()
 
     ReinplaceCounters.clear()

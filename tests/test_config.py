@@ -143,13 +143,11 @@ def test_what_does_not_fit_the_model_is_refused_when_a_cache_is_made(settings, m
 
 
 def test_a_prefix_of_a_foreign_selector_is_checked_too():
-    @dataclasses.dataclass(frozen=True)
-    class Foreign(Selector):
-        prefix_channels: int = 30
-        uses_shadow = True
+    class Foreign(ShadowPrefix):
+        """A selector of somebody else's."""
 
-    with pytest.raises(ValueError, match="Foreign: prefix_channels: expected a positive multiple of 8, at most 64, got 30"):
-        cache_of(TwilightConfig(Foreign(), dense_below=0))
+    with pytest.raises(ValueError, match="Foreign: prefix_channels: expected a positive multiple of 8, at most 64, got 72"):
+        cache_of(TwilightConfig(Foreign(prefix_channels=72), dense_below=0))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from comparisons import (
     plain_attention,
     top_p_borderline,
 )
+from flat import reference
 from inputs import SHAPES, Shape, break_key, make_inputs, random_candidates
 
-from twilight_ops import reference
 from twilight_ops.capacity import COUNTER_COLUMNS, COUNTER_DENSE, COUNTER_HEADER, HISTOGRAM_BINS, histogram_bin
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
@@ -52,7 +52,7 @@ def candidates_of(backend, x, options: dict):
     if options["selector"] == "shadow_prefix":
         return *backend.select_tokens(**x.arguments("select_tokens", **budget_of(options))), 1
     if options["selector"] == "given":
-        return options["candidates"], options["candidate_counts"], options["tokens_per_candidate"]
+        return options["indices"], options["counts"], options["tokens_per_index"]
     return None, None, 1
 
 
@@ -73,14 +73,14 @@ def check(backend, x, **options) -> Decoded:
     got = Decoded(backend, x, **options)
     want_dense = (x.seq_lens <= options.get("dense_below", 0))[:, None, None]
     everything = (torch.arange(x.max_tokens, device=x.q.device) < x.seq_lens[:, None])[:, None]
-    prunes = options["selector"] != "dense" and (options["top_p"] < 1.0 or options.get("top_p_per_head") is not None)
+    prunes = options["selector"] != "dense" and (options["top_p"] < 1.0 or options.get("head_top_p") is not None)
     indices, counts, unit = candidates_of(backend, x, options)
     if prunes:
         weights = x.oracle("estimate_weights", indices=indices, counts=counts, tokens_per_index=unit).float()
-        pruner = (options["top_p"], options.get("top_p_per_head"), options.get("sink_tokens", 0), options.get("recent_tokens", 0))
+        pruner = (options["top_p"], options.get("head_top_p"), options.get("sink_tokens", 0), options.get("recent_tokens", 0))
         kept = reference.prune_top_p(weights, x.seq_lens, indices, counts, unit, x.num_kv_heads, *pruner)
         expected = listed_set(kept[0], kept[1], x.max_tokens)
-        p = options["top_p"] if options.get("top_p_per_head") is None else options["top_p_per_head"]
+        p = options["top_p"] if options.get("head_top_p") is None else options["head_top_p"]
         spread_out = scatter_slots(x, weights, indices, counts, unit)
         borderline = top_p_borderline(spread_out, p, x.num_kv_heads, 2 * dot_rounding(x)) & ~want_dense
     else:
@@ -104,7 +104,7 @@ def options_for(x, selector: str, **options) -> dict:
     chosen = {"selector": selector, "token_budget": max(64, int(x.seq_lens.max()) // 4), "budget_fraction": 0.0, "top_p": 0.85}
     if selector == "given":
         indices, counts = random_candidates(x, 1)
-        chosen |= {"candidates": indices, "candidate_counts": counts, "tokens_per_candidate": 1}
+        chosen |= {"indices": indices, "counts": counts, "tokens_per_index": 1}
     return chosen | options
 
 
@@ -170,7 +170,7 @@ def test_decode_attention_follows_one_budget_a_head(backend):
 def test_decode_attention_follows_one_p_a_head(backend, top_p):
     x = make_inputs(SMALL, device=backend.device)
     p = torch.tensor([[0.1, 0.1, 1.0, 0.1, 0.9, 0.9]], device=backend.device)
-    got = check(backend, x, **options_for(x, "full", top_p=top_p, top_p_per_head=p))
+    got = check(backend, x, **options_for(x, "full", top_p=top_p, head_top_p=p))
     assert got.counts[0, 1] == 300 and got.counts[0, 0] < got.counts[0, 2] < 300
 
 
@@ -184,7 +184,7 @@ def test_decode_attention_takes_given_pages_and_buffers_wider_than_the_sequence(
     x = make_inputs(SMALL, device=backend.device)
     indices, counts = random_candidates(x, 16)
     wide = torch.cat([indices, indices.new_full((2, 3, 40), -1)], dim=-1)
-    given = {"candidates": wide, "candidate_counts": counts, "tokens_per_candidate": 16}
+    given = {"indices": wide, "counts": counts, "tokens_per_index": 16}
     check(backend, x, selector="given", token_budget=1, top_p=0.9, **given)
     check(backend, x, selector="given", token_budget=1, top_p=1.0, **given)
 
@@ -210,8 +210,8 @@ def test_decode_attention_of_a_table_without_pages_keeps_nothing(backend, select
     x = make_inputs(replace(SMALL, dtype=dtype), device=backend.device, bounds_dtype="uint8")
     options = options_for(x, selector)
     if selector == "given":
-        options["candidates"] = options["candidates"][..., :0].contiguous()
-        options["candidate_counts"] = torch.zeros_like(options["candidate_counts"])
+        options["indices"] = options["indices"][..., :0].contiguous()
+        options["counts"] = torch.zeros_like(options["counts"])
     x = replace(x, page_table=x.page_table[:, :0].contiguous())
     got = Decoded(backend, x, **options)
     assert (got.out == 0).all() and (got.lse == -math.inf).all()

@@ -35,11 +35,11 @@ def run(step, cache: PagedKVCache, prompt: int, steps: int, tokens: int = 1) -> 
     layer, scale = cache.layers[0], DIM**-0.5
     _, k, v = step_rows(prompt, seed=1)
     cache.seq_lens.fill_(prompt)
-    decode_step.append(k.to(layer.k_cache.dtype), v.to(layer.k_cache.dtype), layer, cache.page_table, cache.seq_lens)
+    decode_step.append(k.to(layer.kv.k_cache.dtype), v.to(layer.kv.k_cache.dtype), layer, cache.page_table, cache.seq_lens)
     outputs = []
     for i in range(steps):
         cache.seq_lens.add_(tokens)
-        q, k, v = step_rows(tokens, seed=100 + i, dtype=layer.k_cache.dtype)
+        q, k, v = step_rows(tokens, seed=100 + i, dtype=layer.kv.k_cache.dtype)
         outputs.append(step(q, k, v, layer, cache.page_table, cache.seq_lens, scale))
     return outputs
 
@@ -59,10 +59,10 @@ def test_decode_step_is_dense_attention_while_nothing_is_left_out(selector):
     layer = cache.layers[0]
     outputs = run(decode_step.decode_step, cache, 20, 10)
     rows = torch.randn(0)
-    keys, values = (t[cache.page_table.long()].transpose(2, 3).flatten(1, 2)[:, :30] for t in (layer.k_cache, layer.v_cache))
+    keys, values = (t[cache.page_table.long()].transpose(2, 3).flatten(1, 2)[:, :30] for t in (layer.kv.k_cache, layer.kv.v_cache))
     q, _, _ = step_rows(1, seed=109)
     x = DecodeInputs(
-        q, layer.k_cache, layer.v_cache, rows, rows, rows, None, rows, rows, cache.page_table, cache.seq_lens, DIM**-0.5, keys, values
+        q, layer.kv.k_cache, layer.kv.v_cache, rows, rows, rows, None, rows, rows, cache.page_table, cache.seq_lens, DIM**-0.5, keys, values
     )
     torch.testing.assert_close(outputs[-1], plain_attention(x)[0])
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import listed_set, page_scores, token_scores
+from flat import reference
 from inputs import DecodeInputs, Shape, make_inputs, random_candidates
 from selection import Ranking
 
-from twilight_ops import capacity, reference
+from twilight_ops import Always, Budget, capacity
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 
@@ -225,8 +226,8 @@ def test_no_budget_of_a_live_length_exceeds_the_capacity(max_tokens, page_size):
     pages = -(-max_tokens // page_size)
     for _ in range(200):
         fraction = rng.choice([rng.random(), 1 / 3, 0.1, 0.7, 1.0 - 2.0**-53])
-        tokens = capacity.token_capacity(pages, page_size, 1, 1, fraction, 0, 0)
-        listed = capacity.page_capacity(pages, page_size, 1, 1, fraction, 0, 0)
+        limits = capacity.Limits.of(pages * page_size, 1, Budget(1, fraction), Always())
+        tokens, listed = limits.token_capacity, limits.page_capacity(page_size)
         for length in {rng.randint(0, pages * page_size) for _ in range(5)} | {pages * page_size}:
             share = length * fraction
             budget = min(length, max(1, int(share) + (int(share) < share)))

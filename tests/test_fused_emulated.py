@@ -11,17 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from comparisons import assert_same_state
+from flat import reference
 from fused_calls import assert_as_reference, extreme_call, observed, random_call
 from inputs import Shape, make_inputs, strided
 
-from twilight_ops import capacity, reference
+from twilight_ops import capacity
 from twilight_ops.kernels import fused
+from twilight_ops.ops.decode_attention import OPERATOR as DECODE_ATTENTION
 
 SOURCE = Path(__file__).parent / "emulator" / "fused_decode.cpp"
 COMPILER = shutil.which("g++")
 POINTERS = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens head_token_budget "
-    "top_p_per_head"
+    "head_top_p"
 ).split()
 
 APPEND_POINTERS = (
@@ -87,28 +89,26 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     max_pages = a["page_table"].shape[1]
     out = torch.full(q.shape, float("nan"), dtype=q.dtype)
     lse = torch.full(q.shape[:-1], float("nan"))
-    counted = capacity.page_capacity if a["selector"] == "quest" else capacity.token_capacity
     p = FusedParams()
     p.q = q.data_ptr()
     p.q_stride_batch, p.q_stride_token, p.q_stride_head = q.stride()[:3]
     for name in (*POINTERS, "budget_counters", "kept_indices", "kept_counts"):
         setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
-    per_head = a.get("top_p_per_head")
+    per_head = a.get("head_top_p")
     if per_head is not None:
         p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
     p.out, p.lse = out.data_ptr(), lse.data_ptr()
     for name in ("budget_fraction", "top_p", "sm_scale"):
         setattr(p, name, a[name])
-    limits = capacity.Limits.clamped(
-        max_pages * page_size, query_tokens, *(a.get(name, 0) for name in ("token_budget", "sink_tokens", "recent_tokens", "dense_below"))
-    )
-    for name, tokens in limits._asdict().items():
-        setattr(p, name, tokens)
+    asked = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(a)))[3]
+    limits = capacity.Limits.of(max_pages * page_size, query_tokens, asked.budget, asked.always, asked.dense_below)
+    for name in ("token_budget", "sink_tokens", "recent_tokens", "dense_below"):
+        setattr(p, name, getattr(limits, name))
     p.selector = fused.SELECTORS.index(a["selector"])
     p.prunes = a["selector"] != "dense" and (a["top_p"] < 1.0 or per_head is not None)
     p.query_tokens, p.group_size, p.kv_heads = query_tokens, heads // kv_heads, kv_heads
     p.log2_page_size, p.max_pages, p.num_pages = page_size.bit_length() - 1, max_pages, num_pages
-    p.capacity = counted(max_pages, page_size, query_tokens, p.token_budget, p.budget_fraction, p.sink_tokens, p.recent_tokens)
+    p.capacity = limits.page_capacity(page_size) if a["selector"] == "quest" else limits.token_capacity
     p.evens_out = seed // 2 % 2
     shared = emulator.emulate_fused_decode(ctypes.byref(p), batch, head_dim, q.dtype == torch.float16, cluster_size, seed)
     predicted = fused.shared_bytes(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat import reference
 from fused_calls import assert_as_reference, extreme_call, observed, random_call
 from inputs import Shape, make_inputs, on_device
 
-from twilight_ops import reference
 from twilight_ops.kernels import fused, native
 
 pytestmark = [
@@ -18,7 +18,7 @@ pytestmark = [
 
 def run_with(cluster_size: int):
     """Calls the private operator with decode_attention's arguments."""
-    return lambda arguments: native.run_fused(native.bind_decode_attention((), arguments), cluster_size)
+    return lambda arguments: native.run_fused(native.DECODE_ATTENTION.values((), dict(arguments)), cluster_size)
 
 
 @pytest.mark.sanitize
@@ -74,8 +74,7 @@ def test_append_kv_writes_what_the_reference_writes(dtype, head_dim, bounds_dtyp
     k = torch.randn(3, tokens, 2, head_dim, device="cuda").to(dtype)
     got, want = inputs.clone(), inputs.clone()
     arguments = got.arguments("append_kv", k=k, v=k.neg())
-    arguments.setdefault("positions", None)
-    torch.ops.twilight._fused_append_kv(*arguments.values())
+    torch.ops.twilight._fused_append_kv(**arguments)
     reference.append_kv(**want.arguments("append_kv", k=k, v=k.neg()))
     for name, tensor in want.tensors().items():
         torch.testing.assert_close(getattr(got, name), tensor, rtol=0, atol=0, equal_nan=True)

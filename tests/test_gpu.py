@@ -15,10 +15,11 @@ import test_estimate_weights
 import torch
 from comparisons import assert_same_state, page_scores, plain_weights, token_scores
 from conftest import OpBackend
+from flat import ops, reference
 from inputs import Shape, make_inputs, random_candidates
 from selection import Ranking
 
-from twilight_ops import backends, kernels, ops, reference
+from twilight_ops import backends, kernels
 
 NO_GPU = backends.CUDA.name == "none" or not torch.cuda.is_available()
 pytestmark = [
@@ -36,7 +37,7 @@ class Stages:
     device = "cuda"
 
     def __getattr__(self, op: str):
-        return kernels.STAGES[op]
+        return kernels.stage(op)
 
 
 STAGES = Stages()

@@ -60,11 +60,11 @@ class KeptBuffers:
         for layer in cache.layers:
             paged = layer.paged
             slots = cache.sequences.max_pages * paged.page_size
-            kept = torch.full((cache.max_batch_size, paged.k_cache.shape[1], slots), -1, dtype=torch.int32, device="cuda")
+            kept = torch.full((cache.max_batch_size, paged.kv.k_cache.shape[1], slots), -1, dtype=torch.int32, device="cuda")
             counts = torch.zeros(kept.shape[:2], dtype=torch.int32, device="cuda")
             torch._dynamo.mark_static_address(kept)
             torch._dynamo.mark_static_address(counts)
-            self.by_layer[id(paged.k_cache)] = (paged, kept, counts)
+            self.by_layer[id(paged.kv.k_cache)] = (paged, kept, counts)
 
     def attend(self, q, layer, page_table, seq_lens, sm_scale):
         for paged, kept, counts in self.by_layer.values():

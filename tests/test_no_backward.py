@@ -7,7 +7,7 @@ import torch
 from inputs import Shape, make_inputs
 from test_malformed import assert_unwritten, inputs, valid, written_arguments
 
-from twilight_ops import backends, ops
+from twilight_ops import KV, Candidates, Paging, attend_sparse, backends
 
 EXPECTED = "expected a tensor that needs no gradient (there is no backward: call under torch.no_grad()), got requires_grad=True"
 
@@ -81,19 +81,19 @@ def test_a_compiled_call_is_refused_at_trace_time_and_served_without_gradients(o
 class Projected(torch.nn.Module):
     """A decode call on what a layer with parameters projects."""
 
-    def __init__(self, arguments: list):
+    def __init__(self, kv: KV, sm_scale: float):
         super().__init__()
-        self.arguments = arguments
+        self.kv, self.sm_scale = kv, sm_scale
         self.projection = torch.nn.Linear(64, 64)
 
     def forward(self, hidden, page_table, seq_lens):
-        k_cache, v_cache = self.arguments[1:3]
-        return ops.attend_sparse(self.projection(hidden), k_cache, v_cache, page_table, seq_lens, *self.arguments[5:])
+        paging = Paging(page_table, seq_lens)
+        return attend_sparse(self.projection(hidden), self.kv, paging, Candidates(), self.sm_scale)
 
 
 def test_a_module_is_exported_with_its_parameters_and_any_page_table():
     x = make_inputs(Shape((40, 17), 4, 2, 64, 16, 1, torch.float32))
-    module = Projected(list(x.arguments("attend_sparse").values()))
+    module = Projected(KV(x.k_cache, x.v_cache), x.sm_scale)
     tokens = (x.q, x.page_table, x.seq_lens)
     exported = torch.export.export(module, tokens, dynamic_shapes=(None, {1: torch.export.Dim.DYNAMIC}, None), strict=False)
     wider = (x.q, torch.nn.functional.pad(x.page_table, (0, 3)), x.seq_lens)
@@ -107,16 +107,16 @@ def test_a_module_is_exported_with_its_parameters_and_any_page_table():
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=["grad", "jacrev"])
 def test_the_public_functions_refuse_a_transform_that_differentiates(transform):
     x = make_inputs(Shape((40, 17), 4, 2, 64, 16, 1, torch.float32))
-    arguments = list(x.arguments("attend_sparse").values())
+    arguments = (KV(x.k_cache, x.v_cache), Paging(x.page_table, x.seq_lens), Candidates(), x.sm_scale)
 
     def total(q, scale):
-        return (ops.attend_sparse(q, *arguments[1:])[0] * scale).sum()
+        return (attend_sparse(q, *arguments)[0] * scale).sum()
 
     with pytest.raises(RuntimeError) as raised:
         transform(total)(x.q, torch.ones(()))
     assert f"twilight::attend_sparse: q: {EXPECTED}" in str(raised.value)
     # What does not go through the operator has its gradient.
-    expected = ops.attend_sparse(*arguments)[0].sum()
+    expected = attend_sparse(x.q, *arguments)[0].sum()
     torch.testing.assert_close(transform(total, argnums=1)(x.q, torch.ones(())), expected)
 
 

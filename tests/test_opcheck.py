@@ -49,12 +49,12 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
         ("estimate_weights", "a token list", x.arguments("estimate_weights", **listed)),
         ("estimate_weights", "a page list", y.arguments("estimate_weights", **paged)),
         ("prune_top_p", "every token", {**x.arguments("prune_top_p", weights=weights), "top_p": 0.8}),
-        ("prune_top_p", "tensor p", x.arguments("prune_top_p", weights=weights, top_p_per_head=half, sink_tokens=1)),
+        ("prune_top_p", "tensor p", x.arguments("prune_top_p", weights=weights, head_top_p=half, sink_tokens=1)),
         ("attend_sparse", "dense", x.arguments("attend_sparse")),
         ("attend_sparse", "a token list", x.arguments("attend_sparse", **listed)),
         ("attend_sparse", "a page list", y.arguments("attend_sparse", **paged)),
         ("decode_attention", "dense", x.arguments("decode_attention", selector="dense", top_p=1.0)),
-        ("decode_attention", "full", x.arguments("decode_attention", selector="full", top_p_per_head=half)),
+        ("decode_attention", "full", x.arguments("decode_attention", selector="full", head_top_p=half)),
         (
             "decode_attention",
             "quest and every output",
@@ -71,7 +71,7 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
         (
             "decode_attention",
             "given",
-            x.arguments("decode_attention", selector="given", candidates=tokens, candidate_counts=token_counts),
+            x.arguments("decode_attention", selector="given", indices=tokens, counts=token_counts),
         ),
     ]
 

@@ -156,7 +156,7 @@ def test_a_dropped_decoder_frees_its_cache_at_once(model, capture):
     torch._dynamo.reset()
     decoder = Decoder(model, make_cache(model), capture=capture)
     decoder.generate(tokens(), None, 4)
-    held = weakref.ref(decoder.cache.layers[0].paged.k_cache)
+    held = weakref.ref(decoder.cache.layers[0].paged.kv.k_cache)
     gc.collect()
     gc.disable()
     try:
@@ -174,7 +174,7 @@ def test_a_dropped_cache_is_freed_without_the_cycle_collector(model):
     try:
         cache = make_cache(model)
         logits(model, tokens(), cache)
-        held = weakref.ref(cache.layers[0].paged.k_cache)
+        held = weakref.ref(cache.layers[0].paged.kv.k_cache)
         del cache
         assert held() is None
     finally:
@@ -220,7 +220,7 @@ def test_autocast_is_served_in_its_dtype(model, dense):
         cache = make_cache(model)
         ours = logits(model, ids, cache)
         theirs = logits(dense, ids)
-        assert cache.layers[0].paged.k_cache.dtype == torch.bfloat16
+        assert cache.layers[0].paged.kv.k_cache.dtype == torch.bfloat16
         more = logits(model, ids[:, :1], cache)
     assert ours.dtype == theirs.dtype and more.shape == (1, 1, 99)
     # Both round to eight bits; the exact logits are the judge.

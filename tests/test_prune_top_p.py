@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from comparisons import listed_set
+from flat import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import SHAPES, Shape, make_inputs, random_candidates
 
-from twilight_ops import reference
-from twilight_ops.reference.prune_top_p import MASS_UNIT
+from twilight_ops.capacity import WEIGHT_UNIT
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 PROPERTY = settings(
@@ -51,7 +51,7 @@ def softmax_rows(*size: int, seed: int = 0, spread: float = 3.7) -> torch.Tensor
 
 def assert_smallest_set(weights: list[float], kept: list[bool], top_p: float) -> None:
     """Exactly, in integers: the mass reaches p, and without its lightest weight class it does not; ties are kept together."""
-    mass = [math.floor(w * MASS_UNIT) for w in weights]
+    mass = [math.floor(w * WEIGHT_UNIT) for w in weights]
     need = max(1, math.ceil(top_p * sum(mass)))
     inside = [i for i, k in enumerate(kept) if k]
     assert sum(mass[i] for i in inside) >= need
@@ -72,7 +72,7 @@ probability = st.one_of(st.floats(1e-3, 1.0, exclude_max=True), st.sampled_from(
 @given(weights=st.lists(weight, min_size=1, max_size=80), top_p=probability)
 def test_prune_top_p_keeps_the_smallest_set_that_reaches_p(backend, weights, top_p):
     kept, mass = prune(backend, row(weights), top_p)
-    if sum(math.floor(w * MASS_UNIT) for w in weights) == 0:
+    if sum(math.floor(w * WEIGHT_UNIT) for w in weights) == 0:
         assert kept.all() and mass.item() == 1.0
         return
     assert_smallest_set(row(weights).flatten().tolist(), kept.flatten().tolist(), top_p)

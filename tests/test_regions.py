@@ -620,7 +620,7 @@ def test_a_compiled_step_keeps_neither_the_model_nor_the_cache(monkeypatch):
         model(ids(PROMPT), past_key_values=cache)
         torch.compile(step, backend=backend, fullgraph=True, dynamic=False)(model, cache)
     alive = [weakref.ref(weight) for weight in model.parameters()]
-    alive += [weakref.ref(layer.paged.k_cache) for layer in cache.layers]
+    alive += [weakref.ref(layer.paged.kv.k_cache) for layer in cache.layers]
     del model, cache
     torch._dynamo.reset()
     gc.collect()

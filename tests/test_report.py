@@ -15,12 +15,13 @@ from twilight_ops.capacity import (
     COUNTER_KEPT,
     COUNTER_LIVE,
     COUNTER_MASS,
+    COUNTER_MASS_UNIT,
     COUNTER_ROWS,
     HISTOGRAM_BINS,
     histogram_bin,
     histogram_bin_start,
 )
-from twilight_ops.report import MASS_UNIT, BudgetLog, budget_report, spread
+from twilight_ops.report import BudgetLog, budget_report, spread
 
 HEADS, KV_HEADS, DIM, BATCH, PROMPT = 4, 2, 64, 2, 90
 
@@ -39,7 +40,7 @@ def new_cache(device="cpu", selector=None, **settings) -> PagedKVCache:
 
 
 def rows(heads: int, tokens: int, seed: int, cache: PagedKVCache) -> torch.Tensor:
-    like = cache.layers[0].k_cache
+    like = cache.layers[0].kv.k_cache
     return torch.randn(BATCH, tokens, heads, DIM, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
 
 
@@ -86,7 +87,7 @@ def count_by_hand(layer, rows: list[tuple[int, int, int, bool]]) -> None:
     """Writes the counters of calls (live, candidates, kept, dense path) into every KV head of a layer."""
     live, candidates, kept, dense = zip(*rows, strict=True)
     header = {COUNTER_ROWS: len(rows), COUNTER_LIVE: sum(live), COUNTER_CANDIDATES: sum(candidates), COUNTER_KEPT: sum(kept)}
-    header |= {COUNTER_MASS: int(len(rows) * MASS_UNIT), COUNTER_DENSE: sum(dense)}
+    header |= {COUNTER_MASS: int(len(rows) * COUNTER_MASS_UNIT), COUNTER_DENSE: sum(dense)}
     for column, value in header.items():
         layer.budget_counters[:, column] = value
     layer.budget_counters[:, COUNTER_HEADER:] = torch.tensor(binned(candidates) + binned(kept))

@@ -8,7 +8,8 @@ from comparisons import listed_set, token_scores
 from inputs import SHAPES, Shape, break_key, make_inputs
 from selection import Ranking
 
-from twilight_ops.capacity import token_capacity
+from twilight_ops import Always, Budget
+from twilight_ops.capacity import Limits
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 RANKING = Ranking("select_tokens", token_scores, by_page=False)
@@ -106,7 +107,8 @@ def test_select_tokens_has_the_capacity_that_was_promised(backend):
     for budget, fraction, sinks, recent in ((1, 0.0, 0, 0), (7, 0.3, 0, 0), (7, 1.0, 0, 0), (1, 0.0, 20, 30), (10**6, 0.0, 0, 0)):
         arguments = x.arguments("select_tokens", token_budget=budget, budget_fraction=fraction, sink_tokens=sinks, recent_tokens=recent)
         indices, _ = backend.select_tokens(**arguments)
-        assert indices.shape[-1] == token_capacity(x.page_table.shape[1], 16, 1, budget, fraction, sinks, recent)
+        limits = Limits.of(x.max_tokens, 1, Budget(budget, fraction), Always(sinks, recent))
+        assert indices.shape[-1] == limits.token_capacity
 
 
 def test_select_tokens_is_bitwise_the_same_for_any_number_of_threads(backend, threads):

@@ -15,13 +15,18 @@ from twilight_ops import (
     LayerOverride,
     MagicPig,
     PagedKVCache,
+    Paging,
+    Pruning,
     Quest,
     ShadowPrefix,
     SparQ,
     Streaming,
     Tidal,
     TwilightConfig,
-    ops,
+    attend_sparse,
+    calibration,
+    estimate_weights,
+    prune_top_p,
 )
 from twilight_ops.decode_step import append, attend
 from twilight_ops.reference import _top_k
@@ -76,7 +81,7 @@ def query(batch, tokens=1, seed=1):
 
 def filled(selector, lens, **settings):
     cache = make_cache(selector, lens, **settings)
-    k, v = keys_values(lens, dtype=cache.layers[0].k_cache.dtype)
+    k, v = keys_values(lens, dtype=cache.layers[0].kv.k_cache.dtype)
     for layer in cache.layers:
         if layer.plan.selector is not None:
             layer.plan.selector.calibrate(query(len(lens), k.shape[1], seed=5), k, layer, left_padded(lens), SCALE)
@@ -206,12 +211,15 @@ def test_the_step_attends_to_exactly_the_list_after_pruning(selector, top_p):
     if name(selector) == "Tidal":
         attend(q, cache.layers[0], cache.page_table, cache.seq_lens, SCALE)
     out, _ = attend(q, layer, cache.page_table, cache.seq_lens, SCALE)
-    indices, counts, unit = layer.plan.selector.select(q, layer, cache.page_table, cache.seq_lens, SCALE)
+    candidates, paging = (
+        layer.plan.selector.select(q, layer, cache.page_table, cache.seq_lens, SCALE),
+        Paging(cache.page_table, cache.seq_lens),
+    )
     if top_p < 1.0:
-        shadow = (layer.k_quant, layer.k_scale, layer.channel_order, layer.prefix_channels)
-        weights = ops.estimate_weights(q, *shadow, cache.page_table, cache.seq_lens, indices, counts, unit, SCALE)
-        indices, counts, _ = ops.prune_top_p(weights, cache.seq_lens, indices, counts, unit, KV_HEADS, top_p)
-    expected, _ = ops.attend_sparse(q, layer.k_cache, layer.v_cache, cache.page_table, cache.seq_lens, indices, counts, 1, SCALE)
+        weights = estimate_weights(q, layer.shadow, paging, candidates, SCALE)
+        indices, counts, _ = prune_top_p(weights, cache.seq_lens, candidates, KV_HEADS, Pruning(top_p))
+        candidates = Candidates(indices, counts)
+    expected, _ = attend_sparse(q, layer.kv, paging, candidates, SCALE)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -228,12 +236,12 @@ def test_ranking_equals_the_reference():
         scores[0, 0, 0], scores[3, 1, 80] = torch.inf, torch.inf
         selector = Streaming(token_budget=int(torch.randint(1, 70, (), generator=g)), budget_fraction=0.3)
         cache = make_cache(selector, lens.tolist(), sink_tokens=3, recent_tokens=2)
-        found = rank.best_tokens(scores, live, selector, cache.layers[0], cache.page_table, lens, 1)
+        found = rank.best_tokens(scores, live, cache.layers[0], cache.page_table, lens, 1)
         positions = torch.arange(160)
         forced = ((positions < 3) | (positions >= lens[:, None, None] - 2)).expand_as(live)
-        budget = _top_k.row_budget(lens.long(), KV_HEADS, selector.token_budget, 0.3, None)
-        capacity = rank.list_capacity(selector, cache.layers[0], cache.page_table, 1)
-        indices, counts = _top_k.take_best(scores, live, forced, budget, capacity)
+        limits = cache.layers[0].limits(cache.page_table, 1)
+        budget = _top_k.row_budget(lens.long(), KV_HEADS, limits, None)
+        indices, counts = _top_k.take_best(scores, live, forced, budget, limits.token_capacity)
         torch.testing.assert_close(found.counts, counts)
         torch.testing.assert_close(found.indices, indices)
 
@@ -312,8 +320,9 @@ def test_double_sparsity_calibrates_on_real_rows_only():
 def test_double_sparsity_reads_its_channels_from_a_calibration_file(tmp_path):
     order = torch.stack([torch.randperm(HEAD_DIM, generator=torch.Generator().manual_seed(h)) for h in range(KV_HEADS)]).int()
     path = str(tmp_path / "calibration.safetensors")
-    save_file({"layers.1.channel_order": order}, path)
-    with pytest.raises(ValueError, match=r"DoubleSparsity: calibration: expected layers.0.channel_order in .*, got a file without it"):
+    tensors = {"layers.1.channel_order": order, "layers.1.prefix_channels": torch.full((KV_HEADS,), 8, dtype=torch.int32)}
+    save_file(tensors, path, metadata={"format": calibration.FORMAT})
+    with pytest.raises(ValueError, match=r"calibration: .*: expected an entry for layer 0, got none"):
         make_cache(DoubleSparsity(calibration=path), [10])
     cache = make_cache(DoubleSparsity(heavy_channels=8, calibration=path), [10], layers=2, dense_layers=1)
     layer = cache.layers[1]

@@ -19,9 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from twilight_ops import kernels
+from twilight_ops import KV, Always, Budget, Candidates, Observation, PageBounds, Paging, Policy, Pruning, Shadow, kernels
 from twilight_ops.capacity import COUNTER_COLUMNS
 from twilight_ops.kernels import _launch
+from twilight_ops.kernels.append_kv import append_kv
+from twilight_ops.kernels.decode_attention import decode_attention
+from twilight_ops.kernels.estimate_weights import estimate_weights
+from twilight_ops.kernels.prune_top_p import prune_top_p
 
 # Shared memory that a block may have: on sm_86 and sm_89 the least of all that count as sm_80 and newer.
 SHARED_LIMIT = 99 * 1024
@@ -73,32 +77,43 @@ def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(size, dtype=dtype)
 
 
-def decode(selector: str, dtype: torch.dtype, dim: int, page: int, max_pages: int, query_tokens: int = 1, group: int = 4, **options):
+def decode(
+    selector: str,
+    dtype: torch.dtype,
+    dim: int,
+    page: int,
+    max_pages: int,
+    query_tokens: int = 1,
+    group: int = 4,
+    model_bounds: bool = False,
+    head_top_p: torch.Tensor | None = None,
+):
     """One append and one staged decode step of nothing: only launches are made, and those are recorded."""
     batch, kv_heads, pages, ints = 2, 2, 3, torch.int32
-    cache = [empty(pages, kv_heads, page, dim, dtype=dtype) for _ in range(2)]
-    shadow = [empty(pages, kv_heads, page * dim // 2, dtype=torch.uint8), empty(pages, kv_heads, page, 2, dtype=torch.bfloat16)]
-    bounds = [empty(pages, kv_heads, 2, dim, dtype=torch.uint8), empty(pages, kv_heads, 2, dtype=torch.bfloat16)]
-    order = [empty(kv_heads, dim, dtype=ints), empty(kv_heads, dtype=ints)]
-    paging = [empty(batch, max_pages, dtype=ints), empty(batch, dtype=ints)]
-    if options.pop("model_bounds", False):
-        bounds = [empty(pages, kv_heads, 2, dim, dtype=dtype), None]
+    cache = KV(*(empty(pages, kv_heads, page, dim, dtype=dtype) for _ in range(2)))
+    codes = (empty(pages, kv_heads, page * dim // 2, dtype=torch.uint8), empty(pages, kv_heads, page, 2, dtype=torch.bfloat16))
+    shadow = Shadow(*codes, empty(kv_heads, dim, dtype=ints), empty(kv_heads, dtype=ints))
+    bounds = PageBounds(empty(pages, kv_heads, 2, dim, dtype=torch.uint8), empty(pages, kv_heads, 2, dtype=torch.bfloat16))
+    paging = Paging(empty(batch, max_pages, dtype=ints), empty(batch, dtype=ints))
+    if model_bounds:
+        bounds = PageBounds(empty(pages, kv_heads, 2, dim, dtype=dtype))
+    candidates = Candidates()
     if selector == "given":
-        options |= {"candidates": empty(batch, kv_heads, 40, dtype=ints), "candidate_counts": empty(batch, kv_heads, dtype=ints)}
+        candidates = Candidates(empty(batch, kv_heads, 40, dtype=ints), empty(batch, kv_heads, dtype=ints))
     new = [empty(batch, query_tokens, kv_heads, dim, dtype=dtype) for _ in range(2)]
-    kernels.append_kv(*new, *cache, *shadow, *bounds, *order, *paging)
+    append_kv(*new, cache, paging, None, shadow, bounds)
     q = empty(batch, query_tokens, kv_heads * group, dim, dtype=dtype)
     counters = torch.empty(kv_heads, COUNTER_COLUMNS, dtype=torch.int64)
-    arguments = (q, *cache, *shadow, *bounds, *order, *paging, selector, 1024, 0.125, 0.85, dim**-0.5)
-    kernels.decode_attention(*arguments, budget_counters=counters, **options)
-    return q, shadow, order, paging
+    policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p))
+    decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters))
+    return q, shadow, paging
 
 
 def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     half, brain = torch.float16, torch.bfloat16
-    q, shadow, order, paging = decode("quest", brain, 128, 16, 2048)
+    q, shadow, paging = decode("quest", brain, 128, 16, 2048)
     decode("shadow_prefix", brain, 128, 16, 2048)
-    decode("full", half, 64, 32, 32, query_tokens=2, head_token_budget=None)
+    decode("full", half, 64, 32, 32, query_tokens=2)
     decode("given", brain, 96, 64, 16, group=3)
     decode("dense", half, 256, 16, 64, group=1)
     decode("quest", half, 256, 32, 64, group=8, model_bounds=True)
@@ -108,10 +123,10 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     decode("shadow_prefix", half, 96, 32, 4, query_tokens=2, group=3)
     # Rows of 131072 tokens: ranked from a bound, pruned in loops.
     decode("shadow_prefix", half, 64, 16, 8192)
-    decode("full", brain, 128, 16, 8192, top_p_per_head=empty(1, 8))
+    decode("full", brain, 128, 16, 8192, head_top_p=empty(1, 8))
     # The operators that decode_attention does not go through as they are.
-    weights = kernels.estimate_weights(q, *shadow, *order, *paging, None, None, 1, 0.1)
-    kernels.prune_top_p(weights, paging[1], None, None, 1, 2, 0.9)
+    weights = estimate_weights(q, shadow, paging, Candidates(), 0.1)
+    prune_top_p(weights, paging.seq_lens, Candidates(), 2, Pruning(0.9), Always())
 
     for architecture in recorder.architectures:
         assert recorder.names(architecture) == every_kernel()

@@ -27,11 +27,12 @@ if INTERPRETED:
     import test_prune_top_p
     import triton_interpreter
     from comparisons import assert_same_state, page_scores, plain_weights, token_scores
+    from flat import reference
     from inputs import Shape, make_inputs, random_candidates
     from selection import Ranking
     from test_append_kv import blank, left_aligned
 
-    from twilight_ops import kernels, reference
+    from twilight_ops import kernels
     from twilight_ops.kernels import _rank
     from twilight_ops.kernels._launch import Launch
 
@@ -43,7 +44,7 @@ if INTERPRETED:
         device = "cpu"
 
         def __getattr__(self, op: str):
-            return kernels.STAGES[op]
+            return kernels.stage(op)
 
     STAGES = Stages()
     RAGGED = Shape((0, 1, 16, 17, 45), 4, 2, 64, 16, 1, torch.float16)

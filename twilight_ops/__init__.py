@@ -1,23 +1,44 @@
 """Select-then-Prune sparse attention for decoding: registers `torch.ops.twilight.*`."""
 
-from . import backends, ops
+from . import backends
+from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, Paging, Policy, Pruning, Shadow
 from .config import LayerOverride, TwilightConfig
-from .ops import append_kv, attend_sparse, decode_attention, estimate_weights, prune_top_p, select_pages, select_tokens
-from .paged_kv_cache import PagedKVCache, PagedKVLayer
+from .layer import PagedKVLayer, Selector
+from .ops.append_kv import append_kv
+from .ops.attend_sparse import attend_sparse
+from .ops.decode_attention import decode_attention
+from .ops.estimate_weights import estimate_weights
+from .ops.prune_top_p import prune_top_p
+from .ops.select_pages import select_pages
+from .ops.select_tokens import select_tokens
+from .paged_kv_cache import PagedKVCache
 from .presets import ada_kv, duo_attention, pyramid_kv
-from .selectors import DoubleSparsity, Full, MagicPig, Quest, Selector, ShadowPrefix, SparQ, Streaming, Tidal
+from .report import BudgetLog, BudgetReport, budget_report
+from .selectors import DoubleSparsity, Full, MagicPig, Quest, ShadowPrefix, SparQ, Streaming, Tidal
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Always",
+    "Budget",
+    "BudgetLog",
+    "BudgetReport",
+    "Candidates",
     "DoubleSparsity",
     "Full",
+    "KV",
     "LayerOverride",
     "MagicPig",
+    "Observation",
+    "PageBounds",
     "PagedKVCache",
     "PagedKVLayer",
+    "Paging",
+    "Policy",
+    "Pruning",
     "Quest",
     "Selector",
+    "Shadow",
     "ShadowPrefix",
     "SparQ",
     "Streaming",
@@ -27,10 +48,10 @@ __all__ = [
     "append_kv",
     "attend_sparse",
     "backends",
+    "budget_report",
     "decode_attention",
     "duo_attention",
     "estimate_weights",
-    "ops",
     "prune_top_p",
     "pyramid_kv",
     "select_pages",

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native_modules, reference
+from . import native_modules
 from .native_modules import CPU_CAPABILITIES
+from .ops import OPS, operator
 from .serving import attach, record_native, serving
 
 __all__ = ["CPU", "CUDA", "OPS", "Backend", "checked_reference", "serving"]
-
-OPS = ("append_kv", "select_pages", "select_tokens", "estimate_weights", "prune_top_p", "attend_sparse", "decode_attention")
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,7 @@ def _cpu_capabilities() -> tuple[str, ...]:
 
 def checked_reference(op: str) -> Callable:
     """The PyTorch reference of an operator behind the operator's own argument checks: the fallback kernel."""
-    check = getattr(importlib.import_module(f"{__package__}.ops.{op}"), f"check_{op}")
-    run = getattr(reference, op)
-
-    @functools.wraps(run)
-    def kernel(*args, **kwargs):
-        check(*args, **kwargs)
-        return run(*args, **kwargs)
-
-    return kernel
+    return operator(op).kernel(getattr(importlib.import_module(f"{__package__}.reference.{op}"), op))
 
 
 def _load_native_cpu() -> tuple[str, dict[str, str]]:

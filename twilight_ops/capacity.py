@@ -1,54 +1,52 @@
 """A call's token counts and the capacity of its lists. `csrc/capacity.h` is the C++ twin."""
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
+
+from .arguments import Always, Budget
 
 # Tokens that the page table of one sequence may hold. Sums of two token counts then fit an int32.
 MAX_TABLE_TOKENS = 2**29
 # What an int32 position can be: the limit where there is no page table.
 MAX_TOKENS = 2**31 - 1
+# Estimated weights are added up as integers of this unit, so that every backend gets the same sums in any order.
+WEIGHT_UNIT = 2**40
 
 
 class Limits(NamedTuple):
     """Token counts of one call, none beyond what its page table holds, so that no sum or product of them overflows."""
 
+    max_tokens: int
     token_budget: int
+    budget_fraction: float
     sink_tokens: int
     recent_tokens: int  # at least the query tokens, which are the newest
     dense_below: int
 
     @classmethod
-    def clamped(
-        cls, max_tokens: int, query_tokens: int, token_budget: int = 1, sink_tokens: int = 0, recent_tokens: int = 0, dense_below: int = 0
-    ) -> "Limits":
+    def of(cls, max_tokens: int, query_tokens: int, budget: Budget, always: Always, dense_below: int = 0) -> Limits:
         """What a caller asks for, as far as it can matter. Every backend does this once, where a call comes in."""
-        recent_tokens = max(recent_tokens, query_tokens)
-        return cls(*(min(tokens, max_tokens) for tokens in (token_budget, sink_tokens, recent_tokens, dense_below)))
+        recent_tokens = max(always.recent_tokens, query_tokens)
+        asked = (budget.token_budget, always.sink_tokens, recent_tokens, dense_below)
+        token_budget, *rest = (min(tokens, max_tokens) for tokens in asked)
+        return cls(max_tokens, token_budget, budget.budget_fraction, *rest)
 
+    @property
+    def candidate_tokens(self) -> int:
+        """Largest token budget any live length can reach: max(token_budget, ceil(budget_fraction * max_tokens))."""
+        return min(self.max_tokens, max(self.token_budget, math.ceil(self.budget_fraction * self.max_tokens)))
 
-def candidate_tokens_capacity(max_tokens: int, token_budget: int, budget_fraction: float) -> int:
-    """Largest token budget any live length can reach: max(token_budget, ceil(budget_fraction * max_tokens))."""
-    return min(max_tokens, max(token_budget, math.ceil(budget_fraction * max_tokens)))
+    @property
+    def token_capacity(self) -> int:
+        """Slots of a token-granular candidate list; sinks and the newest tokens always have a place."""
+        return min(self.max_tokens, max(self.candidate_tokens, self.sink_tokens + self.recent_tokens))
 
-
-def token_capacity(
-    max_pages: int, page_size: int, query_tokens: int, token_budget: int, budget_fraction: float, sink_tokens: int, recent_tokens: int
-) -> int:
-    """Slots of a token-granular candidate list; sinks and the newest tokens always have a place."""
-    max_tokens = max_pages * page_size
-    asked = Limits.clamped(max_tokens, query_tokens, token_budget, sink_tokens, recent_tokens)
-    forced = asked.sink_tokens + asked.recent_tokens
-    return min(max_tokens, max(candidate_tokens_capacity(max_tokens, asked.token_budget, budget_fraction), forced))
-
-
-def page_capacity(
-    max_pages: int, page_size: int, query_tokens: int, token_budget: int, budget_fraction: float, sink_tokens: int, recent_tokens: int
-) -> int:
-    """Slots of a page-granular candidate list; the pages of sinks and of the newest tokens always have a place."""
-    asked = Limits.clamped(max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens)
-    tokens = candidate_tokens_capacity(max_pages * page_size, asked.token_budget, budget_fraction)
-    forced = -(-asked.sink_tokens // page_size) + -(-asked.recent_tokens // page_size) + 1
-    return min(max_pages, max(-(-tokens // page_size), forced))
+    def page_capacity(self, page_size: int) -> int:
+        """Slots of a page-granular candidate list; the pages of sinks and of the newest tokens always have a place."""
+        forced = -(-self.sink_tokens // page_size) + -(-self.recent_tokens // page_size) + 1
+        return min(self.max_tokens // page_size, max(-(-self.candidate_tokens // page_size), forced))
 
 
 # Layout of one row of `budget_counters` [Hkv, COUNTER_COLUMNS] int64.
@@ -56,8 +54,9 @@ COUNTER_ROWS = 0  # calls counted: one a sequence with seq_len > 0
 COUNTER_LIVE = 1  # sum of live tokens
 COUNTER_CANDIDATES = 2  # sum of I0, tokens
 COUNTER_KEPT = 3  # sum of I1, tokens
-COUNTER_MASS = 4  # sum of the captured mass, mean over the group's rows, in units of 2**-20
+COUNTER_MASS = 4  # sum of the captured mass, mean over the group's rows, in units of 1 / COUNTER_MASS_UNIT
 COUNTER_DENSE = 5  # of COUNTER_ROWS, those that took the dense path: seq_len <= dense_below, or selector "dense"
+COUNTER_MASS_UNIT = 2**20
 COUNTER_HEADER = 8
 HISTOGRAM_BINS = 160  # exact below 16, then 8 bins an octave: 16 + 8 * 18 covers 2**22 tokens
 COUNTER_COLUMNS = COUNTER_HEADER + 2 * HISTOGRAM_BINS  # header, histogram of I0, histogram of I1

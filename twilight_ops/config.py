@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from types import NoneType
 
 from ._settings import MOST_TOKENS, Check, each, integer, normalise, one_of, optional, refuse, share, tokens
+from .layer import LayerPlan, Selector
 from .ops._checks import PAGE_SIZES
-from .selectors import Full, Selector, ShadowPrefix
+from .selectors import DEFAULT, Full
 
 # The newest tokens of a sequence that every layer keeps unless told otherwise, and beside them one page of its first ones. A selector ranks
 # the newest ones badly, an estimate may lose them altogether, and attention needs few tokens more (bench/results/accuracy_defaults.jsonl).
@@ -76,31 +77,6 @@ class LayerOverride:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer's resolved settings: what `decode_attention` takes as plain arguments."""
-
-    selector: Selector | None  # None: dense
-    top_p: float
-    dense_below: int
-    sink_tokens: int
-    recent_tokens: int
-    head_token_budget: tuple[int, ...] | None
-    head_top_p: tuple[float, ...] | None
-
-    @property
-    def prunes(self) -> bool:
-        return self.selector is not None and (self.top_p < 1.0 or self.head_top_p is not None)
-
-    @property
-    def uses_shadow(self) -> bool:
-        return self.selector is not None and (self.prunes or self.selector.uses_shadow)
-
-    @property
-    def uses_page_bounds(self) -> bool:
-        return self.selector is not None and self.selector.uses_page_bounds
-
-
-@dataclass(frozen=True)
 class TwilightConfig:
     """Settings of a cache.
 
@@ -123,7 +99,7 @@ class TwilightConfig:
         ValueError: a field of another type or out of range. How many heads and layers there are is checked when a cache is made.
     """
 
-    selector: Selector = field(default_factory=ShadowPrefix)
+    selector: Selector = field(default_factory=DEFAULT)
     top_p: float = 0.95
     page_size: int = 16
     dense_layers: int = 0

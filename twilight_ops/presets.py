@@ -9,14 +9,14 @@ from typing import Any
 
 from ._settings import MOST_TOKENS, each, integer, number, refuse
 from .config import LayerOverride, TwilightConfig
-from .selectors import Selector, ShadowPrefix
+from .selectors import DEFAULT, Selector
 
 _score = number(0.0)
 
 
 def _configuration(selector: Selector | None, top_p: float, settings: dict[str, Any]) -> TwilightConfig:
-    """With the caller's selector, or ShadowPrefix for None."""
-    return TwilightConfig(selector=ShadowPrefix() if selector is None else selector, top_p=top_p, **settings)
+    """With the caller's selector, or the default one for None."""
+    return TwilightConfig(selector=DEFAULT() if selector is None else selector, top_p=top_p, **settings)
 
 
 def _table(where: str, field: str, rows: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
@@ -41,7 +41,7 @@ def pyramid_kv(
     Args:
         num_layers: of the model; the arithmetic runs over all of them, dense ones included.
         token_budget: mean candidates a layer, tokens.
-        selector: whose budget is set; ShadowPrefix if None.
+        selector: whose budget is set; the default one if None.
         beta: steepness, >= 1; 1 is flat.
         top_p, settings: of TwilightConfig.
 
@@ -77,7 +77,7 @@ def ada_kv(
     Args:
         head_need: what each KV head of each layer needs, any unit: for example the mean kept tokens of a `budget_report()`.
         token_budget: mean candidates a KV head, tokens.
-        selector: whose budget is set; ShadowPrefix if None.
+        selector: whose budget is set; the default one if None.
         safeguard: share handed out evenly, 0..1; the paper's is 0.2.
         top_p, settings: of TwilightConfig.
 
@@ -117,7 +117,7 @@ def duo_attention(
             tab-separated `full_attention_heads.tsv` that DuoAttention publishes for a model.
         sparsity: share of heads that stream, those with the lowest scores; unused where every score is 0 or 1.
         sink_tokens, recent_tokens: what a streaming head keeps.
-        selector: of the retrieval heads, with its budget lifted; ShadowPrefix if None.
+        selector: of the retrieval heads, with its budget lifted; the default one if None.
         top_p, settings: of TwilightConfig.
 
     Source: DuoAttention, arXiv 2410.10819.

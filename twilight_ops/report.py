@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,16 +21,12 @@ from .capacity import (
     COUNTER_KEPT,
     COUNTER_LIVE,
     COUNTER_MASS,
+    COUNTER_MASS_UNIT,
     COUNTER_ROWS,
     HISTOGRAM_BINS,
     histogram_bin_start,
 )
-from .paged_kv_cache import PagedKVCache, PagedKVLayer
-
-if TYPE_CHECKING:
-    from .integration import TwilightCache
-
-MASS_UNIT = 2.0**20
+from .layer import PagedKVLayer
 
 
 @dataclass(frozen=True)
@@ -134,6 +130,13 @@ def budget_report(layers: Sequence[PagedKVLayer]) -> BudgetReport:
     return _report(layers, _flat_counters(layers).cpu()) if layers else BudgetReport([], None)
 
 
+class HasLayers(Protocol):
+    """A `PagedKVCache`, or a cache of an engine whose layers are `paged` ones."""
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+
 class BudgetLog:
     """Budgets over the steps of a run: a file with one JSON line a window of steps.
 
@@ -156,7 +159,7 @@ class BudgetLog:
         every: steps a window, >= 1.
     """
 
-    def __init__(self, path: str | Path, cache: TwilightCache | PagedKVCache, every: int = 16):
+    def __init__(self, path: str | Path, cache: HasLayers, every: int = 16):
         self.every = integer(1)("BudgetLog", "every", every)
         self.steps = 0  # so far
         self._layers = [getattr(layer, "paged", layer) for layer in cache.layers]
@@ -269,7 +272,7 @@ def _budget(row: Tensor) -> Budget:
         live=live / per_call,
         candidates=spread(int(row[COUNTER_CANDIDATES]), row[first : first + HISTOGRAM_BINS].tolist()),
         kept=spread(kept, row[second : second + HISTOGRAM_BINS].tolist()),
-        captured_mass=int(row[COUNTER_MASS]) / MASS_UNIT / per_call,
+        captured_mass=int(row[COUNTER_MASS]) / COUNTER_MASS_UNIT / per_call,
         pruned=1.0 - kept / live if live else 0.0,
         dense=int(row[COUNTER_DENSE]) / per_call,
     )

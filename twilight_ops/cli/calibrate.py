@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..calibration import MIN_TOKENS
+from ..selectors._channels import MIN_TOKENS
 from .arguments import check_outputs, number, read_text, whole
 from .models import add_model_arguments, context_of, load_model
 
@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
         paged = [layer.paged for layer in cache.layers]
         metadata = {"tau": str(selector.tau), "budget_fraction": str(selector.budget_fraction), "tokens": str(len(ids))}
         calibration.save(paged, args.out, {"model_type": model.config.model_type, **metadata})
-        prefix = torch.stack([layer.prefix_channels for layer in paged]).float()
+        prefix = torch.stack([layer.shadow.prefix_channels for layer in paged]).float()
         terminal.line(
             f"{args.out}: {len(paged)} layers x {prefix.shape[1]} KV heads from {len(ids)} tokens, "
-            f"prefix {prefix.mean():.1f} of {paged[0].k_cache.shape[3]} channels on average, {prefix.min():.0f} to {prefix.max():.0f}"
+            f"prefix {prefix.mean():.1f} of {paged[0].head_dim} channels on average, {prefix.min():.0f} to {prefix.max():.0f}"
         )
     return 0

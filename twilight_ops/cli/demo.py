@@ -112,10 +112,10 @@ def copy_prompt(source, target, tokens: int) -> None:
         target.sequences.begin(1, tokens)
     for ours, theirs in zip(source.layers, target.layers, strict=True):
         if isinstance(target, TwilightCache):
-            theirs.paged.k_cache.copy_(ours.paged.k_cache)
-            theirs.paged.v_cache.copy_(ours.paged.v_cache)
+            theirs.paged.kv.k_cache.copy_(ours.paged.kv.k_cache)
+            theirs.paged.kv.v_cache.copy_(ours.paged.kv.v_cache)
         else:
-            for pages, rows in ((ours.paged.k_cache, theirs.keys), (ours.paged.v_cache, theirs.values)):
+            for pages, rows in ((ours.paged.kv.k_cache, theirs.keys), (ours.paged.kv.v_cache, theirs.values)):
                 # One sequence: its pages lie one after the other.
                 rows[0, :, :tokens] = pages.transpose(0, 1).flatten(1, 2)[:, :tokens]
             theirs.cumulative_length.fill_(tokens)

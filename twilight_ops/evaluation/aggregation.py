@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._settings import normalise, one_of
-from ..selectors import Candidates, Selector
+from ..arguments import Candidates
+from ..layer import Selector, stored_bytes
 from ..selectors._rank import best_tokens, exact_logits
-from ..selectors.base import stored_bytes
 
 AGGREGATIONS = ("softmax_sum", "softmax_max", "logit_max", "logit_mean")
 
@@ -43,8 +43,7 @@ class ExactTopK(Selector):
         scores = masked.softmax(-1) if kind == "softmax" else (masked - masked.amax((3, 4), keepdim=True))
         scores = {"sum": scores.sum, "max": scores.amax, "mean": scores.mean}[reduction](dim=(1, 3))
         scores = scores if kind == "softmax" else scores.exp()
-        return best_tokens(scores, live, self, layer, page_table, seq_lens, q.shape[1])
+        return best_tokens(scores, live, layer, page_table, seq_lens, q.shape[1])
 
     def scan_bytes(self, layer) -> list[float]:
-        _, kv_heads, _, head_dim = layer.k_cache.shape
-        return [float(head_dim * stored_bytes(layer.k_cache))] * kv_heads
+        return [float(layer.head_dim * stored_bytes(layer.kv.k_cache))] * layer.num_kv_heads

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..paged_kv_cache import PagedKVLayer
+from ..layer import PagedKVLayer, stored_bytes
 from ..report import Budget, BudgetReport
-from ..selectors.base import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -32,18 +31,14 @@ class BytesRead:
 
 def head_bytes(layer: PagedKVLayer, head: int, budget: Budget) -> float:
     """One KV head: the selector's scan of every live token, the INT4 estimate of the candidates, K and V of what is kept."""
-    head_dim = layer.k_cache.shape[3]
-    row = 2 * head_dim * stored_bytes(layer.k_cache)  # K and V of one token
+    head_dim = layer.head_dim
+    row = 2 * head_dim * stored_bytes(layer.kv.k_cache)  # K and V of one token
     plan = layer.plan
     if plan.selector is None:
         return budget.live * row
     read = budget.live * plan.selector.scan_bytes(layer)[head] + budget.kept.mean * row
     if plan.prunes:
-        codes, scale = head_dim / 2, 2 * stored_bytes(layer.k_scale)
-        if plan.selector.kernel == "shadow_prefix":
-            # The scan has read the prefix and the scale; the estimate adds the other channels of the candidates.
-            codes, scale = (head_dim - int(layer.prefix_channels[head])) / 2, 0
-        read += budget.candidates.mean * (codes + scale)
+        read += budget.candidates.mean * plan.selector.estimate_bytes(layer)[head]
     return read
 
 
@@ -52,7 +47,7 @@ def bytes_read(layers: list[PagedKVLayer], report: BudgetReport) -> BytesRead:
     for layer, budgets in zip(layers, report.layers, strict=True):
         for head, budget in enumerate(budgets.heads):
             mine = head_bytes(layer, head, budget)
-            plain = budget.live * 2 * layer.k_cache.shape[3] * stored_bytes(layer.k_cache)
+            plain = budget.live * 2 * layer.head_dim * stored_bytes(layer.kv.k_cache)
             total, dense = total + mine, dense + plain
             if layer.plan.selector is not None:
                 sparse, sparse_dense = sparse + mine, sparse_dense + plain

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._settings import normalise, share
-from ..ops import prune_top_p
-from ..selectors import Candidates, Selector
+from ..arguments import Candidates, Pruning
+from ..layer import Selector, stored_bytes
+from ..ops.prune_top_p import prune_top_p
 from ..selectors._rank import exact_logits
-from ..selectors.base import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class ExactTopP(Selector):
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)
         weights = logits.masked_fill(~live[:, None, :, None], -torch.inf).softmax(-1).flatten(2, 3)  # [B, T, Hq, N]
-        indices, counts, _ = prune_top_p(weights, seq_lens, None, None, 1, layer.k_cache.shape[1], self.mass)
-        return Candidates(indices, counts, 1)
+        indices, counts, _ = prune_top_p(weights, seq_lens, Candidates(), layer.num_kv_heads, Pruning(self.mass))
+        return Candidates(indices, counts)
 
     def scan_bytes(self, layer) -> list[float]:
-        _, kv_heads, _, head_dim = layer.k_cache.shape
-        return [float(head_dim * stored_bytes(layer.k_cache))] * kv_heads
+        return [float(layer.head_dim * stored_bytes(layer.kv.k_cache))] * layer.num_kv_heads

@@ -117,11 +117,7 @@ def budget(cache: TwilightCache) -> dict:
     result = {"bytes_share": read.share, "sparse_layers_bytes_share": read.sparse_share}
     if report.sparse is None:
         return result
-    prefixes = [
-        layer.prefix_channels.float().mean().item()
-        for layer in layers
-        if layer.plan.selector is not None and layer.prefix_channels is not None
-    ]
+    prefixes = [layer.shadow.prefix_channels.float().mean().item() for layer in layers if layer.shadow is not None]
     return result | {
         "live": report.sparse.live,
         "candidates": report.sparse.candidates.mean,

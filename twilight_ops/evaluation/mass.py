@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from .. import ops
+from ..arguments import Candidates, Paging, Pruning
 from ..config import TwilightConfig
 from ..decode_step import append, attend
 from ..integration.generate import cache_argument
+from ..ops.estimate_weights import estimate_weights
+from ..ops.prune_top_p import prune_top_p
 from ..selectors import Full
 from .prefill import Prefill, attention, cache_of
 
@@ -34,13 +36,12 @@ class MassProbe:
     def look(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> None:
         """Prunes this layer's estimate at every p, and weighs what is kept with the exact attention weights."""
         heads = q.shape[2]
-        shadow = (layer.k_quant, layer.k_scale, layer.channel_order, layer.prefix_channels)
-        weights = ops.estimate_weights(q, *shadow, page_table, seq_lens, None, None, 1, sm_scale)
+        weights = estimate_weights(q, layer.shadow, Paging(page_table, seq_lens), Candidates(), sm_scale)
         true = exact_weights(q, layer, page_table, seq_lens, sm_scale)  # [B, Hq, N]
         self.rows += true.shape[0] * heads
         for p in self.top_ps:
             # One group a query head, so that each head's own set comes back and not the union.
-            indices, counts, mass = ops.prune_top_p(weights, seq_lens, None, None, 1, heads, p)
+            indices, counts, mass = prune_top_p(weights, seq_lens, Candidates(), heads, Pruning(p))
             captured = true.gather(2, indices.clamp(min=0).long()).masked_fill(indices < 0, 0.0).sum(-1)
             _add(self.estimated, p, mass.double().sum())
             _add(self.true, p, captured.sum())
@@ -69,7 +70,7 @@ def _add(sums: dict[float, float], p: float, value: Tensor) -> None:
 
 def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
     """Attention weights of one query token over the cache in fp64, [B, Hq, M * S]."""
-    keys = layer.k_cache[page_table.long()].transpose(1, 2).flatten(2, 3).double()  # [B, Hkv, N, D]
+    keys = layer.kv.k_cache[page_table.long()].transpose(1, 2).flatten(2, 3).double()  # [B, Hkv, N, D]
     grouped = q[:, 0].double().unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("bhgd,bhnd->bhgn", grouped, keys).flatten(1, 2) * sm_scale
     live = torch.arange(keys.shape[2], device=q.device) < seq_lens[:, None, None]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import TwilightConfig
+from ..selectors import DEFAULT
 from .runner import LANGUAGE
 
 _MARKERS = "Dos^v<>PhX*"
@@ -30,7 +31,7 @@ def _styles(cells: Sequence[dict]) -> dict[str, int]:
 
 
 def _flagship_first(name: str) -> tuple[bool, str]:
-    return name != "shadow_prefix", name
+    return name != DEFAULT.name, name
 
 
 def _scatter(ax, cells: Sequence[dict], styles: dict[str, int], x: str, y: str, factor: float = 1.0) -> None:
@@ -123,7 +124,7 @@ def draw(cells: Sequence[dict], folder: Path, heat_map_of: str | None = None) ->
         mass(ax, cells)
         save(fig, "mass")
     pruned = [cell for cell in cells if cell["task"] == LANGUAGE and cell["top_p"] < 1.0 and "kept_by_head" in cell]
-    chosen = [cell for cell in pruned if cell["method"] == (heat_map_of or "shadow_prefix")] or pruned
+    chosen = [cell for cell in pruned if cell["method"] == (heat_map_of or DEFAULT.name)] or pruned
     if chosen:
         fig, ax = plt.subplots(figsize=(9, 2.5), layout="constrained")
         default = TwilightConfig().top_p

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .. import calibration
 from ..config import TwilightConfig
 from ..decode_step import append
 from ..integration import TwilightCache
+from ..selectors._channels import RECENT_QUERIES
 
 
 @dataclass
@@ -47,7 +47,7 @@ def _record_attention(module, query, key, value, attention_mask, scaling=None, *
     """Exact causal attention over one whole prompt, noting what it saw; q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
-    newest = query[:, :, -calibration.RECENT_QUERIES :].transpose(1, 2).contiguous()
+    newest = query[:, :, -RECENT_QUERIES:].transpose(1, 2).contiguous()
     _RECORDING.append(LayerRecord(newest, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous(), scale))
     k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     out = scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
@@ -95,7 +95,7 @@ def cache_of(model, config: TwilightConfig, prefills: Sequence[Prefill], new_tok
         v = torch.cat([_left_pad(record.v, longest) for record in records])
         # Older queries are zeros: calibration takes none but the newest.
         q = torch.cat([_left_pad(record.q, longest) for record in records])
-        calibration.from_prompt(layer.paged, q, k, slots, records[0].sm_scale)
+        layer.paged.calibrate(q, k, slots, records[0].sm_scale)
         append(k, v, layer.paged, sequences.live_page_table, sequences.live_step_lens, slots)
     sequences.commit()
     return cache

@@ -1,33 +1,24 @@
 """CUDA kernels: Triton stages, one file an operator, and the native kernels where they serve; `register` attaches them."""
 
+import importlib
 from collections.abc import Callable
 
 from .. import native_modules
+from ..ops import OPS, operator
 from ..serving import attach
 from . import fused, native
-from .append_kv import append_kv
-from .attend_sparse import attend_sparse
-from .decode_attention import decode_attention
-from .estimate_weights import estimate_weights
-from .prune_top_p import prune_top_p
-from .select_pages import select_pages
-from .select_tokens import select_tokens
 
-STAGES = {
-    "append_kv": append_kv,
-    "attend_sparse": attend_sparse,
-    "decode_attention": decode_attention,
-    "estimate_weights": estimate_weights,
-    "prune_top_p": prune_top_p,
-    "select_pages": select_pages,
-    "select_tokens": select_tokens,
-}
+
+def stage(op: str) -> Callable:
+    """The Triton kernel of an operator, with its flat arguments, behind its checks."""
+    return operator(op).kernel(getattr(importlib.import_module(f"{__name__}.{op}"), op))
 
 
 def register(allow_native: bool = True) -> Callable[[], tuple[str, str]]:
     """Attaches every operator's kernel; returns what says the backend's name and what serves, for people."""
     is_built = native_modules.is_built(native_modules.CUDA_MODULE)
-    for op, staged in STAGES.items():
+    for op in OPS:
+        staged = stage(op)
         if not allow_native or op not in native.KERNELS:
             attach(op, "cuda", staged, lambda: "triton")
         elif not is_built:

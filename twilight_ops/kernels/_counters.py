@@ -10,6 +10,7 @@ LIVE = tl.constexpr(capacity.COUNTER_LIVE)
 CANDIDATES = tl.constexpr(capacity.COUNTER_CANDIDATES)
 KEPT = tl.constexpr(capacity.COUNTER_KEPT)
 MASS = tl.constexpr(capacity.COUNTER_MASS)
+MASS_UNIT = tl.constexpr(float(capacity.COUNTER_MASS_UNIT))
 DENSE = tl.constexpr(capacity.COUNTER_DENSE)
 HEADER = tl.constexpr(capacity.COUNTER_HEADER)
 BINS = tl.constexpr(capacity.HISTOGRAM_BINS)
@@ -39,7 +40,7 @@ def count_row(budget_counters, head, length, candidates, kept, mass, dense):
     row = budget_counters + head * COLUMNS
     one = tl.full([], 1, tl.int64)
     # Adding 1.5 * 2**52 rounds a double to an integer, ties to even.
-    units = (mass * 1048576.0 + 6755399441055744.0) - 6755399441055744.0
+    units = (mass * MASS_UNIT + 6755399441055744.0) - 6755399441055744.0
     tl.atomic_add(row + ROWS, one, sem="relaxed")
     tl.atomic_add(row + LIVE, length.to(tl.int64), sem="relaxed")
     tl.atomic_add(row + CANDIDATES, candidates.to(tl.int64), sem="relaxed")

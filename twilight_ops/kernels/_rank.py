@@ -497,7 +497,6 @@ def rank(
     page_size: int,
     unit: int,
     limits: Limits,
-    budget_fraction: float,
     dense_below: int,
     pad: bool,
 ) -> None:
@@ -507,7 +506,7 @@ def rank(
     rows, splits = batch * kv_heads, peaks.shape[1]
     if rows == 0:
         return
-    budget = (max_pages, limits.token_budget, budget_fraction, limits.sink_tokens, limits.recent_tokens, stride)
+    budget = (max_pages, limits.token_budget, limits.budget_fraction, limits.sink_tokens, limits.recent_tokens, stride)
     shape = {"KV_HEADS": kv_heads, "QUERY_TOKENS": query_tokens, "GROUP": heads // kv_heads, "PAGE": page_size, "UNIT": unit}
     scores = {"CHUNK": chunk, "SPLITS_PAD": next_power_of_2(splits)}
     if num_items <= RESIDENT.block:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Candidates, Paging, Shadow
 from ._launch import Launch, cdiv, chunk_size, next_power_of_2, query_rows
 from ._tiles import (
     DEAD,
@@ -359,15 +360,9 @@ WAVES = 8
 
 def shadow_logits(
     q: Tensor,
-    k_quant: Tensor,
-    k_scale: Tensor,
-    channel_order: Tensor,
-    prefix_channels: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    unit: int,
+    shadow: Shadow,
+    paging: Paging,
+    candidates: Candidates,
     sm_scale: float,
     logits: Tensor,
     prefix: bool,
@@ -375,8 +370,9 @@ def shadow_logits(
 ) -> tuple[Tensor, Tensor, int]:
     """Fills `logits` [B, T, Hq, slots]; returns partial maxima and sums [B * T * Hq, splits], and the slots of a split."""
     batch, query_tokens, heads, head_dim = q.shape
+    k_quant, k_scale, channel_order, prefix_channels = shadow
     num_pages, kv_heads, page_size, _ = k_scale.shape
-    capacity, max_pages = logits.shape[3], page_table.shape[1]
+    capacity, max_pages = logits.shape[3], paging.page_table.shape[1]
     rows = batch * kv_heads
     launch = PREFIX_LAUNCH if prefix else LAUNCH
     chunk = chunk_size(rows, capacity, q, launch.block, WAVES)
@@ -390,10 +386,9 @@ def shadow_logits(
             k_scale.view(torch.int32),
             channel_order,
             prefix_channels,
-            page_table,
-            seq_lens,
-            indices,
-            counts,
+            *paging,
+            candidates.indices,
+            candidates.counts,
             logits,
             peaks,
             sums,
@@ -412,8 +407,8 @@ def shadow_logits(
             ROWS_PAD=query_rows(query_tokens, heads // kv_heads, 4),
             BYTES_PAD=next_power_of_2(head_dim // 2),
             PREFIX=prefix,
-            UNIT=unit,
-            LISTED=indices is not None,
+            UNIT=candidates.tokens_per_index,
+            LISTED=candidates.indices is not None,
             CHUNK=chunk,
             BLOCK=launch.block,
             **launch.options,

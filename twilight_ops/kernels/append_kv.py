@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.append_kv import check_append_kv
+from ..arguments import KV, PageBounds, Paging, Shadow
 from ._launch import Launch, cdiv, next_power_of_2
 from ._tiles import INF
 
@@ -172,40 +172,20 @@ def page_bounds_kernel(
 
 
 def append_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_quant: Tensor | None,
-    k_scale: Tensor | None,
-    page_bounds: Tensor | None,
-    bounds_scale: Tensor | None,
-    channel_order: Tensor | None,
-    prefix_channels: Tensor | None,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    positions: Tensor | None = None,
+    k: Tensor, v: Tensor, kv: KV, paging: Paging, positions: Tensor | None, shadow: Shadow | None, bounds: PageBounds | None
 ) -> None:
-    bounds = (page_bounds, bounds_scale)
-    order = (channel_order, prefix_channels)
-    check_append_kv(k, v, k_cache, v_cache, k_quant, k_scale, *bounds, *order, page_table, seq_lens, positions)
     batch, tokens = k.shape[:2]
-    num_pages, kv_heads, page_size, head_dim = k_cache.shape
-    max_pages = page_table.shape[1]
+    num_pages, kv_heads, page_size, head_dim = kv.k_cache.shape
+    max_pages = paging.page_table.shape[1]
     if batch * max_pages * num_pages == 0:
         return
     launch = WRITE[1 if tokens == 1 else 16]
     write_tokens_kernel[(batch * kv_heads, cdiv(tokens, launch.block))](
         k,
         v,
-        k_cache,
-        v_cache,
-        k_quant,
-        k_scale,
-        channel_order,
-        prefix_channels,
-        page_table,
-        seq_lens,
+        *kv,
+        *(shadow or (None, None, None, None)),
+        *paging,
         positions,
         *k.stride()[:3],
         *v.stride()[:3],
@@ -219,13 +199,11 @@ def append_kv(
         BLOCK=launch.block,
         **launch.options,
     )
-    if page_bounds is not None:
+    if bounds is not None:
         page_bounds_kernel[(batch * kv_heads * tokens,)](
-            k_cache,
-            page_bounds,
-            bounds_scale,
-            page_table,
-            seq_lens,
+            kv.k_cache,
+            *bounds,
+            *paging,
             positions,
             tokens,
             num_pages,

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.attend_sparse import check_attend_sparse
+from ..arguments import KV, Candidates, Paging
+from ..ops.attend_sparse import outputs
 from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, query_rows
 from ._tiles import INF, LOG2E, listed_slots, live_length, physical_page, slot_tokens
 
@@ -223,23 +224,13 @@ def merge_kernel(
 
 
 def run_attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    unit: int,
-    sm_scale: float,
-    out: Tensor,
-    lse: Tensor,
-    dense_below: int = -1,
+    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, out: Tensor, lse: Tensor, dense_below: int = -1
 ) -> None:
     """Fills `out` and `lse`; a sequence no longer than `dense_below` attends to everything."""
+    indices, counts, unit = candidates
     batch, query_tokens, heads, head_dim = q.shape
-    num_pages, kv_heads, page_size, _ = k_cache.shape
-    max_pages = page_table.shape[1]
+    num_pages, kv_heads, page_size, _ = kv.k_cache.shape
+    max_pages = paging.page_table.shape[1]
     rows, group = batch * kv_heads, heads // kv_heads
     if rows == 0:
         return
@@ -255,7 +246,7 @@ def run_attend(
     lists = {"UNIT": unit, "LISTED": indices is not None}
     shape = {"KV_HEADS": kv_heads, "QUERY_TOKENS": query_tokens, "GROUP": group, "HEAD_DIM": head_dim, "DIM_PAD": dim_pad}
     plan_kernel[(1,)](
-        seq_lens,
+        paging.seq_lens,
         counts,
         plan,
         rows,
@@ -271,10 +262,8 @@ def run_attend(
     )
     attend_kernel[(programs,)](
         q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
+        *kv,
+        *paging,
         indices,
         counts,
         plan,
@@ -311,18 +300,7 @@ def run_attend(
     )
 
 
-def attend_sparse(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    sm_scale: float,
-) -> tuple[Tensor, Tensor]:
-    arguments = (q, k_cache, v_cache, page_table, seq_lens, indices, counts, tokens_per_index, sm_scale)
-    out, lse = check_attend_sparse(*arguments)
-    run_attend(*arguments, out, lse)
+def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = outputs(q)
+    run_attend(q, kv, paging, candidates, sm_scale, out, lse)
     return out, lse

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.estimate_weights import check_estimate_weights
+from ..arguments import Candidates, Paging, Shadow
+from ..ops.estimate_weights import outputs
 from ._launch import Launch, cdiv, next_power_of_2
 from ._shadow_logits import shadow_logits
 from ._tiles import estimated_weight, listed_slots, live_length, softmax_row, weight_row
@@ -48,41 +49,27 @@ def normalise_kernel(
     tl.store(at, weight, mask=slot < capacity)
 
 
-def estimate_weights(
-    q: Tensor,
-    k_quant: Tensor,
-    k_scale: Tensor,
-    channel_order: Tensor,
-    prefix_channels: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    sm_scale: float,
-) -> Tensor:
-    shadow = (k_quant, k_scale, channel_order, prefix_channels)
-    lists = (indices, counts, tokens_per_index, sm_scale)
-    weights = check_estimate_weights(q, *shadow, page_table, seq_lens, *lists)
-    peaks, sums, chunk = shadow_logits(q, *shadow, page_table, seq_lens, *lists, weights, prefix=False, dense_below=-1)
+def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
+    weights = outputs(q, shadow, paging, candidates, sm_scale)
+    peaks, sums, chunk = shadow_logits(q, shadow, paging, candidates, sm_scale, weights, prefix=False, dense_below=-1)
     batch, query_tokens, heads, capacity = weights.shape
-    kv_heads, page_size = k_scale.shape[1:3]
+    kv_heads, page_size = shadow.k_scale.shape[1:3]
     if weights.numel():
         normalise_kernel[(batch * query_tokens * heads, cdiv(capacity, NORMALISE.block))](
             weights,
             peaks,
             sums,
-            seq_lens,
-            counts,
-            page_table.shape[1],
+            paging.seq_lens,
+            candidates.counts,
+            paging.page_table.shape[1],
             capacity,
             peaks.shape[1],
             KV_HEADS=kv_heads,
             QUERY_TOKENS=query_tokens,
             GROUP=heads // kv_heads,
             PAGE=page_size,
-            UNIT=tokens_per_index,
-            LISTED=indices is not None,
+            UNIT=candidates.tokens_per_index,
+            LISTED=candidates.indices is not None,
             CHUNK=chunk,
             SPLITS_PAD=next_power_of_2(peaks.shape[1]),
             BLOCK=NORMALISE.block,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import native_modules
-from ..capacity import page_capacity, token_capacity
+from ..arguments import Always, Budget
+from ..capacity import Limits
 
 SELECTORS = ("dense", "full", "quest", "shadow_prefix")
 HEAD_DIMS = (64, 128)
@@ -203,13 +204,10 @@ def fused_supports(
     page_bounds: Tensor | None,
     page_table: Tensor,
     selector: str,
-    token_budget: int,
-    budget_fraction: float,
-    top_p: float,
+    budget: Budget,
+    prunes: bool,
     dense_below: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    top_p_per_head: Tensor | None,
+    always: Always,
 ) -> int:
     """The cluster size with which `_fused_decode_attention` serves a checked call, or 0 where it does not."""
     batch, query_tokens, heads, head_dim = q.shape
@@ -229,7 +227,7 @@ def fused_supports(
         return 0
     if max_pages * page_size <= dense_below:  # no row is long enough for anything else, as csrc/decode_attention.cu has it
         selector = "dense"
-    capacity = page_capacity if selector == "quest" else token_capacity
-    items = capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
-    prunes = selector != "dense" and (top_p < 1.0 or top_p_per_head is not None)
+    limits = Limits.of(max_pages * page_size, query_tokens, budget, always)
+    items = limits.page_capacity(page_size) if selector == "quest" else limits.token_capacity
+    prunes = selector != "dense" and prunes
     return cluster_size(batch * kv_heads, selector, prunes, head_dim, rows, page_size, max_pages, items, dense_below)

@@ -1,35 +1,21 @@
 """The native Hopper kernels behind the operators that have one; calls they do not serve go to the Triton stages."""
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import torch
 
 from .. import native_modules
-from ..ops.append_kv import check_append_kv
-from ..ops.decode_attention import check_decode_attention
+from ..arguments import KV, PageBounds, Paging, Policy
+from ..ops._library import LIBRARY
+from ..ops.append_kv import OPERATOR as APPEND_KV
+from ..ops.decode_attention import OPERATOR as DECODE_ATTENTION
 from . import fused
 from .append_kv import append_kv as staged_append_kv
 from .decode_attention import decode_attention as staged_decode_attention
 
-
-def _binder(kernel: Callable) -> Callable[[tuple, dict], dict]:
-    """Names a call's arguments and fills in the defaults, which PyTorch leaves out."""
-    parameters = inspect.signature(kernel).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-
-    def bind(arguments: tuple, named: dict) -> dict:
-        given = dict(zip(parameters, arguments, strict=False)) | named
-        return {name: given[name] if name in given else defaults[name] for name in parameters}
-
-    return bind
-
-
-bind_append_kv = _binder(staged_append_kv)
-bind_decode_attention = _binder(staged_decode_attention)
-_SUPPORT_ARGUMENTS = tuple(inspect.signature(fused.fused_supports).parameters)
-_STAGED_ONLY = ("candidates", "candidate_counts", "tokens_per_candidate")
+LIBRARY.define(f"_fused_append_kv{APPEND_KV.schema}")
+LIBRARY.define(f"_fused_decode_attention{DECODE_ATTENTION.schema.replace(') -> (', ', int cluster_size=0) -> (')}")
 
 
 @functools.cache
@@ -41,31 +27,43 @@ def warn_if_missing() -> None:
 
 def append_kv(*arguments, **named) -> None:
     warn_if_missing()
-    call = bind_append_kv(arguments, named)
-    if call["k"].dtype == torch.float32 or not fused.available():
-        staged_append_kv(**call)
-        return
-    check_append_kv(**call)
-    torch.ops.twilight._fused_append_kv(*call.values())
+    values = APPEND_KV.values(arguments, named)
+    groups = APPEND_KV.groups(values)
+    APPEND_KV.check(*groups)
+    if values[0].dtype == torch.float32 or not fused.available():
+        return staged_append_kv(*groups)
+    return torch.ops.twilight._fused_append_kv(*values)
 
 
-def fused_cluster_size(call: dict) -> int:
-    """Blocks a KV head with which the fused kernel serves a bound call of decode_attention, or 0 where it does not."""
-    return fused.fused_supports(**{name: call[name] for name in _SUPPORT_ARGUMENTS})
+def fused_cluster_size(q: torch.Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBounds | None) -> int:
+    """Blocks a KV head with which the fused kernel serves a checked call of decode_attention, or 0 where it does not."""
+    budget, pruning, always = policy.budget, policy.pruning, policy.always
+    return fused.fused_supports(
+        q,
+        kv.k_cache,
+        None if bounds is None else bounds.page_bounds,
+        paging.page_table,
+        policy.selector,
+        budget,
+        pruning.prunes,
+        policy.dense_below,
+        always,
+    )
 
 
-def run_fused(call: dict, cluster_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A bound call of decode_attention on the fused kernel, unchecked."""
-    arguments = [value for name, value in call.items() if name not in _STAGED_ONLY]
-    return torch.ops.twilight._fused_decode_attention(*arguments, cluster_size)
+def run_fused(values: list, cluster_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat arguments of decode_attention on the fused kernel, unchecked."""
+    return torch.ops.twilight._fused_decode_attention(*values, cluster_size)
 
 
 def decode_attention(*arguments, **named) -> tuple[torch.Tensor, torch.Tensor]:
     warn_if_missing()
-    call = bind_decode_attention(arguments, named)
-    check_decode_attention(**call)
-    cluster_size = fused_cluster_size(call)
-    return run_fused(call, cluster_size) if cluster_size > 0 else staged_decode_attention(**call)
+    values = DECODE_ATTENTION.values(arguments, named)
+    groups = DECODE_ATTENTION.groups(values)
+    DECODE_ATTENTION.check(*groups)
+    q, kv, paging, policy, _, _, bounds, *_ = groups
+    cluster_size = fused_cluster_size(q, kv, paging, policy, bounds)
+    return run_fused(values, cluster_size) if cluster_size > 0 else staged_decode_attention(*groups)
 
 
 _DECODE_CALLS = f"16 bits, head_dim {' or '.join(map(str, fused.HEAD_DIMS))}, at most {fused.MAX_ROWS} query rows a KV head"

@@ -1,12 +1,15 @@
 """Triton kernels of twilight::prune_top_p: an exact threshold a query head, then the union over the group as an ascending list."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..capacity import MAX_TOKENS, Limits
-from ..ops.prune_top_p import check_prune_top_p
+from ..arguments import Always, Budget, Candidates, Observation, Pruning
+from ..capacity import MAX_TOKENS, WEIGHT_UNIT, Limits
+from ..ops.prune_top_p import outputs
 from ._counters import count_row, mean_mass
 from ._launch import Launch, next_power_of_2, query_rows
 from ._tiles import INF, estimated_weight, in_order, listed_slots, slot_tokens, softmax_row, store_compacted, weight_row
@@ -19,7 +22,7 @@ BISECT = Launch(2048, 4, 1, "16 weights a thread; a probe is one pass over regis
 BISECT_SHORT = 512
 UNION = Launch(2048, 8, 1, "8 slots a thread and a scan; one program a KV head")
 
-MASS_UNIT_HALF = tl.constexpr(1048576.0)  # 2**20, twice: masses are in units of 2**-40
+HALF_UNIT = tl.constexpr(float(math.isqrt(WEIGHT_UNIT)))  # twice
 HALF_BITS = tl.constexpr(20)
 # No weight counts as more than 1.
 HIGHEST_KEY = tl.constexpr((127 << 23) + 1)
@@ -83,9 +86,9 @@ def _row_flags(weight, nan, top, QUERY_TOKENS: tl.constexpr, FROM_LOGITS: tl.con
 @triton.jit
 def _mass_words(weight):
     """The high and low 20 bits of trunc(weight * 2**40), both exact in fp32."""
-    scaled = tl.maximum(weight, 0.0) * MASS_UNIT_HALF
+    scaled = tl.maximum(weight, 0.0) * HALF_UNIT
     high = scaled.to(tl.int32)
-    low = ((scaled - high.to(tl.float32)) * MASS_UNIT_HALF).to(tl.int32)
+    low = ((scaled - high.to(tl.float32)) * HALF_UNIT).to(tl.int32)
     return high, low
 
 
@@ -101,12 +104,12 @@ def _mass_sum(high, low):
 
 
 @triton.jit
-def _needed(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total):
+def _needed(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total):
     """p of a row in fp64, and the integer mass that has to be reached."""
-    if top_p_per_head is None:
+    if head_top_p is None:
         p = tl.full([], top_p, tl.float64)
     else:
-        p = tl.load(top_p_per_head + batch * stride_pb + query_head * stride_ph).to(tl.float64)
+        p = tl.load(head_top_p + batch * stride_pb + query_head * stride_ph).to(tl.float64)
         p = tl.where(p != p, 1.0, tl.minimum(tl.maximum(p, 0.0), 1.0))
     wanted = p * total.to(tl.float64)
     need = wanted.to(tl.int64)
@@ -115,13 +118,13 @@ def _needed(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, tota
 
 
 @triton.jit
-def _needed_and_cut(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total, flags, slots):
+def _needed_and_cut(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots):
     """Whether all is kept, the mass needed, and the least weight of a survivor: all lighter ones may be left out even together."""
-    p, need = _needed(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total)
+    p, need = _needed(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total)
     keep_all = (flags >= 2) | (p >= 1.0) | (total == 0)
     # Weights of at most this mass are left out; the least fp32 of more mass is the next integer's, rounded up.
     cut = tl.maximum(total - need, 0) // tl.maximum(slots, 1) + 1
-    exact = cut.to(tl.float64) / (MASS_UNIT_HALF * MASS_UNIT_HALF)
+    exact = cut.to(tl.float64) / (HALF_UNIT * HALF_UNIT)
     least = exact.to(tl.float32)
     bits = least.to(tl.int32, bitcast=True) + tl.where(least.to(tl.float64) < exact, 1, 0)
     return keep_all, need, tl.where(keep_all, HIGHEST_KEY, bits)
@@ -153,7 +156,7 @@ def _survivors_tile(
     places,
     keep,
     top_p,
-    top_p_per_head,
+    head_top_p,
     row,
     out_row,
     batch,
@@ -180,7 +183,7 @@ def _survivors_tile(
     high, low = _mass_words(weight)
     total = _mass_sum(high, low)
     flags = _row_flags(weight, nan, softmax[0], QUERY_TOKENS, FROM_LOGITS)
-    keep_all, need, cut = _needed_and_cut(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total, flags, slots)
+    keep_all, need, cut = _needed_and_cut(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots)
     _store_marks(keep + base, weight, slot, slots, keep_all)
     return total, flags, keep_all, need, cut, _list_survivors(survivors + base, places + base, slot, weight, cut, 0)
 
@@ -193,7 +196,7 @@ def _survivors_looped(
     places,
     keep,
     top_p,
-    top_p_per_head,
+    head_top_p,
     row,
     out_row,
     batch,
@@ -224,7 +227,7 @@ def _survivors_looped(
         masses += _thread_mass(high, low)
         flags |= _row_flags(weight, nan, softmax[0], QUERY_TOKENS, FROM_LOGITS)
     total = tl.sum(masses, 0)
-    keep_all, need, cut = _needed_and_cut(top_p, top_p_per_head, batch, query_head, stride_pb, stride_ph, total, flags, slots)
+    keep_all, need, cut = _needed_and_cut(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots)
     count = tl.zeros([], tl.int32)
     for start in range(0, slots, TILE):
         slot = start + _by_thread(TILE, THREADS)
@@ -244,7 +247,7 @@ def survivors_kernel(
     seq_lens,  # [B]
     indices,  # [B, Hkv, capacity / UNIT] or None
     counts,  # [B, Hkv] or None
-    top_p_per_head,  # [B or 1, Hq or 1] or None
+    head_top_p,  # [B or 1, Hq or 1] or None
     survivors,  # [B, T, Hq, capacity] fp32
     places,  # [B, T, Hq, capacity] int32
     masses,  # [B * T * Hq, 2] int64: needed, total
@@ -292,7 +295,7 @@ def survivors_kernel(
         places,
         keep,
         top_p,
-        top_p_per_head,
+        head_top_p,
         row,
         out_row,
         batch,
@@ -327,7 +330,7 @@ def survivors_kernel(
 @triton.jit
 def _single(at_low, at_high, low):
     """Whether one weight at most lies in low..high: two would have at least twice the mass of `low`."""
-    one = low.to(tl.float32, bitcast=True).to(tl.float64) * (MASS_UNIT_HALF * MASS_UNIT_HALF)
+    one = low.to(tl.float32, bitcast=True).to(tl.float64) * (HALF_UNIT * HALF_UNIT)
     return at_low - at_high < 2 * one.to(tl.int64)
 
 
@@ -513,24 +516,23 @@ def thresholds(
     weights: Tensor,
     stats: tuple[Tensor, Tensor, int] | None,
     seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    unit: int,
+    candidates: Candidates,
     kv_heads: int,
-    top_p: float,
-    top_p_per_head: Tensor | None,
+    pruning: Pruning,
     mass: Tensor,
     max_tokens: int = MAX_TOKENS,
     dense_below: int = -1,
 ) -> Tensor:
     """Marks what each query head keeps, [B, T, Hq, slots] uint8, from weights, or from logits and their `stats`; fills `mass`."""
+    indices, counts, unit = candidates
+    top_p, head_top_p = pruning
     batch, query_tokens, heads, capacity = weights.shape
     keep = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     peaks, sums, chunk = stats if stats is not None else (None, None, 1)
     splits = 1 if peaks is None else peaks.shape[1]
     strides = (0, 0)
-    if top_p_per_head is not None:
-        strides = tuple(0 if size == 1 else stride for size, stride in zip(top_p_per_head.shape, top_p_per_head.stride(), strict=True))
+    if head_top_p is not None:
+        strides = tuple(0 if size == 1 else stride for size, stride in zip(head_top_p.shape, head_top_p.stride(), strict=True))
     rows = batch * query_tokens * heads
     # Tiles of one entry a thread crash Triton 3.6 while it removes layout conversions.
     padded = next_power_of_2(max(capacity, 512))
@@ -550,7 +552,7 @@ def thresholds(
         seq_lens,
         indices,
         counts,
-        top_p_per_head,
+        head_top_p,
         survivors,
         places,
         masses,
@@ -602,21 +604,19 @@ def union(
     mass: Tensor | None,
     query_shape: tuple[int, int, int],
     seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    unit: int,
+    candidates: Candidates,
     kv_heads: int,
     capacity: int,
     max_tokens: int,
     limits: Limits,
-    kept_indices: Tensor | None,
-    kept_counts: Tensor | None,
-    budget_counters: Tensor | None = None,
+    observe: Observation,
     dense_below: int = -1,
     fill_dense: bool = False,
     pad: bool = True,
 ) -> None:
     """Lists and counts what any query head of a group keeps; `keep` None keeps every live candidate. `query_shape` is (B, T, Hq)."""
+    indices, counts, unit = candidates
+    budget_counters, kept_indices, kept_counts = observe
     batch, query_tokens, heads = query_shape
     group = heads // kv_heads
     if batch * kv_heads:
@@ -649,31 +649,11 @@ def union(
 
 
 def prune_top_p(
-    weights: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    num_kv_heads: int,
-    top_p: float,
-    top_p_per_head: Tensor | None = None,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
+    weights: Tensor, seq_lens: Tensor, candidates: Candidates, num_kv_heads: int, pruning: Pruning, always: Always
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept_indices, kept_counts, mass = check_prune_top_p(
-        weights, seq_lens, indices, counts, tokens_per_index, num_kv_heads, top_p, top_p_per_head, sink_tokens, recent_tokens
-    )
-    lists = (seq_lens, indices, counts, tokens_per_index, num_kv_heads)
-    keep = thresholds(weights, None, *lists, top_p, top_p_per_head, mass)
-    union(
-        keep,
-        mass,
-        weights.shape[:3],
-        *lists,
-        weights.shape[3],
-        MAX_TOKENS,
-        Limits.clamped(MAX_TOKENS, weights.shape[1], sink_tokens=sink_tokens, recent_tokens=recent_tokens),
-        kept_indices,
-        kept_counts,
-    )
+    kept_indices, kept_counts, mass = outputs(weights, seq_lens, candidates, num_kv_heads, pruning, always)
+    keep = thresholds(weights, None, seq_lens, candidates, num_kv_heads, pruning, mass)
+    limits = Limits.of(MAX_TOKENS, weights.shape[1], Budget(1), always)
+    shape = (seq_lens, candidates, num_kv_heads, weights.shape[3], MAX_TOKENS, limits)
+    union(keep, mass, weights.shape[:3], *shape, Observation(None, kept_indices, kept_counts))
     return kept_indices, kept_counts, mass

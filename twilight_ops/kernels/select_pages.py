@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import Always, Budget, PageBounds, Paging
 from ..capacity import Limits
-from ..ops.select_pages import check_select_pages
+from ..ops.select_pages import outputs
 from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, query_rows
 from ._rank import rank
 from ._tiles import (
@@ -141,25 +142,24 @@ def page_logits_kernel(
     tl.store(sums + at, sum_, mask=in_rows)
 
 
-def run_select_pages(
+def propose(
     q: Tensor,
-    page_bounds: Tensor,
-    bounds_scale: Tensor | None,
-    page_table: Tensor,
-    seq_lens: Tensor,
+    bounds: PageBounds,
+    paging: Paging,
     page_size: int,
-    budget: tuple[Limits, float, Tensor | None],
+    limits: Limits,
+    head_token_budget: Tensor | None,
     sm_scale: float,
     indices: Tensor,
     counts: Tensor,
     dense_below: int = -1,
     pad: bool = True,
 ) -> None:
-    """Fills `indices` and `counts`; `budget` is (limits, budget_fraction, head_token_budget)."""
-    limits, budget_fraction, head_token_budget = budget
+    """Fills `indices` and `counts`; sequences no longer than `dense_below` are left out."""
     batch, query_tokens, heads, head_dim = q.shape
+    page_bounds, bounds_scale = bounds
     num_pages, kv_heads = page_bounds.shape[:2]
-    max_pages = page_table.shape[1]
+    max_pages = paging.page_table.shape[1]
     rows = batch * kv_heads
     unpacked = 4 if q.dtype == torch.float32 else page_bounds.itemsize  # bytes: tensor cores take 8-bit bounds as they are only for halves
     launch = LAUNCHES[2 * next_power_of_2(head_dim) * unpacked]
@@ -174,8 +174,7 @@ def run_select_pages(
             q,
             page_bounds,
             None if bounds_scale is None else bounds_scale.view(torch.int32),
-            page_table,
-            seq_lens,
+            *paging,
             logits,
             peaks,
             sums,
@@ -197,55 +196,14 @@ def run_select_pages(
             BLOCK=launch.block,
             **launch.options,
         )
-    rank(
-        logits,
-        peaks,
-        sums,
-        chunk,
-        max_pages,
-        seq_lens,
-        head_token_budget,
-        indices,
-        counts,
-        max_pages,
-        page_size,
-        page_size,
-        limits,
-        budget_fraction,
-        dense_below,
-        pad,
-    )
+    lists = (paging.seq_lens, head_token_budget, indices, counts)
+    rank(logits, peaks, sums, chunk, max_pages, *lists, max_pages, page_size, page_size, limits, dense_below, pad)
 
 
 def select_pages(
-    q: Tensor,
-    page_bounds: Tensor,
-    bounds_scale: Tensor | None,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    page_size: int,
-    token_budget: int,
-    budget_fraction: float,
-    sm_scale: float,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
-    head_token_budget: Tensor | None = None,
+    q: Tensor, bounds: PageBounds, paging: Paging, page_size: int, budget: Budget, sm_scale: float, always: Always
 ) -> tuple[Tensor, Tensor]:
-    bounds = (page_bounds, bounds_scale)
-    indices, counts = check_select_pages(
-        q,
-        *bounds,
-        page_table,
-        seq_lens,
-        page_size,
-        token_budget,
-        budget_fraction,
-        sm_scale,
-        sink_tokens,
-        recent_tokens,
-        head_token_budget,
-    )
-    limits = Limits.clamped(page_table.shape[1] * page_size, q.shape[1], token_budget, sink_tokens, recent_tokens)
-    budget = (limits, budget_fraction, head_token_budget)
-    run_select_pages(q, *bounds, page_table, seq_lens, page_size, budget, sm_scale, indices, counts)
+    indices, counts = outputs(q, bounds, paging, page_size, budget, sm_scale, always)
+    limits = Limits.of(paging.page_table.shape[1] * page_size, q.shape[1], budget, always)
+    propose(q, bounds, paging, page_size, limits, budget.head_token_budget, sm_scale, indices, counts)
     return indices, counts

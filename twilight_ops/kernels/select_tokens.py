@@ -3,71 +3,35 @@
 import torch
 from torch import Tensor
 
+from ..arguments import Always, Budget, Candidates, Paging, Shadow
 from ..capacity import Limits
-from ..ops.select_tokens import check_select_tokens
+from ..ops.select_tokens import outputs
 from ._rank import rank
 from ._shadow_logits import shadow_logits
 
 
-def run_select_tokens(
+def propose(
     q: Tensor,
-    shadow: tuple[Tensor, Tensor, Tensor, Tensor],
-    page_table: Tensor,
-    seq_lens: Tensor,
-    budget: tuple[Limits, float, Tensor | None],
+    shadow: Shadow,
+    paging: Paging,
+    limits: Limits,
+    head_token_budget: Tensor | None,
     sm_scale: float,
     indices: Tensor,
     counts: Tensor,
     dense_below: int = -1,
     pad: bool = True,
 ) -> None:
-    """Fills `indices` and `counts`; `budget` is (limits, budget_fraction, head_token_budget)."""
-    limits, budget_fraction, head_token_budget = budget
-    page_size, max_pages = shadow[1].shape[2], page_table.shape[1]
+    """Fills `indices` and `counts`; sequences no longer than `dense_below` are left out."""
+    page_size, max_pages = shadow.k_scale.shape[2], paging.page_table.shape[1]
     logits = q.new_empty((*q.shape[:3], max_pages * page_size), dtype=torch.float32)
-    peaks, sums, chunk = shadow_logits(
-        q, *shadow, page_table, seq_lens, None, None, 1, sm_scale, logits, prefix=True, dense_below=dense_below
-    )
-    rank(
-        logits,
-        peaks,
-        sums,
-        chunk,
-        max_pages * page_size,
-        seq_lens,
-        head_token_budget,
-        indices,
-        counts,
-        max_pages,
-        page_size,
-        1,
-        limits,
-        budget_fraction,
-        dense_below,
-        pad,
-    )
+    stats = shadow_logits(q, shadow, paging, Candidates(), sm_scale, logits, prefix=True, dense_below=dense_below)
+    lists = (paging.seq_lens, head_token_budget, indices, counts)
+    rank(logits, *stats, max_pages * page_size, *lists, max_pages, page_size, 1, limits, dense_below, pad)
 
 
-def select_tokens(
-    q: Tensor,
-    k_quant: Tensor,
-    k_scale: Tensor,
-    channel_order: Tensor,
-    prefix_channels: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    token_budget: int,
-    budget_fraction: float,
-    sm_scale: float,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
-    head_token_budget: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    shadow = (k_quant, k_scale, channel_order, prefix_channels)
-    indices, counts = check_select_tokens(
-        q, *shadow, page_table, seq_lens, token_budget, budget_fraction, sm_scale, sink_tokens, recent_tokens, head_token_budget
-    )
-    limits = Limits.clamped(page_table.shape[1] * k_scale.shape[2], q.shape[1], token_budget, sink_tokens, recent_tokens)
-    budget = (limits, budget_fraction, head_token_budget)
-    run_select_tokens(q, shadow, page_table, seq_lens, budget, sm_scale, indices, counts)
+def select_tokens(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always) -> tuple[Tensor, Tensor]:
+    indices, counts = outputs(q, shadow, paging, budget, sm_scale, always)
+    limits = Limits.of(paging.page_table.shape[1] * shadow.k_scale.shape[2], q.shape[1], budget, always)
+    propose(q, shadow, paging, limits, budget.head_token_budget, sm_scale, indices, counts)
     return indices, counts

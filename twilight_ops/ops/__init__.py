@@ -1,19 +1,12 @@
-"""Schema, fake, public function and docstring of every operator, one file each."""
+"""Operators, one file each: signature and docstring, checks, outputs. `twilight_ops.<op>` is the function."""
 
-from .append_kv import append_kv
-from .attend_sparse import attend_sparse
-from .decode_attention import decode_attention
-from .estimate_weights import estimate_weights
-from .prune_top_p import prune_top_p
-from .select_pages import select_pages
-from .select_tokens import select_tokens
+import importlib
 
-__all__ = [
-    "append_kv",
-    "attend_sparse",
-    "decode_attention",
-    "estimate_weights",
-    "prune_top_p",
-    "select_pages",
-    "select_tokens",
-]
+from ._library import Operator
+
+OPS = ("append_kv", "select_pages", "select_tokens", "estimate_weights", "prune_top_p", "attend_sparse", "decode_attention")
+
+
+def operator(op: str) -> Operator:
+    """An operator by name."""
+    return importlib.import_module(f"{__name__}.{op}").OPERATOR

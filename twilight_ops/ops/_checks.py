@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..arguments import KV, Always, Budget, Candidates, Observation, PageBounds, Paging, Pruning, Shadow
 from ..capacity import MAX_TABLE_TOKENS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,7 +110,8 @@ class Checker:
         tokens = self.sizes["T"]
         self.require(1 <= tokens <= MAX_QUERY_TOKENS, "q", f"1 to {MAX_QUERY_TOKENS} query tokens", tokens)
 
-    def paging(self, page_table: Tensor, seq_lens: Tensor) -> None:
+    def paging(self, paging: Paging) -> None:
+        page_table, seq_lens = paging
         self.tensor("page_table", page_table, ("B", "M"), torch.int32)
         self.tensor("seq_lens", seq_lens, ("B",), torch.int32)
         pages, page_size = page_table.shape[1], self.sizes["S"]
@@ -118,32 +120,28 @@ class Checker:
             most = MAX_TABLE_TOKENS // page_size
             self.require(pages <= most, "page_table", f"at most {most} pages of {page_size} tokens", pages)
 
-    def cache(self, k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> None:
-        self.tensor("k_cache", k_cache, ("P", "Hkv", "S", "D"), dtype)
-        self.tensor("v_cache", v_cache, ("P", "Hkv", "S", "D"), dtype)
+    def cache(self, kv: KV, dtype: torch.dtype) -> None:
+        self.tensor("k_cache", kv.k_cache, ("P", "Hkv", "S", "D"), dtype)
+        self.tensor("v_cache", kv.v_cache, ("P", "Hkv", "S", "D"), dtype)
 
-    def shadow(
-        self,
-        k_quant: Tensor | None,
-        k_scale: Tensor | None,
-        channel_order: Tensor | None,
-        prefix_channels: Tensor | None,
-    ) -> None:
+    def shadow(self, shadow: Shadow | None) -> None:
         """The four shadow tensors come together; `S` and `D` must already be bound or are taken from k_scale."""
-        parts = {
-            "k_quant": k_quant,
-            "k_scale": k_scale,
-            "channel_order": channel_order,
-            "prefix_channels": prefix_channels,
-        }
-        for name, part in parts.items():
-            self.require(part is not None, name, "a tensor (k_quant, k_scale, channel_order and prefix_channels come together)", None)
-        self.tensor("k_scale", k_scale, ("P", "Hkv", "S", 2), torch.bfloat16)
-        self.tensor("channel_order", channel_order, ("Hkv", "D"), torch.int32)
-        self.tensor("prefix_channels", prefix_channels, ("Hkv",), torch.int32)
-        self.tensor("k_quant", k_quant, ("P", "Hkv", self.sizes["S"] * self.sizes["D"] // 2), torch.uint8)
+        for name in Shadow._fields:
+            together = "a tensor (k_quant, k_scale, channel_order and prefix_channels come together)"
+            self.require(getattr(shadow, name, None) is not None, name, together, None)
+        assert shadow is not None
+        self.tensor("k_scale", shadow.k_scale, ("P", "Hkv", "S", 2), torch.bfloat16)
+        self.tensor("channel_order", shadow.channel_order, ("Hkv", "D"), torch.int32)
+        self.tensor("prefix_channels", shadow.prefix_channels, ("Hkv",), torch.int32)
+        self.tensor("k_quant", shadow.k_quant, ("P", "Hkv", self.sizes["S"] * self.sizes["D"] // 2), torch.uint8)
 
-    def bounds(self, page_bounds: Tensor, bounds_scale: Tensor | None, dtype: torch.dtype) -> None:
+    def bounds(self, bounds: PageBounds | None, dtype: torch.dtype, needed: str | None = None) -> None:
+        """`needed` says why there must be some, in the words of a message."""
+        page_bounds, bounds_scale = (None, None) if bounds is None else bounds
+        if page_bounds is None:
+            self.require(needed is None, "page_bounds", str(needed), None)
+            self.require(bounds_scale is None, "bounds_scale", "None, because page_bounds is None", "a tensor")
+            return
         self.tensor("page_bounds", page_bounds, ("P", "Hkv", 2, "D"), (dtype, torch.uint8))
         if page_bounds.dtype == torch.uint8:
             self.require(bounds_scale is not None, "bounds_scale", "a tensor, because page_bounds is uint8", None)
@@ -153,47 +151,48 @@ class Checker:
                 bounds_scale is None, "bounds_scale", f"None, because page_bounds is {str(dtype).removeprefix('torch.')}", "a tensor"
             )
 
-    def candidates(self, indices: Tensor | None, counts: Tensor | None, tokens_per_index: int, page_size: int | None) -> None:
-        self.require((indices is None) == (counts is None), "counts", "given exactly when indices is given", "one without the other")
-        if page_size is None:
-            self.one_of("tokens_per_index", tokens_per_index, (1, *PAGE_SIZES))
-        else:
-            self.one_of("tokens_per_index", tokens_per_index, (1, page_size))
+    def candidates(self, candidates: Candidates, page_size: int | None) -> None:
+        indices, counts, tokens_per_index = candidates
+        self._together("counts", counts, "indices", indices)
+        self.one_of("tokens_per_index", tokens_per_index, (1, *PAGE_SIZES) if page_size is None else (1, page_size))
         if indices is not None:
             self.tensor("indices", indices, ("B", "Hkv", "C"), torch.int32)
             self.tensor("counts", counts, ("B", "Hkv"), torch.int32)
 
-    def budget(
-        self,
-        token_budget: int,
-        budget_fraction: float,
-        sink_tokens: int,
-        recent_tokens: int,
-        head_token_budget: Tensor | None,
-    ) -> None:
-        self.at_least("token_budget", token_budget, 1)
-        self.require(0.0 <= budget_fraction <= 1.0, "budget_fraction", "0 <= budget_fraction <= 1", budget_fraction)
-        self.at_least("sink_tokens", sink_tokens, 0)
-        self.at_least("recent_tokens", recent_tokens, 0)
-        if head_token_budget is not None:
-            self.tensor("head_token_budget", head_token_budget, ("Hkv",), torch.int32)
+    def observation(self, observe: Observation, max_tokens: int, counter_columns: int) -> None:
+        if observe.budget_counters is not None:
+            self.tensor("budget_counters", observe.budget_counters, ("Hkv", counter_columns), torch.int64)
+        self._together("kept_counts", observe.kept_counts, "kept_indices", observe.kept_indices)
+        if observe.kept_indices is not None:
+            self.tensor("kept_indices", observe.kept_indices, ("B", "Hkv", max_tokens), torch.int32)
+            self.tensor("kept_counts", observe.kept_counts, ("B", "Hkv"), torch.int32)
 
-    def top_p(self, top_p: float, top_p_per_head: Tensor | None) -> None:
+    def _together(self, argument: str, tensor: Tensor | None, other: str, other_tensor: Tensor | None) -> None:
+        self.require((tensor is None) == (other_tensor is None), argument, f"given exactly when {other} is given", "one without the other")
+
+    def budget(self, budget: Budget, always: Always) -> None:
+        self.at_least("token_budget", budget.token_budget, 1)
+        fraction = budget.budget_fraction
+        self.require(0.0 <= fraction <= 1.0, "budget_fraction", "0 <= budget_fraction <= 1", fraction)
+        self.always(always)
+        if budget.head_token_budget is not None:
+            self.tensor("head_token_budget", budget.head_token_budget, ("Hkv",), torch.int32)
+
+    def always(self, always: Always) -> None:
+        self.at_least("sink_tokens", always.sink_tokens, 0)
+        self.at_least("recent_tokens", always.recent_tokens, 0)
+
+    def pruning(self, pruning: Pruning) -> None:
+        top_p, p = pruning
         self.require(0.0 < top_p <= 1.0, "top_p", "0 < top_p <= 1", top_p)
-        if top_p_per_head is None:
+        if p is None:
             return
-        p = top_p_per_head
-        self.watch("top_p_per_head", p)
+        self.watch("head_top_p", p)
         batch, heads = self.sizes["B"], self.sizes["Hq"]
-        self.require(p.device == self.device, "top_p_per_head", f"device {self.device}", p.device)
-        self.require(p.dtype == torch.float32, "top_p_per_head", "dtype float32", str(p.dtype).removeprefix("torch."))
-        self.require(p.dim() == 2, "top_p_per_head", f"shape [B or 1, Hq or 1] with B = {batch}, Hq = {heads}", list(p.shape))
-        self.require(
-            (p.shape[0] == 1 or p.shape[0] == batch) and (p.shape[1] == 1 or p.shape[1] == heads),
-            "top_p_per_head",
-            f"shape [B or 1, Hq or 1] with B = {batch}, Hq = {heads}",
-            list(p.shape),
-        )
+        self.require(p.device == self.device, "head_top_p", f"device {self.device}", p.device)
+        self.require(p.dtype == torch.float32, "head_top_p", "dtype float32", str(p.dtype).removeprefix("torch."))
+        fits = p.dim() == 2 and p.shape[0] in (1, batch) and p.shape[1] in (1, heads)
+        self.require(fits, "head_top_p", f"shape [B or 1, Hq or 1] with B = {batch}, Hq = {heads}", list(p.shape))
 
     def scale(self, sm_scale: float) -> None:
         self.require(sm_scale > 0.0 and sm_scale < float("inf"), "sm_scale", "a positive finite number", sm_scale)

@@ -3,58 +3,12 @@
 import torch
 from torch import Tensor
 
+from ..arguments import Candidates, Paging, Shadow
 from ._checks import Checker
-from ._library import call, define
-
-SCHEMA = (
-    "estimate_weights(Tensor q, Tensor k_quant, Tensor k_scale, Tensor channel_order, Tensor prefix_channels, "
-    "Tensor page_table, Tensor seq_lens, Tensor? indices, Tensor? counts, int tokens_per_index, float sm_scale) -> Tensor"
-)
+from ._library import Operator
 
 
-def check_estimate_weights(
-    q: Tensor,
-    k_quant: Tensor,
-    k_scale: Tensor,
-    channel_order: Tensor,
-    prefix_channels: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    sm_scale: float,
-) -> Tensor:
-    """Raises RuntimeError on the first malformed argument, else allocates the output: the fake."""
-    c = Checker("estimate_weights", q)
-    c.query(q)
-    c.shadow(k_quant, k_scale, channel_order, prefix_channels)
-    c.geometry()
-    c.paging(page_table, seq_lens)
-    page_size = k_scale.shape[2]
-    c.candidates(indices, counts, tokens_per_index, page_size)
-    c.scale(sm_scale)
-    c.no_gradients()
-    slots = page_table.shape[1] * page_size if indices is None else indices.shape[2] * tokens_per_index
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], slots), dtype=torch.float32)
-
-
-define(SCHEMA, check_estimate_weights)
-
-
-def estimate_weights(
-    q: Tensor,
-    k_quant: Tensor,
-    k_scale: Tensor,
-    channel_order: Tensor,
-    prefix_channels: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    sm_scale: float,
-) -> Tensor:
+def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
     """Softmax over the candidates of `sm_scale * q . dequant(k_quant)`, per query head.
 
     Slot `c * tokens_per_index + s` of a row stands for token `indices[b, h, c] * tokens_per_index + s`. A slot beyond the list, beyond
@@ -62,11 +16,9 @@ def estimate_weights(
 
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
-        k_quant, k_scale, channel_order, prefix_channels: the shadow, as `append_kv` writes it.
-        page_table: [B, M] int32, M * S at most 2**29; a live entry outside 0..P-1 reads some valid page.
-        seq_lens: [B] int32, tokens, this step's included; below 0 counts as 0, beyond M * S as M * S.
-        indices, counts: [B, Hkv, C], [B, Hkv] int32 candidates of a selector; both None: every token.
-        tokens_per_index: 1 for token lists, page_size for page lists.
+        shadow: as `append_kv` writes it.
+        paging: a live entry of the table outside 0..P-1 reads some valid page.
+        candidates: of a selector, or every token.
         sm_scale: factor on q . k, usually D ** -0.5.
 
     Returns:
@@ -78,17 +30,24 @@ def estimate_weights(
 
     Source: Twilight, arXiv 2502.02770, section 4.2.
     """
-    return call(
-        torch.ops.twilight.estimate_weights.default,
-        q,
-        k_quant,
-        k_scale,
-        channel_order,
-        prefix_channels,
-        page_table,
-        seq_lens,
-        indices,
-        counts,
-        tokens_per_index,
-        sm_scale,
-    )
+    return OPERATOR(q, shadow, paging, candidates, sm_scale)
+
+
+def check(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> None:
+    c = Checker("estimate_weights", q)
+    c.query(q)
+    c.shadow(shadow)
+    c.geometry()
+    c.paging(paging)
+    c.candidates(candidates, shadow.k_scale.shape[2])
+    c.scale(sm_scale)
+    c.no_gradients()
+
+
+def outputs(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
+    every = paging.page_table.shape[1] * shadow.k_scale.shape[2]
+    slots = every if candidates.indices is None else candidates.indices.shape[2] * candidates.tokens_per_index
+    return q.new_empty((*q.shape[:3], slots), dtype=torch.float32)
+
+
+OPERATOR = Operator(estimate_weights, "Tensor", check, outputs)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..arguments import Candidates
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """fp64 in, fp64 arithmetic (the oracle); anything else is computed in fp32."""
@@ -26,11 +28,10 @@ def all_tokens(page_table: Tensor, kv_heads: int, page_size: int) -> Tensor:
     return torch.arange(max_pages * page_size, device=page_table.device).expand(batch, kv_heads, -1)
 
 
-def candidate_tokens(
-    indices: Tensor | None, counts: Tensor | None, tokens_per_index: int, every_token: Tensor, seq_lens: Tensor
-) -> tuple[Tensor, Tensor]:
+def candidate_tokens(candidates: Candidates, every_token: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Positions [B, Hkv, N] of the candidate slots and whether each slot is live."""
-    if indices is None:
+    indices, counts, tokens_per_index = candidates
+    if indices is None or counts is None:
         tokens = every_token
         listed = torch.ones_like(tokens, dtype=torch.bool)
     else:

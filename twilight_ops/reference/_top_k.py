@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..capacity import Limits
+
 
 def group_scores(logits: Tensor, live: Tensor) -> Tensor:
     """Sum over query tokens and group heads of the softmax over live items.
@@ -24,12 +26,12 @@ def group_scores(logits: Tensor, live: Tensor) -> Tensor:
     return weights.masked_fill(broken, math.inf).sum(dim=(1, 3))
 
 
-def row_budget(seq_lens: Tensor, kv_heads: int, token_budget: int, budget_fraction: float, head_token_budget: Tensor | None) -> Tensor:
+def row_budget(seq_lens: Tensor, kv_heads: int, limits: Limits, head_token_budget: Tensor | None) -> Tensor:
     """Token budget of each row, [B, Hkv] int64."""
     if head_token_budget is not None:
         return head_token_budget.long().clamp(min=0).expand(seq_lens.shape[0], -1)
-    fraction = (seq_lens.double() * budget_fraction).ceil().long()
-    return fraction.clamp(min=token_budget)[:, None].expand(-1, kv_heads)
+    fraction = (seq_lens.double() * limits.budget_fraction).ceil().long()
+    return fraction.clamp(min=limits.token_budget)[:, None].expand(-1, kv_heads)
 
 
 def take_best(scores: Tensor, live: Tensor, forced: Tensor, budget: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -3,26 +3,16 @@
 import torch
 from torch import Tensor
 
+from ..arguments import KV, PageBounds, Paging, Shadow
 from ._paging import pack_shadow, quantise, unpack_shadow
 
 
 def append_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_quant: Tensor | None,
-    k_scale: Tensor | None,
-    page_bounds: Tensor | None,
-    bounds_scale: Tensor | None,
-    channel_order: Tensor | None,
-    prefix_channels: Tensor | None,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    positions: Tensor | None = None,
+    k: Tensor, v: Tensor, kv: KV, paging: Paging, positions: Tensor | None, shadow: Shadow | None, bounds: PageBounds | None
 ) -> None:
     """Writes row by row of (sequence, token), then recomputes the bounds of every touched page."""
-    batch, tokens = k.shape[:2]
+    (k_cache, v_cache), (page_table, seq_lens) = kv, paging
+    tokens = k.shape[1]
     num_pages, kv_heads, page_size, head_dim = k_cache.shape
     max_pages = page_table.shape[1]
     if positions is None:
@@ -39,7 +29,8 @@ def append_kv(
     k_cache[page, :, offset] = k[b, t]
     v_cache[page, :, offset] = v[b, t]
 
-    if k_quant is not None:
+    if shadow is not None:
+        k_quant, k_scale, channel_order, prefix_channels = shadow
         ordered = k[b, t].gather(-1, channel_order.long().expand(len(b), -1, -1))
         codes, scale = quantise(ordered, 15)
         k_scale[page, :, offset] = scale
@@ -48,7 +39,8 @@ def append_kv(
         block[row, :, offset] = codes
         k_quant[touched] = pack_shadow(block, prefix_channels)
 
-    if page_bounds is not None:
+    if bounds is not None:
+        page_bounds, bounds_scale = bounds
         pairs = torch.stack([b, logical[b, t]], dim=1).unique(dim=0)
         b, logical_page = pairs[:, 0], pairs[:, 1]
         page = page_table.long()[b, logical_page]
@@ -58,10 +50,10 @@ def append_kv(
         low = torch.where(live, keys, torch.inf).amin(2)
         high = torch.where(live, keys, -torch.inf).amax(2)
         has_live = live.any(2)
-        bounds = torch.stack([torch.where(has_live, low, 0.0), torch.where(has_live, high, 0.0)], dim=2).to(k.dtype)
+        extremes = torch.stack([torch.where(has_live, low, 0.0), torch.where(has_live, high, 0.0)], dim=2).to(k.dtype)
         if page_bounds.dtype == torch.uint8:
-            codes, scale = quantise(bounds.flatten(2), 255)
+            codes, scale = quantise(extremes.flatten(2), 255)
             page_bounds[page] = codes.view(-1, kv_heads, 2, head_dim)
             bounds_scale[page] = scale
         else:
-            page_bounds[page] = bounds
+            page_bounds[page] = extremes

@@ -5,27 +5,19 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import KV, Candidates, Paging
 from ._paging import all_tokens, candidate_tokens, compute_dtype, gather_tokens, visible
 
 
-def attend_sparse(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    sm_scale: float,
-) -> tuple[Tensor, Tensor]:
+def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float) -> tuple[Tensor, Tensor]:
+    (k_cache, v_cache), (page_table, seq_lens) = kv, paging
     batch, query_tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
     dtype = compute_dtype(q)
     seq_lens = seq_lens.long().clamp(0, page_table.shape[1] * page_size)
 
     every = all_tokens(page_table, kv_heads, page_size)
-    tokens, live = candidate_tokens(indices, counts, tokens_per_index, every, seq_lens)
+    tokens, live = candidate_tokens(candidates, every, seq_lens)
     keys = gather_tokens(k_cache, page_table, tokens).to(dtype)  # [B, Hkv, N, D]
     values = gather_tokens(v_cache, page_table, tokens).to(dtype)
     grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)

@@ -5,29 +5,19 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import Candidates, Paging, Shadow
 from ._paging import all_tokens, candidate_tokens, compute_dtype, dequantise, gather_tokens, unpack_shadow, visible
 
 
-def estimate_weights(
-    q: Tensor,
-    k_quant: Tensor,
-    k_scale: Tensor,
-    channel_order: Tensor,
-    prefix_channels: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    sm_scale: float,
-) -> Tensor:
+def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
+    (k_quant, k_scale, channel_order, prefix_channels), (page_table, seq_lens) = shadow, paging
     batch, query_tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_scale.shape
     dtype = compute_dtype(q)
     seq_lens = seq_lens.long().clamp(0, page_table.shape[1] * page_size)
 
     every = all_tokens(page_table, kv_heads, page_size)
-    tokens, live = candidate_tokens(indices, counts, tokens_per_index, every, seq_lens)
+    tokens, live = candidate_tokens(candidates, every, seq_lens)
     keys = dequantise(unpack_shadow(k_quant, prefix_channels, page_size), k_scale, dtype)  # ordered channels
     keys = gather_tokens(keys, page_table, tokens)  # [B, Hkv, N, D]
     grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)

@@ -3,44 +3,34 @@
 import torch
 from torch import Tensor
 
-from ..capacity import MAX_TOKENS, Limits
+from ..arguments import Always, Budget, Candidates, Pruning
+from ..capacity import MAX_TOKENS, WEIGHT_UNIT, Limits
 from ._paging import candidate_tokens
-
-MASS_UNIT = 2.0**40
 
 
 def prune_top_p(
-    weights: Tensor,
-    seq_lens: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    tokens_per_index: int,
-    num_kv_heads: int,
-    top_p: float,
-    top_p_per_head: Tensor | None = None,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
+    weights: Tensor, seq_lens: Tensor, candidates: Candidates, num_kv_heads: int, pruning: Pruning, always: Always
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, query_tokens, heads, slots = weights.shape
     if slots == 0:
         lists = weights.new_empty((batch, num_kv_heads, 0), dtype=torch.int32)
         return lists, lists.new_zeros((batch, num_kv_heads)), weights.new_zeros(weights.shape[:3])
-    limits = Limits.clamped(MAX_TOKENS, query_tokens, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+    limits = Limits.of(MAX_TOKENS, query_tokens, Budget(1), always)
     seq_lens = seq_lens.long().clamp(min=0)
     every = torch.arange(slots, device=weights.device).expand(batch, num_kv_heads, -1)
-    tokens, live = candidate_tokens(indices, counts, tokens_per_index, every, seq_lens)
+    tokens, live = candidate_tokens(candidates, every, seq_lens)
 
-    if top_p_per_head is None:
-        p = torch.full((1, 1), top_p, dtype=torch.float64, device=weights.device)
+    if pruning.head_top_p is None:
+        p = torch.full((1, 1), pruning.top_p, dtype=torch.float64, device=weights.device)
     else:
-        p = top_p_per_head.double().nan_to_num(nan=1.0).clamp(0.0, 1.0)
+        p = pruning.head_top_p.double().nan_to_num(nan=1.0).clamp(0.0, 1.0)
     p = p.expand(batch, heads)[:, None, :]  # [B, 1, Hq]
 
     head_live = live.repeat_interleave(heads // num_kv_heads, dim=1)[:, None].expand_as(weights)
     broken = (weights.isnan() & head_live).any(-1)
     w = torch.where(head_live, weights.nan_to_num(nan=0.0).clamp(0.0, 1.0), 0.0)
     order = w.sort(dim=-1, descending=True)
-    mass = (order.values * MASS_UNIT).long().cumsum(-1)
+    mass = (order.values * WEIGHT_UNIT).long().cumsum(-1)
     total = mass[..., -1]
     need = (p * total.double()).ceil().long().clamp(min=1)
     last = (mass < need[..., None]).sum(-1, keepdim=True).clamp(max=slots - 1)
@@ -48,7 +38,7 @@ def prune_top_p(
     keep_all = broken | (p >= 1.0) | (total == 0)
     keep = head_live & (keep_all[..., None] | (w >= threshold))
 
-    captured = torch.where(keep, (w * MASS_UNIT).long(), 0).sum(-1)
+    captured = torch.where(keep, (w * WEIGHT_UNIT).long(), 0).sum(-1)
     row_mass = (captured.double() / total.double().clamp(min=1.0)).float()
     row_mass = torch.where(keep_all, 1.0, row_mass).masked_fill(~head_live.any(-1), 0.0)
 

@@ -3,31 +3,19 @@
 import torch
 from torch import Tensor
 
-from ..capacity import Limits, token_capacity
+from ..arguments import Always, Budget, Paging, Shadow
+from ..capacity import Limits
 from ._paging import all_tokens, compute_dtype, dequantise, gather_tokens, unpack_shadow
 from ._top_k import group_scores, row_budget, take_best
 
 
-def select_tokens(
-    q: Tensor,
-    k_quant: Tensor,
-    k_scale: Tensor,
-    channel_order: Tensor,
-    prefix_channels: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    token_budget: int,
-    budget_fraction: float,
-    sm_scale: float,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
-    head_token_budget: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def select_tokens(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always) -> tuple[Tensor, Tensor]:
+    (k_quant, k_scale, channel_order, prefix_channels), (page_table, seq_lens) = shadow, paging
     batch, query_tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_scale.shape
     max_pages = page_table.shape[1]
     dtype = compute_dtype(q)
-    limits = Limits.clamped(max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens)
+    limits = Limits.of(max_pages * page_size, query_tokens, budget, always)
     seq_lens = seq_lens.long().clamp(0, max_pages * page_size)
 
     tokens = all_tokens(page_table, kv_heads, page_size)
@@ -44,6 +32,5 @@ def select_tokens(
     scores = group_scores(logits, live)
     newest = seq_lens[:, None, None] - limits.recent_tokens
     forced = (tokens < limits.sink_tokens) | (tokens >= newest)
-    budget = row_budget(seq_lens, kv_heads, limits.token_budget, budget_fraction, head_token_budget)
-    capacity = token_capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)
-    return take_best(scores, live, forced, budget, capacity)
+    wanted = row_budget(seq_lens, kv_heads, limits, budget.head_token_budget)
+    return take_best(scores, live, forced, wanted, limits.token_capacity)

@@ -1,6 +1,7 @@
-"""Selectors, one file each. `base.Selector` is the protocol; adding one touches no other file."""
+"""Selectors, one file each; `twilight_ops/layer.py` has their protocol. Adding one touches this list and no other file."""
 
-from .base import Candidates, Selector
+from ..arguments import Candidates
+from ..layer import Selector
 from .double_sparsity import DoubleSparsity
 from .full import Full
 from .magicpig import MagicPig
@@ -10,4 +11,18 @@ from .sparq import SparQ
 from .streaming import Streaming
 from .tidal import Tidal
 
-__all__ = ["Candidates", "DoubleSparsity", "Full", "MagicPig", "Quest", "Selector", "ShadowPrefix", "SparQ", "Streaming", "Tidal"]
+DEFAULT = ShadowPrefix  # of TwilightConfig
+
+__all__ = [
+    "DEFAULT",
+    "Candidates",
+    "DoubleSparsity",
+    "Full",
+    "MagicPig",
+    "Quest",
+    "Selector",
+    "ShadowPrefix",
+    "SparQ",
+    "Streaming",
+    "Tidal",
+]

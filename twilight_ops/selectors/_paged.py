@@ -8,8 +8,8 @@ from torch import Tensor
 
 def allocate_rows(layer, width: int, dtype: torch.dtype) -> Tensor:
     """Zeros [P + 1, Hkv, S, width]; the last page takes the rows that `write_rows` must skip, so that every shape stays fixed."""
-    pages, kv_heads, page_size, _ = layer.k_cache.shape
-    return torch.zeros(pages + 1, kv_heads, page_size, width, dtype=dtype, device=layer.k_cache.device)
+    pages, kv_heads, page_size, _ = layer.kv.k_cache.shape
+    return torch.zeros(pages + 1, kv_heads, page_size, width, dtype=dtype, device=layer.kv.k_cache.device)
 
 
 def row_positions(seq_lens: Tensor, tokens: int, positions: Tensor | None) -> Tensor:
@@ -45,5 +45,5 @@ def read_rows(state: Tensor, page_table: Tensor) -> Tensor:
 
 def read_keys(layer, page_table: Tensor) -> Tensor:
     """K of every position in the cache, [B, Hkv, M * S, D]."""
-    pages = layer.k_cache[page_table.long().clamp(0, layer.k_cache.shape[0] - 1)]  # [B, M, Hkv, S, D]
+    pages = layer.kv.k_cache[page_table.long().clamp(0, layer.kv.k_cache.shape[0] - 1)]  # [B, M, Hkv, S, D]
     return pages.transpose(1, 2).flatten(2, 3)

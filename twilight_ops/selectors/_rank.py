@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..capacity import Limits, token_capacity
+from ..arguments import Candidates
+from ..reference._top_k import row_budget
 from ._paged import read_keys
-from .base import Candidates, Selector
 
 
 def group_query(q: Tensor, num_kv_heads: int) -> Tensor:
@@ -45,43 +45,12 @@ def exact_logits(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scal
     return logits, live_tokens(seq_lens, kv_heads, keys.shape[2])
 
 
-def row_budget(selector: Selector, layer, seq_lens: Tensor) -> Tensor:
-    """Candidates in tokens of each row, [B, Hkv] int64."""
-    kv_heads = layer.k_cache.shape[1]
-    if layer.head_token_budget is not None:
-        return layer.head_token_budget.long().clamp(min=0).expand(seq_lens.shape[0], -1)
-    share = (seq_lens.double() * selector.budget_fraction).ceil().long()
-    return share.clamp(min=selector.token_budget)[:, None].expand(-1, kv_heads)
-
-
-def limits(selector: Selector, layer, page_table: Tensor, query_tokens: int) -> Limits:
-    """The plan's and the selector's token counts, as far as the page table reaches."""
-    max_tokens = page_table.shape[1] * layer.page_size
-    return Limits.clamped(max_tokens, query_tokens, selector.token_budget, layer.plan.sink_tokens, layer.plan.recent_tokens)
-
-
-def list_capacity(selector: Selector, layer, page_table: Tensor, query_tokens: int) -> int:
-    """Slots of the selector's list: what any live length and forced tokens can need."""
-    plan = layer.plan
-    return token_capacity(
-        page_table.shape[1],
-        layer.page_size,
-        query_tokens,
-        selector.token_budget,
-        selector.budget_fraction,
-        plan.sink_tokens,
-        plan.recent_tokens,
-    )
-
-
-def best_tokens(
-    scores: Tensor, eligible: Tensor, selector: Selector, layer, page_table: Tensor, seq_lens: Tensor, query_tokens: int
-) -> Candidates:
+def best_tokens(scores: Tensor, eligible: Tensor, layer, page_table: Tensor, seq_lens: Tensor, query_tokens: int) -> Candidates:
     """The best eligible tokens within the budget, ascending; sinks and the newest tokens first, ties to the lower position.
 
     scores (>= 0) and eligible [B, Hkv, N]; a token beyond seq_lens is never taken, forced tokens are whether eligible or not.
     """
-    asked = limits(selector, layer, page_table, query_tokens)
+    asked = layer.limits(page_table, query_tokens)
     _, kv_heads, max_tokens = scores.shape
     positions = torch.arange(max_tokens, device=scores.device)
     live = live_tokens(seq_lens, kv_heads, max_tokens)
@@ -92,13 +61,13 @@ def best_tokens(
     largest = torch.finfo(scores.dtype).max
     key = torch.where(forced, torch.inf, scores.nan_to_num(nan=largest, posinf=largest))
     key = torch.where(eligible, key, -1.0)
-    capacity = list_capacity(selector, layer, page_table, query_tokens)
     # A stable sort, not topk: equal scores must go to the lower position on every device.
-    rank = key.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
-    counts = torch.maximum(row_budget(selector, layer, seq_lens), forced.sum(-1)).clamp(max=capacity)
+    rank = key.sort(dim=-1, descending=True, stable=True).indices[..., : asked.token_capacity]
+    budget = row_budget(seq_lens, kv_heads, asked, layer.policy.budget.head_token_budget)
+    counts = torch.maximum(budget, forced.sum(-1)).clamp(max=asked.token_capacity)
     counts = torch.minimum(counts, eligible.sum(-1))
 
     slots = torch.arange(rank.shape[-1], device=rank.device)
     taken = slots < counts[..., None]
     indices = torch.where(taken, rank, max_tokens).sort(dim=-1).values
-    return Candidates(torch.where(taken, indices, -1).int(), counts.int(), 1)
+    return Candidates(torch.where(taken, indices, -1).int(), counts.int())

@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import calibration
 from .._settings import integer, normalise, one_of, optional, path
+from ..arguments import Candidates
+from ..layer import Selector, stored_bytes
 from ._paged import allocate_rows, read_rows, write_rows
 from ._rank import best_tokens, group_query, live_tokens, real_rows, sum_of_softmax
-from .base import Candidates, Selector, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,17 @@ class DoubleSparsity(Selector):
         normalise(self, heavy_channels=integer(1), label_dtype=one_of("int8", "model"), calibration=optional(path))
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
-        _, kv_heads, _, head_dim = layer.k_cache.shape
-        device = layer.k_cache.device
+        kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
+        device = layer.kv.k_cache.device
         heavy = min(self.heavy_channels, head_dim)
         # Until the first prompt calibrates them; a file decides them for good.
         order = torch.arange(head_dim, device=device).expand(kv_heads, -1)
         if self.calibration is not None:
-            order = load_channel_order(self.calibration, layer.index, kv_heads, head_dim).to(device)
+            order = calibration.load(self.calibration, layer.index, kv_heads, head_dim)[0].to(device)
         int8 = self.label_dtype == "int8"
         state = {
             "heavy_channels": order[:, :heavy].int().contiguous(),  # [Hkv, r]
-            "labels": allocate_rows(layer, heavy, torch.int8 if int8 else layer.k_cache.dtype),
+            "labels": allocate_rows(layer, heavy, torch.int8 if int8 else layer.kv.k_cache.dtype),
         }
         if int8:
             state["label_scale"] = allocate_rows(layer, 1, torch.bfloat16)
@@ -78,30 +80,16 @@ class DoubleSparsity(Selector):
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         state = layer.selector_state
-        query = group_query(q, layer.k_cache.shape[1])  # [B, T, Hkv, G, D]
+        query = group_query(q, layer.num_kv_heads)  # [B, T, Hkv, G, D]
         channels = state["heavy_channels"].long()[:, None].expand(*query.shape[:-1], -1)
         labels = read_rows(state["labels"], page_table).float()  # [B, Hkv, N, r]
         logits = torch.einsum("bthgr,bhnr->bthgn", query.gather(-1, channels), labels) * sm_scale
         if "label_scale" in state:
             logits = logits * read_rows(state["label_scale"], page_table)[..., 0][:, None, :, None]
         live = live_tokens(seq_lens, labels.shape[1], labels.shape[2])
-        return best_tokens(sum_of_softmax(logits, live), live, self, layer, page_table, seq_lens, q.shape[1])
+        return best_tokens(sum_of_softmax(logits, live), live, layer, page_table, seq_lens, q.shape[1])
 
     def scan_bytes(self, layer) -> list[float]:
         state = layer.selector_state
         names = [name for name in ("labels", "label_scale") if name in state]
-        return [float(sum(state[name].shape[3] * stored_bytes(state[name]) for name in names))] * layer.k_cache.shape[1]
-
-
-def load_channel_order(path: str, layer_index: int, kv_heads: int, head_dim: int) -> Tensor:
-    """One layer's channel order [Hkv, D] from a calibration file, heaviest channel first."""
-    from safetensors import safe_open
-
-    key = f"layers.{layer_index}.channel_order"
-    with safe_open(path, framework="pt") as file:
-        if key not in set(file.keys()):
-            raise ValueError(f"DoubleSparsity: calibration: expected {key} in {path}, got a file without it")
-        order = file.get_tensor(key)
-    if tuple(order.shape) != (kv_heads, head_dim):
-        raise ValueError(f"DoubleSparsity: calibration: expected {key} of shape [{kv_heads}, {head_dim}], got {list(order.shape)}")
-    return order
+        return [float(sum(state[name].shape[3] * stored_bytes(state[name]) for name in names))] * layer.num_kv_heads

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Candidates, Selector
+from ..arguments import Candidates
+from ..layer import Selector
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Full(Selector):
     kernel: ClassVar[str] = "full"
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        return Candidates(None, None, 1)
+        return Candidates()
 
     def scan_bytes(self, layer) -> list[float]:
-        return [0.0] * layer.k_cache.shape[1]
+        return [0.0] * layer.num_kv_heads

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .._settings import integer, normalise, refuse
+from ..arguments import Candidates
+from ..layer import Selector, stored_bytes
 from ._paged import allocate_rows, read_rows, write_rows
 from ._rank import best_tokens, group_query, real_rows
-from .base import Candidates, Selector, stored_bytes
 
 _ROWS_AT_ONCE = 512  # tokens hashed together: bounds the projections' memory in a prefill
 
@@ -47,8 +48,8 @@ class MagicPig(Selector):
             refuse("MagicPig", "min_collisions", f"1..tables = {self.tables}", self.min_collisions)
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
-        _, kv_heads, _, head_dim = layer.k_cache.shape
-        device = layer.k_cache.device
+        kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
+        device = layer.kv.k_cache.device
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
         planes = torch.randn(head_dim, self.tables * self.hyperplanes, generator=generator)
         return {
@@ -75,13 +76,13 @@ class MagicPig(Selector):
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         state = layer.selector_state
-        query = self._codes(group_query(q, layer.k_cache.shape[1]), state["planes"])  # [B, T, Hkv, G, L]
+        query = self._codes(group_query(q, layer.num_kv_heads), state["planes"])  # [B, T, Hkv, G, L]
         codes = read_rows(state["codes"], page_table)  # [B, Hkv, N, L]
         collisions = (query[..., None, :] == codes[:, None, :, None]).sum(-1)  # [B, T, Hkv, G, N]
         hit = (collisions >= self.min_collisions).any(dim=3).any(dim=1)
         scores = collisions.sum(dim=(1, 3)).float()
-        return best_tokens(scores, hit, self, layer, page_table, seq_lens, q.shape[1])
+        return best_tokens(scores, hit, layer, page_table, seq_lens, q.shape[1])
 
     def scan_bytes(self, layer) -> list[float]:
         # As implemented, a scan of all codes; real hash tables read only the buckets hit.
-        return [float(self.tables * stored_bytes(layer.selector_state["codes"]))] * layer.k_cache.shape[1]
+        return [float(self.tables * stored_bytes(layer.selector_state["codes"]))] * layer.num_kv_heads

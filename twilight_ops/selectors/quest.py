@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .._settings import normalise, one_of
-from ..ops import select_pages
-from .base import Candidates, Selector, stored_bytes
+from ..arguments import Candidates, PageBounds, Paging
+from ..layer import Selector, stored_bytes
+from ..ops.select_pages import select_pages
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,24 @@ class Quest(Selector):
 
     name: ClassVar[str] = "quest"
     kernel: ClassVar[str] = "quest"
-    uses_page_bounds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         normalise(self, bounds_dtype=one_of("int8", "model"))
 
+    def allocate(self, layer, previous) -> dict[str, Tensor]:
+        k_cache, eight_bit = layer.kv.k_cache, self.bounds_dtype == "int8"
+        shape = (k_cache.shape[0], layer.num_kv_heads, 2)
+        bounds = k_cache.new_zeros((*shape, layer.head_dim), dtype=torch.uint8 if eight_bit else k_cache.dtype)
+        layer.bounds = PageBounds(bounds, k_cache.new_zeros(shape, dtype=torch.bfloat16) if eight_bit else None)
+        return {}
+
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        plan = layer.plan
-        indices, counts = select_pages(
-            q,
-            layer.page_bounds,
-            layer.bounds_scale,
-            page_table,
-            seq_lens,
-            layer.page_size,
-            self.token_budget,
-            self.budget_fraction,
-            sm_scale,
-            plan.sink_tokens,
-            plan.recent_tokens,
-            layer.head_token_budget,
-        )
-        return Candidates(indices, counts, layer.page_size)
+        policy, paging = layer.policy, Paging(page_table, seq_lens)
+        lists = select_pages(q, layer.bounds, paging, layer.page_size, policy.budget, sm_scale, policy.always)
+        return Candidates(*lists, layer.page_size)
 
     def scan_bytes(self, layer) -> list[float]:
-        kv_heads, head_dim = layer.page_bounds.shape[1], layer.page_bounds.shape[3]
-        scale = 0 if layer.bounds_scale is None else stored_bytes(layer.bounds_scale)
-        return [2 * (head_dim * stored_bytes(layer.page_bounds) + scale) / layer.page_size] * kv_heads
+        bounds, scale = layer.bounds
+        scale_bytes = 0 if scale is None else stored_bytes(scale)
+        return [2 * (layer.head_dim * stored_bytes(bounds) + scale_bytes) / layer.page_size] * layer.num_kv_heads

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from .. import calibration
 from .._settings import integer, normalise, number, optional, path
-from ..ops import select_tokens
-from .base import Candidates, Selector, stored_bytes
+from ..arguments import Candidates, Paging
+from ..layer import Selector, stored_bytes
+from ..ops.select_tokens import select_tokens
+from ._channels import MIN_TOKENS, channel_order, shortest_prefix
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,40 @@ class ShadowPrefix(Selector):
             calibration=optional(path),
         )
 
+    def allocate(self, layer, previous) -> dict[str, Tensor]:
+        integer(8, layer.head_dim, multiple_of=8)(type(self).__name__, "prefix_channels", self.prefix_channels or layer.head_dim)
+        return {}
+
+    def reset(self, layer) -> None:
+        """The order and prefix of the file, else identity and the fixed prefix or the whole row."""
+        kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
+        if self.calibration is not None:
+            order, prefix = calibration.load(self.calibration, layer.index, kv_heads, head_dim)
+        else:
+            order, prefix = torch.arange(head_dim).expand(kv_heads, -1), torch.full((kv_heads,), head_dim)
+        if self.prefix_channels is not None:
+            prefix = torch.full_like(prefix, self.prefix_channels)
+        layer.shadow.channel_order.copy_(order)
+        layer.shadow.prefix_channels.copy_(prefix)
+
+    def calibrate(self, q: Tensor, k: Tensor, layer, positions: Tensor | None, sm_scale: float) -> None:
+        """Orders channels by mean |q_d| |k_d| and finds the shortest prefix, unless it is fixed or a file brings both."""
+        if self.calibration is not None or k.shape[1] < MIN_TOKENS:
+            return
+        order = channel_order(q, k, positions)
+        layer.shadow.channel_order.copy_(order)
+        if self.prefix_channels is None:
+            budget = (self.token_budget, self.budget_fraction, self.tau, sm_scale)
+            layer.shadow.prefix_channels.copy_(shortest_prefix(q, k, positions, order, *budget))
+
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        plan = layer.plan
-        indices, counts = select_tokens(
-            q,
-            layer.k_quant,
-            layer.k_scale,
-            layer.channel_order,
-            layer.prefix_channels,
-            page_table,
-            seq_lens,
-            self.token_budget,
-            self.budget_fraction,
-            sm_scale,
-            plan.sink_tokens,
-            plan.recent_tokens,
-            layer.head_token_budget,
-        )
-        return Candidates(indices, counts, 1)
+        policy = layer.policy
+        return Candidates(*select_tokens(q, layer.shadow, Paging(page_table, seq_lens), policy.budget, sm_scale, policy.always))
 
     def scan_bytes(self, layer) -> list[float]:
-        scale = 2 * stored_bytes(layer.k_scale)
-        return [channels / 2 + scale for channels in layer.prefix_channels.tolist()]
+        scale = 2 * stored_bytes(layer.shadow.k_scale)
+        return [channels / 2 + scale for channels in layer.shadow.prefix_channels.tolist()]
+
+    def estimate_bytes(self, layer) -> list[float]:
+        # The scan has read the prefix and the scale.
+        return [(layer.head_dim - channels) / 2 for channels in layer.shadow.prefix_channels.tolist()]

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .._settings import integer, normalise
+from ..arguments import Candidates
+from ..layer import Selector, stored_bytes
 from ._paged import read_keys
 from ._rank import best_tokens, group_query, live_tokens, sum_of_softmax
-from .base import Candidates, Selector, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SparQ(Selector):
         normalise(self, channels=integer(1))
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        kv_heads, head_dim = layer.k_cache.shape[1], layer.k_cache.shape[3]
+        kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
         query = group_query(q, kv_heads)  # [B, T, Hkv, G, D]
         weight = query.abs().nan_to_num(nan=0.0, posinf=torch.finfo(query.dtype).max)
         strength = weight.sum(dim=(1, 3))  # [B, Hkv, D]
@@ -49,8 +50,8 @@ class SparQ(Selector):
         logits = torch.einsum("bthgr,bhnr->bthgn", query.gather(-1, where), keys) * sm_scale
         logits = logits / covered.clamp(min=1e-6).sqrt()[..., None]
         live = live_tokens(seq_lens, kv_heads, keys.shape[2])
-        return best_tokens(sum_of_softmax(logits, live), live, self, layer, page_table, seq_lens, q.shape[1])
+        return best_tokens(sum_of_softmax(logits, live), live, layer, page_table, seq_lens, q.shape[1])
 
     def scan_bytes(self, layer) -> list[float]:
-        _, kv_heads, _, head_dim = layer.k_cache.shape
-        return [float(min(self.channels, head_dim) * stored_bytes(layer.k_cache))] * kv_heads
+        kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
+        return [float(min(self.channels, head_dim) * stored_bytes(layer.kv.k_cache))] * kv_heads

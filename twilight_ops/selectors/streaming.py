@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .._settings import normalise, tokens
-from ._rank import limits, list_capacity, row_budget
-from .base import Candidates, Selector
+from ..arguments import Candidates
+from ..layer import Selector
+from ..reference._top_k import row_budget
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,21 @@ class Streaming(Selector):
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         query_tokens = q.shape[1]
-        asked = limits(self, layer, page_table, query_tokens)
+        asked = layer.limits(page_table, query_tokens)
         sinks = max(self.sinks, asked.sink_tokens)
         recent = asked.recent_tokens
-        capacity = list_capacity(self, layer, page_table, query_tokens)
+        capacity = asked.token_capacity
         lens = seq_lens.long()[:, None]  # [B, 1]
         # The window wins where the budget holds less than the sinks: the newest token is always in.
-        budget = row_budget(self, layer, seq_lens).clamp(min=recent + asked.sink_tokens, max=capacity)
+        budget = row_budget(seq_lens, layer.num_kv_heads, asked, layer.policy.budget.head_token_budget)
+        budget = budget.clamp(min=recent + asked.sink_tokens, max=capacity)
         counts = torch.minimum(budget, lens)  # [B, Hkv]
         first = (counts - recent).clamp(min=0, max=sinks)[..., None]  # [B, Hkv, 1]
         slots = torch.arange(capacity, device=q.device)
         window = (lens - counts)[..., None] + slots
         indices = torch.where(slots < first, slots, window)
         indices = torch.where(slots < counts[..., None], indices, -1)
-        return Candidates(indices.int(), counts.int(), 1)
+        return Candidates(indices.int(), counts.int())
 
     def scan_bytes(self, layer) -> list[float]:
-        return [0.0] * layer.k_cache.shape[1]
+        return [0.0] * layer.num_kv_heads

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .._settings import each, flag, integer, normalise
+from ..arguments import Candidates
+from ..layer import Selector, stored_bytes
 from ._paged import allocate_rows, physical_pages, read_rows
 from ._rank import best_tokens, exact_logits, sum_of_softmax
-from .base import Candidates, Selector, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ class Tidal(Selector):
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         flags = layer.selector_state["tidal_selected"]  # [P + 1, Hkv, S, 1]
-        pages, _, page_size, _ = layer.k_cache.shape
+        pages, _, page_size, _ = layer.kv.k_cache.shape
         if layer.index not in self.selection_layers:
             selected = read_rows(flags, page_table)[..., 0]  # [B, Hkv, N]
-            return best_tokens(selected.float(), selected, self, layer, page_table, seq_lens, q.shape[1])
+            return best_tokens(selected.float(), selected, layer, page_table, seq_lens, q.shape[1])
         logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)
         scores = sum_of_softmax(logits, live)
         if self.across_heads:
             scores = scores.sum(1, keepdim=True).expand_as(scores)
-        best = best_tokens(scores, live, self, layer, page_table, seq_lens, q.shape[1])
+        best = best_tokens(scores, live, layer, page_table, seq_lens, q.shape[1])
         # One slot more, where the pads of the list land.
         selected = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=q.device)
         assert best.indices is not None
@@ -64,10 +65,10 @@ class Tidal(Selector):
         selected = selected.scatter(2, slots, torch.ones_like(slots, dtype=torch.bool))[..., :-1]
         by_page = selected.unflatten(2, (-1, page_size)).transpose(1, 2)  # [B, M, Hkv, S]
         flags[physical_pages(page_table, pages)] = by_page[..., None]
-        return Candidates(None, None, 1)
+        return Candidates()
 
     def scan_bytes(self, layer) -> list[float]:
-        _, kv_heads, _, head_dim = layer.k_cache.shape
+        kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
         # A selecting layer that is not pruned ranks with the logits its own attention needs anyway.
         scans = layer.index in self.selection_layers and layer.plan.prunes
-        return [float(head_dim * stored_bytes(layer.k_cache) if scans else 0)] * kv_heads
+        return [float(head_dim * stored_bytes(layer.kv.k_cache) if scans else 0)] * kv_heads

@@ -1,0 +1,147 @@
+"""What operators take, in groups: each name stands here once, and `ops/_library.py` derives the flat schemas from them.
+
+Symbols: B sequences, T query tokens, Hq query heads, Hkv KV heads, D head_dim, S page_size, P physical pages, M pages a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class KV(NamedTuple):
+    """Paged K and V, [P, Hkv, S, D] each."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+
+
+class Paging(NamedTuple):
+    """Where the tokens of each sequence are.
+
+    Args:
+        page_table: [B, M] int32, physical page of each logical page; M * S at most 2**29.
+        seq_lens: [B] int32, tokens, this step's included; below 0 counts as 0, beyond M * S as M * S.
+    """
+
+    page_table: Tensor
+    seq_lens: Tensor
+
+
+class Shadow(NamedTuple):
+    """The 4-bit copy of K.
+
+    Args:
+        k_quant: [P, Hkv, S * D / 2] uint8, two codes a byte, low nibble first, channels in `channel_order`. The leading
+            `prefix_channels[h]` channels of all S tokens come first (token-major), then the other channels (token-major).
+        k_scale: [P, Hkv, S, 2] bf16, (scale, zero).
+        channel_order: [Hkv, D] int32, a permutation of 0..D-1 a head.
+        prefix_channels: [Hkv] int32, multiples of 8 in 0..D.
+    """
+
+    k_quant: Tensor
+    k_scale: Tensor
+    channel_order: Tensor
+    prefix_channels: Tensor
+
+
+class PageBounds(NamedTuple):
+    """Element-wise bounds of each page's keys.
+
+    Args:
+        page_bounds: [P, Hkv, 2, D] (min, max) in K's dtype, or uint8 codes.
+        bounds_scale: [P, Hkv, 2] bf16 (scale, zero), exactly with uint8 bounds: bound = code * scale + zero.
+    """
+
+    page_bounds: Tensor
+    bounds_scale: Tensor | None = None
+
+
+class Candidates(NamedTuple):
+    """An ascending list of tokens or pages a KV head; without `indices` it stands for every token.
+
+    Args:
+        indices: [B, Hkv, C] int32, ascending and unique, -1 pads.
+        counts: [B, Hkv] int32.
+        tokens_per_index: 1 for tokens, page_size for pages.
+    """
+
+    indices: Tensor | None = None
+    counts: Tensor | None = None
+    tokens_per_index: int = 1
+
+
+class Budget(NamedTuple):
+    """How many candidates a selector proposes: `max(token_budget, ceil(budget_fraction * seq_len))` tokens.
+
+    Args:
+        token_budget: tokens, >= 1; more than the page table holds means all of it.
+        budget_fraction: of the live length, 0..1.
+        head_token_budget: [Hkv] int32 tokens, overrides both; clamped to the list's capacity, below 0 counts as 0.
+    """
+
+    token_budget: int
+    budget_fraction: float = 0.0
+    head_token_budget: Tensor | None = None
+
+
+class Pruning(NamedTuple):
+    """The share of estimated attention weight to keep.
+
+    Args:
+        top_p: 0 < p <= 1; 1 prunes nothing.
+        head_top_p: [B or 1, Hq or 1] fp32 on the device, instead of top_p; not checked without a synchronisation, so values outside
+            (0, 1] act as the nearest end and NaN as 1.
+    """
+
+    top_p: float = 1.0
+    head_top_p: Tensor | None = None
+
+    @property
+    def prunes(self) -> bool:
+        return self.top_p < 1.0 or self.head_top_p is not None
+
+
+class Always(NamedTuple):
+    """Tokens that are always candidates and always kept: the first `sink_tokens` and the newest `max(recent_tokens, T)`; both >= 0."""
+
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+
+
+class Policy(NamedTuple):
+    """What a decode step decides by.
+
+    Args:
+        selector: "dense", "full", "quest", "shadow_prefix" or "given".
+        budget: of the selector.
+        pruning: share of weight to keep.
+        always: tokens that no decision leaves out.
+        dense_below: tokens; sequences no longer than this attend to everything, decided on the device.
+    """
+
+    selector: str
+    budget: Budget = Budget(1)
+    pruning: Pruning = Pruning()
+    always: Always = Always()
+    dense_below: int = 0
+
+    @property
+    def prunes(self) -> bool:
+        return self.selector != "dense" and self.pruning.prunes
+
+
+class Observation(NamedTuple):
+    """What a decode step reports beside its result, written in place where given.
+
+    Args:
+        budget_counters: [Hkv, COUNTER_COLUMNS] int64, added to: calls, live tokens, I0, I1, captured mass, calls on the dense path
+            (selector "dense", or seq_len <= dense_below) and histograms; `twilight_ops/capacity.py` names the columns.
+        kept_indices, kept_counts: [B, Hkv, M * S], [B, Hkv] int32, the kept positions (ascending, -1 pads); for inspection, leave them
+            None when speed matters.
+    """
+
+    budget_counters: Tensor | None = None
+    kept_indices: Tensor | None = None
+    kept_counts: Tensor | None = None

@@ -1,0 +1,208 @@
+"""One layer of a cache: its resolved settings, its tensors, and the protocol of the selector that works on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ._settings import normalise, number, of_length, tokens
+from .arguments import KV, Always, Budget, Candidates, PageBounds, Policy, Pruning, Shadow
+from .capacity import COUNTER_COLUMNS, Limits
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Base of all selectors: a frozen record of settings; tensors it needs live in the layer's `selector_state`.
+
+    A selector outside this package subclasses this, sets `name`, and implements `select`; it may add the other methods. `append` and
+    `select` run inside the compiled decode step, so they take and return tensors of fixed shape and never read a value on the host; they
+    may launch a kernel of their own (`torch.library.triton_op`). A `__post_init__` of its own calls this one, which checks the budgets.
+
+    Args:
+        token_budget: candidates in tokens, at least 1.
+        budget_fraction: candidates as a share of the live length, 0..1; the larger of the two counts.
+    """
+
+    token_budget: int = 1024
+    budget_fraction: float = 0.0
+
+    name: ClassVar[str] = ""
+    kernel: ClassVar[str] = "given"  # the `selector` argument of decode_attention; "given": `select` is called first
+    uses_shadow: ClassVar[bool] = False  # even where nothing is pruned
+
+    def __post_init__(self) -> None:
+        normalise(self, token_budget=tokens(1), budget_fraction=number(0.0, 1.0))
+
+    def allocate(self, layer: PagedKVLayer, previous: PagedKVLayer | None) -> dict[str, Tensor]:
+        """Extra tensors of one layer, kept in `layer.selector_state`; addresses never change afterwards.
+
+        `layer.index` is its place in the model; tensors taken over from `previous.selector_state` are shared between the layers.
+        """
+        return {}
+
+    def reset(self, layer: PagedKVLayer) -> None:
+        """Writes in place what holds before any prompt; called once after `allocate` and with every reset of the cache."""
+
+    def calibrate(self, q: Tensor, k: Tensor, layer: PagedKVLayer, positions: Tensor | None, sm_scale: float) -> None:
+        """Called once, with the first prompt and before its append; writes what `select` reads in place.
+
+        q [B, T, Hq, D], k [B, T, Hkv, D]; positions [B, T] int32 are -1 for padding, None stands for no padding. Shapes depend on T only
+        and nothing is read on the host, so that it may be traced.
+        """
+
+    def append(self, k: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, positions: Tensor | None) -> None:
+        """Called after append_kv with the same rows; updates `layer.selector_state` in place."""
+
+    def select(self, q: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
+        """Proposes candidates for q [B, T, Hq, D].
+
+        The first `layer.plan.sink_tokens` and the newest `max(layer.plan.recent_tokens, T)` tokens belong to them: nothing adds them later.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement select()")
+
+    def scan_bytes(self, layer: PagedKVLayer) -> list[float]:
+        """Bytes a KV head reads for each live token to propose candidates, one entry a head; for reports only, NaN where unknown."""
+        return [float("nan")] * layer.num_kv_heads
+
+    def estimate_bytes(self, layer: PagedKVLayer) -> list[float]:
+        """Bytes a KV head reads for each candidate to estimate its weight; for reports only."""
+        return [layer.head_dim / 2 + 4.0] * layer.num_kv_heads  # a code a channel, (scale, zero)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes an element in a deployed cache: 16 bits for K's dtype, even where a CPU run holds 32."""
+    return min(2, tensor.element_size())
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's resolved settings."""
+
+    selector: Selector | None  # None: dense
+    top_p: float
+    dense_below: int
+    sink_tokens: int
+    recent_tokens: int
+    head_token_budget: tuple[int, ...] | None
+    head_top_p: tuple[float, ...] | None
+
+    @property
+    def prunes(self) -> bool:
+        return self.selector is not None and (self.top_p < 1.0 or self.head_top_p is not None)
+
+    def policy(self, max_tokens: int, num_qo_heads: int, num_kv_heads: int, device: torch.device) -> Policy:
+        """What `decode_attention` takes; `max_tokens`: of all pages.
+
+        Raises:
+            ValueError: settings by head of another number of heads.
+        """
+        head_budget = head_top_p = None
+        if self.head_token_budget is not None:
+            of_length("LayerOverride", "head_token_budget", self.head_token_budget, num_kv_heads, "KV head")
+            # No sequence is longer than all pages.
+            budgets = [min(budget, max_tokens) for budget in self.head_token_budget]
+            head_budget = torch.tensor(budgets, dtype=torch.int32, device=device)
+        if self.head_top_p is not None:
+            of_length("LayerOverride", "head_top_p", self.head_top_p, num_qo_heads, "query head")
+            head_top_p = torch.tensor([self.head_top_p], dtype=torch.float32, device=device)
+        pruning, always = Pruning(self.top_p, head_top_p), Always(self.sink_tokens, self.recent_tokens)
+        if self.selector is None:
+            return Policy("dense", Budget(1), pruning, always, self.dense_below)
+        budget = Budget(self.selector.token_budget, self.selector.budget_fraction, head_budget)
+        return Policy(self.selector.kernel, budget, pruning, always, self.dense_below)
+
+
+@dataclass
+class PagedKVLayer:
+    """The tensors of one layer; allocated once, only ever written in place, so a captured graph can hold their addresses."""
+
+    plan: LayerPlan
+    policy: Policy
+    kv: KV
+    budget_counters: Tensor  # [Hkv, COUNTER_COLUMNS] int64
+    index: int = 0  # of the layer in its model
+    shadow: Shadow | None = None
+    bounds: PageBounds | None = None
+    selector_state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv.k_cache.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.k_cache.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv.k_cache.shape[3]
+
+    def limits(self, page_table: Tensor, query_tokens: int) -> Limits:
+        """Token counts of a call, as far as the page table reaches, and the capacity of its lists."""
+        return Limits.of(page_table.shape[1] * self.page_size, query_tokens, self.policy.budget, self.policy.always)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the layer, once."""
+        groups = (self.kv, self.shadow or (), self.bounds or (), self.policy.budget, self.policy.pruning, self.selector_state.values())
+        return [self.budget_counters, *(value for group in groups for value in group if isinstance(value, Tensor))]
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of plain K and V, and of everything kept beside them."""
+        kv = sum(tensor.nbytes for tensor in self.kv)
+        return {"kv": kv, "extra": sum(t.nbytes for t in self.tensors()) - kv}
+
+    @torch.no_grad()
+    def calibrate(self, q: Tensor, k: Tensor, positions: Tensor | None, sm_scale: float) -> None:
+        """Calibrates in place from the prompt that first fills the cache, before that prompt is appended; see `Selector.calibrate`."""
+        if self.plan.selector is not None:
+            self.plan.selector.calibrate(q, k, self, positions, sm_scale)
+
+    def reset(self) -> None:
+        """Forgets the budget counters and a calibration that came from a prompt."""
+        self.budget_counters.zero_()
+        if self.plan.selector is not None:
+            self.plan.selector.reset(self)
+
+
+def allocate_layer(
+    plan: LayerPlan,
+    num_pages: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    previous: PagedKVLayer | None = None,
+) -> PagedKVLayer:
+    """Zeroed tensors of one layer, with an identity channel order and the whole row as prefix until something calibrates them.
+
+    `previous` is the layer below: its index counts on, and a selector may share that layer's state.
+    """
+
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    rows = (num_pages, num_kv_heads, page_size, head_dim)
+    layer = PagedKVLayer(
+        plan=plan,
+        policy=plan.policy(num_pages * page_size, num_qo_heads, num_kv_heads, device),
+        kv=KV(zeros(*rows, dtype=dtype), zeros(*rows, dtype=dtype)),
+        budget_counters=zeros(num_kv_heads, COUNTER_COLUMNS, dtype=torch.int64),
+        index=0 if previous is None else previous.index + 1,
+    )
+    if plan.selector is None:
+        return layer
+    if plan.prunes or plan.selector.uses_shadow:
+        layer.shadow = Shadow(
+            zeros(num_pages, num_kv_heads, page_size * head_dim // 2, dtype=torch.uint8),
+            zeros(num_pages, num_kv_heads, page_size, 2, dtype=torch.bfloat16),
+            torch.arange(head_dim, dtype=torch.int32, device=device).expand(num_kv_heads, -1).contiguous(),
+            torch.full((num_kv_heads,), head_dim, dtype=torch.int32, device=device),
+        )
+    layer.selector_state = plan.selector.allocate(layer, previous)
+    plan.selector.reset(layer)
+    return layer
