@@ -1,4 +1,4 @@
-"""The structure that a newcomer relies on: no import cycles, one list of an operator's arguments a language, functions beside their modules."""
+"""The structure that a newcomer relies on: no import cycles, one list of arguments a language, no function that hides its module."""
 
 from __future__ import annotations
 
