@@ -24,9 +24,9 @@ from .. import decode_step
 from ..config import TwilightConfig
 from ..paged_kv_cache import PagedKVLayer
 from ..selectors import Full, Quest, ShadowPrefix
-from . import transformers as attention
-from .cache import TwilightCache
-from .generate import Decoder
+from .hf import attention
+from .hf.cache import TwilightCache
+from .hf.generate import Decoder
 
 SELECTORS = {"full": Full, "quest": Quest, "shadow_prefix": ShadowPrefix}
 

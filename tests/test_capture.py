@@ -17,8 +17,8 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM  # noqa: E
 
 from twilight_ops import Full, Quest, Selector, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
-from twilight_ops.integration.generate import most_likely  # noqa: E402
-from twilight_ops.integration.regions import compile_regions  # noqa: E402
+from twilight_ops.integration.compile.regions import compile_regions  # noqa: E402
+from twilight_ops.integration.hf.generate import most_likely  # noqa: E402
 from twilight_ops.selectors import Candidates  # noqa: E402
 
 LAYERS = 2

@@ -5,10 +5,10 @@ import torch
 from torch._inductor import config as inductor_config
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-import twilight_ops.integration.transformers as attention
+import twilight_ops.integration.hf.attention as attention
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, decode_step
 from twilight_ops.integration import CapturedStep, TwilightCache
-from twilight_ops.integration.generate import Decoder
+from twilight_ops.integration.hf.generate import Decoder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,8 +17,9 @@ from torch._dynamo.backends.registry import lookup_backend  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
 from twilight_ops import Full, TwilightConfig  # noqa: E402
-from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, cuda_graph, join_linears, regions, rewrites  # noqa: E402
-from twilight_ops.integration.regions import compile_regions  # noqa: E402
+from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, join_linears  # noqa: E402
+from twilight_ops.integration.compile import cuda_graph, regions, rewrites  # noqa: E402
+from twilight_ops.integration.compile.regions import compile_regions  # noqa: E402
 
 PROMPT = 20
 # With every token kept, attention is exact, so that a model in fp64 is an oracle.

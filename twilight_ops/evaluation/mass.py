@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from .. import ops
 from ..config import TwilightConfig
 from ..decode_step import append, attend
-from ..integration.generate import cache_argument
+from ..integration.hf.generate import cache_argument
 from ..selectors import Full
 from .prefill import Prefill, attention, cache_of
 

@@ -11,9 +11,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from .. import calibration
-from ..decode_step import append, attend
-from ..paged_kv_cache import PagedKVLayer
+from ... import calibration
+from ...decode_step import append, attend
+from ...paged_kv_cache import PagedKVLayer
 from .cache import LayerKeys, TwilightLayer
 from .sequences import Forward
 

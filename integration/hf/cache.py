@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .. import calibration
-from ..config import TwilightConfig
-from ..ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
-from ..paged_kv_cache import PagedKVLayer, allocate_layer
-from ..report import BudgetReport, budget_report
+from ... import calibration
+from ...config import TwilightConfig
+from ...ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
+from ...paged_kv_cache import PagedKVLayer, allocate_layer
+from ...report import BudgetReport, budget_report
 from .sequences import Sequences
 from .sequences import _read_prompt_rows as _read_prompt_rows
 

@@ -17,12 +17,12 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from transformers.cache_utils import Cache
 
-from ..config import TwilightConfig
-from ..ops._checks import MAX_QUERY_TOKENS
-from ..report import BudgetReport
+from ...config import TwilightConfig
+from ...ops._checks import MAX_QUERY_TOKENS
+from ...report import BudgetReport
+from ..compile.cuda_graph import WARMUP_STEPS, CapturedStep
+from ..compile.regions import compile_regions
 from .cache import TwilightCache
-from .cuda_graph import WARMUP_STEPS, CapturedStep
-from .regions import compile_regions
 
 CAPTURES = ("cuda_graph", "compile", "eager")
 MAX_END_TOKENS = 8

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops._checks import MAX_QUERY_TOKENS
-from ..paged_kv_cache import PagedKVLayer
+from ...ops._checks import MAX_QUERY_TOKENS
+from ...paged_kv_cache import PagedKVLayer
 
 
 @dataclass(frozen=True)
