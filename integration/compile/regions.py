@@ -5,6 +5,12 @@ are called as they are. What a piece costs the host on every call vanishes where
 
 A step that cannot be cut without changing what it means is compiled as one, with a warning that says why. The backend changes no
 parameter and keeps none: every call computes on the tensors that it is given.
+
+PyTorch has no public way to compile a part of a traced graph, so this rests on private ones; `private` imports them all. A FakeTensorMode
+runs the step without computing, and a TorchDispatchMode watches it, to know shapes, aliases and writes before anything is cut. A
+TracingContext of its own keeps the guards of a piece apart from those of the step. Where one of these is missing, or does something else
+than it did, every step is compiled as one, with the warning; results stay what they were. Two conventions of Dynamo have no name to import:
+`node.meta["example_value"]` is a node's fake value, `node.meta["grapharg"]` holds the example input and is dropped.
 """
 
 from __future__ import annotations
@@ -19,20 +25,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from .private import (
+    MISSING,
+    FakeTensorMode,
+    OpOverload,
+    ShapeEnv,
+    TorchDispatchMode,
+    TracingContext,
+    is_traceable_wrapper_subclass,
+    lookup_backend,
+    set_grad_enabled,
+    tracing,
+)
 from .rewrites import Maker, join_side_by_side, lie_side_by_side, lift_constants, name_of, reduce_in_one_shot, take_local_shards
-
-try:  # Private names: where a PyTorch lacks one, every step is compiled as one.
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    MISSING = None
-except ImportError as error:  # pragma: no cover
-    MISSING = error
 
 _numbers = itertools.count(1)
 
@@ -220,7 +227,7 @@ def cut_at_operators(graph: fx.GraphModule, values: dict[fx.Node, object]) -> li
             regions.add(node)
         elif name_of(node).startswith("_exit_"):
             regions.discard(node.args[0])
-        elif node.target is torch._C._set_grad_enabled:
+        elif node.target is set_grad_enabled:
             last_grad = node.args[0]
     for node in graph.graph.nodes:
         for source in node.all_input_nodes:
@@ -252,7 +259,7 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):  # a higher-order operator does not say what it writes to
+        if not isinstance(func, OpOverload):  # a higher-order operator does not say what it writes to
             self._note((*args, *kwargs.values()))
             return func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:

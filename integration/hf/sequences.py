@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import calibration
 from ...ops._checks import MAX_QUERY_TOKENS
 from ...paged_kv_cache import PagedKVCache, PagedKVLayer
+from ..compile.private import assert_async, mark_static_address
 
 # Called as recorder(q, layer, page_table, seq_lens, sm_scale); returns buffers (kept_indices, kept_counts) or None.
 Recorder = Callable[[Tensor, PagedKVLayer, Tensor, Tensor, float], "tuple[Tensor, Tensor] | None"]
@@ -119,7 +120,7 @@ class Sequences:
     def _mark_static(self, tensors: Sequence[Tensor]) -> None:
         """Tells the compiler that these addresses never change; without it CUDA graphs are skipped."""
         for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor)
+            mark_static_address(tensor)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "forward": None, "live_step_lens": None}  # a view does not stay one through pickle
@@ -217,7 +218,7 @@ class Sequences:
         fits = (new_lens <= self.paged.max_cache_len).all()
         if not _readable(new_lens):
             # On a GPU this is an assertion of the device.
-            torch._assert_async(fits, "TwilightCache: input_ids: expected new tokens that fit max_cache_len")
+            assert_async(fits, "TwilightCache: input_ids: expected new tokens that fit max_cache_len")
         elif not bool(fits):
             self._refuse_length(int(new_lens.max()))
         return self._forward(tokens, new_lens, exact=False, slots=slots, order=order)
@@ -244,7 +245,7 @@ class Sequences:
                 else:
                     live = live_columns(positions, cached == 0)
             new_lens, slots = _place(live, cached)
-            torch._assert_async(
+            assert_async(
                 (new_lens <= self.paged.max_cache_len).all(), "TwilightCache: input_ids: expected a prompt that fits max_cache_len"
             )
         return self._forward(tokens, new_lens, exact=True, calibrates=not self.filled, slots=slots, rows=rows)
