@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import calibration
 from ._settings import integer, of_length, one_of
 from .capacity import COUNTER_COLUMNS
 from .config import LayerPlan, TwilightConfig
@@ -171,10 +172,10 @@ class PagedKVCache:
         self.layers: list[PagedKVLayer] = []
 
     def add_layer(self, num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> PagedKVLayer:
-        """Allocates the next layer, for this rank's head counts.
+        """Allocates the next layer, for this rank's head counts, calibrated from the selector's file if it has one.
 
         Raises:
-            ValueError: a device without kernels, or settings that do not fit these sizes.
+            ValueError: a device without kernels, or settings or a file that do not fit these sizes; the cache is as it was.
         """
         num_pages = self.max_batch_size * self.max_pages
         layer = allocate_layer(
@@ -188,6 +189,7 @@ class PagedKVCache:
             device,
             self.layers[-1] if self.layers else None,
         )
+        calibration.initialise(layer)
         if not self.layers:
             self.page_table = torch.arange(num_pages, dtype=torch.int32, device=device).view(self.max_batch_size, self.max_pages)
             self.seq_lens = torch.zeros(self.max_batch_size, dtype=torch.int32, device=device)
@@ -217,23 +219,18 @@ class PagedKVCache:
         with torch.inference_mode(False):
             self.live_page_table, self.live_seq_lens = self.page_table[:batch], self.seq_lens[:batch]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor, once; the live views too."""
-        if not self.layers:
-            return []
-        shared = [self.page_table, self.seq_lens, self.live_page_table, self.live_seq_lens]
-        return shared + [tensor for layer in self.layers for tensor in layer.tensors()]
-
     def nbytes(self) -> dict[str, int]:
         """Bytes of plain K and V, and of everything the layers keep beside them."""
         sizes = [layer.nbytes() for layer in self.layers]
         return {name: sum(size[name] for size in sizes) for name in ("kv", "extra")}
 
     def reset(self) -> None:
-        """Forgets every sequence and what was counted; addresses stay."""
+        """Forgets every sequence, what was counted, and a calibration that came from a prompt; addresses stay."""
         if self.layers:
             self.seq_lens.zero_()
         self.reset_budget()
+        for layer in self.layers:
+            calibration.initialise(layer)
 
     def reset_budget(self) -> None:
         """Starts the budget counters again."""

@@ -68,14 +68,12 @@ def twilight_attention(
     if forward.calibrates:
         calibration.from_prompt(paged, q, k, forward.slots, scale)
     append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
-    if not forward.exact:
+    if forward.exact:
+        out = _attend_exactly(query, key, value, paged, forward, scale)
+    else:
         step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scale)
         kept = None if sequences.recorder is None else sequences.recorder(*step)
         out = forward.in_columns(attend(*step, *(kept or ()))[0])
-    elif forward.rows is None:
-        out = _attend_paged(query, paged, forward, scale)
-    else:
-        out = _attend_rows(query, key, value, paged, forward, scale)
     sequences.leave_layer(layer.index)
     return out.to(dtype), None
 
@@ -197,8 +195,10 @@ def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor, fail) 
     warnings.warn(f'attn_implementation="twilight": {message}: should the cache have been reset?', stacklevel=2)
 
 
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
+def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
     """Exact causal attention of a prompt chunk, sequence by sequence, on itself and on what is cached before it."""
+    if forward.rows is None:
+        return _attend_traced(query, paged, forward, scale)
     batch, heads, tokens, head_dim = query.shape
     group = heads // key.shape[1]
     if forward.slots is None and all(row.start == 0 for row in forward.rows):
@@ -224,7 +224,7 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer,
     return out
 
 
-def _attend_paged(query: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
+def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
     """The same in fixed shapes, for a traced prompt: every slot of the cache, masked by position."""
     group = query.shape[1] // paged.k_cache.shape[1]
     max_cache_len = forward.page_table.shape[1] * paged.page_size

@@ -9,7 +9,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ... import calibration
 from ...ops._checks import MAX_QUERY_TOKENS
 from ...paged_kv_cache import PagedKVCache, PagedKVLayer
 from ..compile.private import assert_async, mark_static_address
@@ -99,28 +98,25 @@ class Sequences:
         self.announced = self.speculates = False
 
     def add_layer(self, *sizes, **kinds) -> PagedKVLayer:
-        """`PagedKVCache.add_layer`, with tensors that a graph may hold and a calibration that came from a file."""
+        """`PagedKVCache.add_layer`, with tensors that a graph may hold."""
         # Tensors made under inference mode could not be written by a graph compiled outside it.
         with torch.inference_mode(False), torch.no_grad():
             layer = self.paged.add_layer(*sizes, **kinds)
-            calibration.initialise(layer)
             if self.step_lens is None:
                 self.step_lens = torch.zeros_like(self.paged.seq_lens)
                 self.seen = torch.zeros((), dtype=torch.int64, device=self.step_lens.device)
                 self._view_rows()
-        self._mark_static(layer.tensors())
+        _mark_static(*layer.tensors())
         return layer
 
     def _view_rows(self) -> None:
+        """`PagedKVCache.use_rows` has pointed its live views elsewhere: this one follows."""
+        paged = self.paged
         with torch.inference_mode(False):
-            self.live_step_lens = self.step_lens[: self.paged.batch_size]
+            self.live_step_lens = self.step_lens[: paged.batch_size]
         if not torch.compiler.is_compiling():
-            self._mark_static([*self.paged.tensors(), self.step_lens, self.live_step_lens, self.seen])
-
-    def _mark_static(self, tensors: Sequence[Tensor]) -> None:
-        """Tells the compiler that these addresses never change; without it CUDA graphs are skipped."""
-        for tensor in tensors:
-            mark_static_address(tensor)
+            _mark_static(paged.page_table, paged.seq_lens, paged.live_page_table, paged.live_seq_lens)
+            _mark_static(self.step_lens, self.live_step_lens, self.seen)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "forward": None, "live_step_lens": None}  # a view does not stay one through pickle
@@ -129,6 +125,8 @@ class Sequences:
         vars(self).update(state)
         if self.step_lens is not None:
             self._view_rows()
+        for layer in self.paged.layers:
+            _mark_static(*layer.tensors())
 
     def enter_layer(self, index: int, batch: int, tokens: int, live: Tensor | None, position_ids: Tensor | None) -> Forward:
         """The forward that layer `index` belongs to; the first layer begins it.
@@ -267,11 +265,9 @@ class Sequences:
         return rows, None if slots is None else slots.to(lens.device)
 
     def reset(self) -> None:
-        """Forgets every sequence and what was counted and calibrated from a prompt; addresses stay."""
+        """`PagedKVCache.reset`, and the forward under way; addresses stay."""
         self._forget()
         self.paged.reset()
-        for layer in self.paged.layers:
-            calibration.initialise(layer)
         if self.step_lens is not None:
             self.seen.zero_()
 
@@ -284,6 +280,12 @@ class Sequences:
         if removed:
             self.paged.seq_lens.sub_(removed).clamp_(min=0)
             self.seen.sub_(removed)
+
+
+def _mark_static(*tensors: Tensor) -> None:
+    """Tells the compiler that these addresses never change; without it CUDA graphs are skipped."""
+    for tensor in tensors:
+        mark_static_address(tensor)
 
 
 def _readable(tensor: Tensor) -> bool:
