@@ -55,7 +55,7 @@ from workload import ENERGY_DECAY, PAGE_COHERENCE, SPREAD
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.decode_step import append, decode_step
 from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, join_linears
-from twilight_ops.integration.generate import cache_argument
+from twilight_ops.integration.hf.generate import cache_argument
 
 SHAPES = {
     "llama31-8b": LlamaConfig(

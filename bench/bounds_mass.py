@@ -16,7 +16,7 @@ from twilight_ops import Quest, TwilightConfig, ops
 from twilight_ops.cli.models import add_model_arguments, load_model
 from twilight_ops.evaluation.mass import exact_weights, probing
 from twilight_ops.evaluation.prefill import cache_of, record
-from twilight_ops.integration.generate import cache_argument
+from twilight_ops.integration.hf.generate import cache_argument
 
 PROSE = Path(__file__).resolve().parents[1] / "twilight_ops" / "data" / "prose"
 SHARES = (16, 8, 4)  # budgets: a page at least, and 1/16, 1/8, 1/4 of the context

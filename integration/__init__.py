@@ -1,9 +1,19 @@
-"""Hugging Face transformers: the cache, the registered attention `attn_implementation="twilight"`, and a generation loop."""
+"""Twilight in inference engines, one folder an engine; `compile` is shared by all.
 
-from .cache import TwilightCache
-from .cuda_graph import CapturedStep
-from .generate import Decoder, Generation, Sampling, generate
-from .rewrites import join_linears
-from .transformers import twilight_attention
+The names below serve Hugging Face transformers. The first one that is asked for imports transformers and registers
+attn_implementation="twilight"; an engine beside it is imported without either.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .hf import CapturedStep, Decoder, Generation, Sampling, TwilightCache, generate, join_linears, twilight_attention
 
 __all__ = ["CapturedStep", "Decoder", "Generation", "Sampling", "TwilightCache", "generate", "join_linears", "twilight_attention"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".hf", __name__), name)

@@ -382,7 +382,7 @@ def make_cache(config: PreTrainedConfig, selector: str) -> TwilightCache:
 @contextlib.contextmanager
 def traced_only() -> Iterator[None]:
     """`capture="compile"` traces as ever but runs the graph as it is: inductor would take seconds a family."""
-    module = importlib.import_module("twilight_ops.integration.generate")
+    module = importlib.import_module("twilight_ops.integration.hf.generate")
     before = module.lookup_backend
     module.lookup_backend = lambda name: lambda graph, inputs: graph.forward
     try:

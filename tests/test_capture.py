@@ -17,8 +17,8 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM  # noqa: E
 
 from twilight_ops import Full, Quest, Selector, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
-from twilight_ops.integration.generate import most_likely  # noqa: E402
-from twilight_ops.integration.regions import compile_regions  # noqa: E402
+from twilight_ops.integration.compile.regions import compile_regions  # noqa: E402
+from twilight_ops.integration.hf.generate import most_likely  # noqa: E402
 from twilight_ops.selectors import Candidates  # noqa: E402
 
 LAYERS = 2
@@ -97,8 +97,8 @@ def prompt(batch=1):
     return torch.randint(1, 99, (batch, PROMPT), generator=torch.Generator().manual_seed(3))
 
 
-def filled_cache(model, name, batch=1):
-    cache = TwilightCache(model.config, SELECTORS[name], max_batch_size=batch, max_cache_len=256)
+def filled_cache(model, name, batch=1, recorder=None):
+    cache = TwilightCache(model.config, SELECTORS[name], max_batch_size=batch, max_cache_len=256, recorder=recorder)
     with torch.no_grad():
         model(prompt(batch), past_key_values=cache)
     return cache
@@ -145,6 +145,24 @@ def test_a_growing_decode_is_one_graph_without_breaks_recompiles_or_clones_of_th
     assert str(step.cache.budget_report()) == str(eager.cache.budget_report())
     if name == "third_party":
         assert [int(layer.paged.selector_state["steps"]) for layer in step.cache.layers] == [STEPS + 1] * LAYERS
+
+
+@pytest.mark.parametrize("name", ["dense", "quest", "shadow_prefix", "third_party"])
+def test_a_recorder_has_what_every_step_kept_eagerly_and_compiled(model, name):
+    runs = []
+    for backend in (None, "aot_eager"):
+        buffers = [(torch.full((1, 2, 256), -1, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)) for _ in range(LAYERS)]
+        for tensor in (tensor for pair in buffers for tensor in pair):
+            torch._dynamo.mark_static_address(tensor)
+        step = Step(model, filled_cache(model, name, recorder=lambda q, layer, *_, buffers=buffers: buffers[layer.index]))
+        call = step.__call__ if backend is None else torch.compile(step.__call__, backend=backend, fullgraph=True, dynamic=False)
+        seen = [call() is not None and [tensor.clone() for pair in buffers for tensor in pair] for _ in range(STEPS)]
+        for layer, counted in enumerate(step.cache.budget_report().layers):
+            counts = torch.stack([tensors[2 * layer + 1][0] for tensors in seen]).double()  # [steps, Hkv]
+            assert all(torch.equal((tensors[2 * layer] >= 0).sum(-1), tensors[2 * layer + 1].long()) for tensors in seen)
+            assert [head.kept.mean for head in counted.heads] == pytest.approx(counts.mean(0).tolist())
+        runs.append([tensor for tensors in seen for tensor in tensors])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*runs, strict=True))
 
 
 def test_a_read_of_the_cache_before_its_mutation_would_be_caught(model):

@@ -5,10 +5,9 @@ import torch
 from torch._inductor import config as inductor_config
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-import twilight_ops.integration.transformers as attention
-from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, decode_step
+from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.integration import CapturedStep, TwilightCache
-from twilight_ops.integration.generate import Decoder
+from twilight_ops.integration.hf.generate import Decoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,9 +42,9 @@ def model():
         return LlamaForCausalLM(config).bfloat16().eval()
 
 
-def new_cache(model, selector, batch=1, room=PROMPT + STEPS + 64):
+def new_cache(model, selector, batch=1, room=PROMPT + STEPS + 64, **kwargs):
     config = TwilightConfig(selector=selector, top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW)
-    return TwilightCache(model.config, config, max_batch_size=batch, max_cache_len=room, device=model.device, dtype=model.dtype)
+    return TwilightCache(model.config, config, max_batch_size=batch, max_cache_len=room, device=model.device, dtype=model.dtype, **kwargs)
 
 
 def prompt(batch=1, seed=0):
@@ -53,40 +52,32 @@ def prompt(batch=1, seed=0):
 
 
 class KeptBuffers:
-    """Stands in for `attend`; every layer writes its kept positions to buffers that a graph can hold."""
+    """A recorder: every layer writes its kept positions to buffers that a graph can hold, made in the first step, which is not recorded."""
 
-    def __init__(self, cache):
+    def __init__(self):
         self.by_layer = {}
-        for layer in cache.layers:
-            paged = layer.paged
-            slots = cache.sequences.max_pages * paged.page_size
-            kept = torch.full((cache.max_batch_size, paged.kv.k_cache.shape[1], slots), -1, dtype=torch.int32, device="cuda")
-            counts = torch.zeros(kept.shape[:2], dtype=torch.int32, device="cuda")
-            torch._dynamo.mark_static_address(kept)
-            torch._dynamo.mark_static_address(counts)
-            self.by_layer[id(paged.kv.k_cache)] = (paged, kept, counts)
 
-    def attend(self, q, layer, page_table, seq_lens, sm_scale):
-        for paged, kept, counts in self.by_layer.values():
-            if paged is layer:
-                return decode_step.attend(q, layer, page_table, seq_lens, sm_scale, kept, counts)
-        raise AssertionError("a layer of another cache")
+    def __call__(self, q, layer, page_table, seq_lens, sm_scale):
+        if layer.index not in self.by_layer:
+            heads = (q.shape[0], layer.num_kv_heads)
+            kept = torch.full((*heads, page_table.shape[1] * layer.page_size), -1, dtype=torch.int32, device=q.device)
+            self.by_layer[layer.index] = kept, torch.zeros(heads, dtype=torch.int32, device=q.device)
+        return self.by_layer[layer.index]
 
     def tensors(self):
-        return [tensor for _, kept, counts in self.by_layer.values() for tensor in (kept, counts)]
+        return [tensor for buffers in self.by_layer.values() for tensor in buffers]
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_a_replayed_graph_keeps_and_says_what_eager_does_over_2000_steps(model, name, monkeypatch):
+def test_a_replayed_graph_keeps_and_says_what_eager_does_over_2000_steps(model, name):
     runs = []
     for capture in ("eager", "cuda_graph"):
-        cache = new_cache(model, SELECTORS[name])
-        buffers = KeptBuffers(cache)
+        buffers = KeptBuffers()
+        cache = new_cache(model, SELECTORS[name], recorder=buffers)
         decoder = Decoder(model, cache, eos_token_ids=(), capture=capture)
         if capture == "cuda_graph":
             # Eager and replayed runs must share every kernel around attention, or their roundings differ.
             decoder.step = CapturedStep(decoder.step_eager, model.device)
-        monkeypatch.setattr(attention, "attend", buffers.attend)
         snapshots = []
 
         def note(tokens, snapshots=snapshots, buffers=buffers):

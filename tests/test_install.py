@@ -211,6 +211,7 @@ def test_a_wheel_of_python_alone_is_tagged_for_every_machine(builder):
     name, files, stderr = builder.wheel(RUN, "setup.py", TWILIGHT_NATIVE="0")
     assert tag(name) == "py3-none-any" and not modules_of(files) and not notices(stderr)
     assert record_of(files) == {"every module": "TWILIGHT_NATIVE=0 was set"}
+    assert {f"twilight_ops/{path.relative_to(ROOT)}" for path in (ROOT / "integration").rglob("*.py")} <= set(files)
     name, files, stderr = builder.wheel(RUN, "setup.py", STUB_FAILS="append_kv.cpp")
     assert tag(name) == "py3-none-any" and not modules_of(files) and len(notices(stderr)) == 1
     assert b"Root-Is-Purelib: true" in next(text for name, text in files.items() if name.endswith("/WHEEL"))

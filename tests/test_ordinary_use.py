@@ -15,9 +15,9 @@ from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausa
 
 from twilight_ops import Full, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, Sampling, TwilightCache, generate  # noqa: E402
-from twilight_ops.integration.generate import cache_argument  # noqa: E402
-from twilight_ops.integration.sequences import live_columns  # noqa: E402
-from twilight_ops.integration.transformers import twilight_mask  # noqa: E402
+from twilight_ops.integration.hf.attention import twilight_mask  # noqa: E402
+from twilight_ops.integration.hf.generate import cache_argument  # noqa: E402
+from twilight_ops.integration.hf.sequences import live_columns  # noqa: E402
 
 EXACT = TwilightConfig(Full(), top_p=1.0, dense_below=0)
 # Keeps so little that every step that is pruned shows.
@@ -66,7 +66,7 @@ def test_sampling_draws_what_is_likely_and_nothing_impossible():
 
 
 def test_sampling_noise_is_exponential_down_to_small_values():
-    from twilight_ops.integration.generate import _exponential
+    from twilight_ops.integration.hf.generate import _exponential
 
     torch.manual_seed(0)
     noise = torch.cat([_exponential(torch.empty(1 << 20)) for _ in range(16)]).double()
@@ -133,7 +133,7 @@ def test_columns_are_read_from_positions():
 
 
 def test_nothing_depends_on_the_default_device(model):
-    from twilight_ops.integration.sequences import _read_prompt_rows
+    from twilight_ops.integration.hf.sequences import _read_prompt_rows
 
     positions = torch.arange(30)[None]
     padded = torch.tensor([[0, 0, 0, 1, 2]])

@@ -3,8 +3,11 @@
 import copy
 import gc
 import io
+import re
+import runpy
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ from torch._dynamo.backends.registry import lookup_backend  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
 from twilight_ops import Full, TwilightConfig  # noqa: E402
-from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, cuda_graph, join_linears, regions, rewrites  # noqa: E402
-from twilight_ops.integration.regions import compile_regions  # noqa: E402
+from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, join_linears  # noqa: E402
+from twilight_ops.integration.compile import cuda_graph, private, regions, rewrites  # noqa: E402
+from twilight_ops.integration.compile.regions import compile_regions  # noqa: E402
 
 PROMPT = 20
 # With every token kept, attention is exact, so that a model in fp64 is an oracle.
@@ -567,6 +571,29 @@ def test_a_torch_without_the_names_that_cutting_needs_compiles_as_one(monkeypatc
     monkeypatch.setattr(regions, "MISSING", ImportError("cannot import name 'tracing'"))
     with torch.no_grad(), pytest.warns(UserWarning, match="lacks what cutting needs: cannot import name 'tracing'"):
         assert compiled(lambda x: x + 1)(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_a_torch_without_a_private_name_is_named_in_one_message(monkeypatch):
+    with monkeypatch.context() as without:
+        without.delattr(torch._guards, "tracing")
+        assert "cannot import name 'tracing'" in str(runpy.run_path(private.__file__)["MISSING"])
+    with monkeypatch.context() as without:
+        without.delattr(torch._dynamo.utils, "counters")
+        expected = r"twilight_ops.integration: torch: expected a version with the names .* got \d.*: cannot import name 'counters'"
+        with pytest.raises(ImportError, match=expected):
+            runpy.run_path(private.__file__)
+
+
+def test_private_names_of_torch_are_imported_in_one_file():
+    folder = Path(private.__file__).parents[1]
+    found = [
+        f"{path.relative_to(folder)}: {line.strip()}"
+        for path in sorted(folder.rglob("*.py"))
+        if path != Path(private.__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"\btorch(\.\w+)*\._\w|\bfrom torch\b.*\bimport\b.*\b_\w|\btorch\.fx\.experimental\b", line)
+    ]
+    assert not found
 
 
 @pytest.mark.filterwarnings("default:compile_regions")

@@ -1,5 +1,10 @@
 """Two processes, with gloo or on two GPUs, give the tokens and, KV head by KV head, the kept sets of one."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,6 +36,25 @@ def check(model_path, folder, selector: str, capture: str) -> None:
 def test_two_processes_give_the_tokens_and_kept_sets_of_one(model_path, tmp_path, selector, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # processes would take GPUs where there are some
     check(model_path, tmp_path, selector, "compile")
+
+
+@pytest.mark.slow
+def test_the_example_gives_the_tokens_of_one_process(model_path):
+    import torch.distributed.run as launcher
+    from transformers import AutoModelForCausalLM
+
+    from twilight_ops import TwilightConfig
+    from twilight_ops.integration import generate
+
+    example = Path(__file__).parents[1] / "examples" / "tensor_parallel.py"
+    command = [sys.executable, "-m", launcher.__name__, "--standalone", "--nproc-per-node", "2", str(example), "--model", model_path]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="twilight").eval()
+    ids = torch.randint(3, model.config.vocab_size, (1, 300), generator=torch.Generator().manual_seed(1))
+    expected = generate(model, ids, TwilightConfig(dense_below=0), max_new_tokens=16, eos_token_ids=(), capture="eager")
+    assert done.stdout.splitlines()[0] == str(expected.tokens.tolist())
 
 
 @pytest.mark.gpu

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._settings import integer, one_of
 from .config import TwilightConfig
@@ -14,7 +15,7 @@ from .ops._checks import HEAD_DIMS
 
 
 class PagedKVCache:
-    """Layers plus the page table and lengths they share.
+    """Layers plus the page table and lengths they share; whatever serves a model has one of these.
 
     Pages are laid out for the largest batch at once: sequence b owns physical pages `b * M .. b * M + M - 1`. Serving systems with a
     page allocator of their own keep `PagedKVLayer`s and pass their own page table.
@@ -29,6 +30,12 @@ class PagedKVCache:
     Raises:
         ValueError: a size out of range, or settings that do not fit the model.
     """
+
+    # Allocated with the first layer, and never moved.
+    page_table: Tensor  # [max_batch_size, M] int32
+    seq_lens: Tensor  # [max_batch_size] int32
+    live_page_table: Tensor  # [B, M], a view: the sequences in use
+    live_seq_lens: Tensor  # [B], a view
 
     def __init__(
         self,
@@ -58,23 +65,93 @@ class PagedKVCache:
         never_sparse = config.never_sparse(num_layers, max_cache_len, device.type, max_batch_size * num_kv_heads)
         if never_sparse is not None:
             warnings.warn(f"PagedKVCache: {never_sparse}", stacklevel=2)
-        self.config = config
+        self._lay_out(config, max_batch_size, max_cache_len)
+        for _ in range(num_layers):
+            self.add_layer(num_qo_heads, num_kv_heads, head_dim, dtype, device)
+
+    @classmethod
+    def without_layers(cls, config: TwilightConfig, max_batch_size: int, max_cache_len: int) -> PagedKVCache:
+        """A cache that `add_layer` gives its layers, where heads, dtype and device are known only when a model runs."""
+        cache = cls.__new__(cls)
+        cache._lay_out(config, max_batch_size, max_cache_len)
+        return cache
+
+    def _lay_out(self, config: TwilightConfig, max_batch_size: int, max_cache_len: int) -> None:
+        self.config, self.max_batch_size = config, max_batch_size
         self.max_pages = -(-max_cache_len // config.page_size)
-        num_pages = max_batch_size * self.max_pages
-        self.page_table = torch.arange(num_pages, dtype=torch.int32, device=device).view(max_batch_size, self.max_pages)
-        self.seq_lens = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
-        layers: list[PagedKVLayer] = []
-        for i in range(num_layers):
-            layer = allocate_layer(
-                config.layer_plan(i, device.type, max_batch_size * num_kv_heads),
-                num_pages,
-                num_qo_heads,
-                num_kv_heads,
-                head_dim,
-                config.page_size,
-                dtype,
-                device,
-                layers[-1] if layers else None,
-            )
-            layers.append(layer)
-        self.layers: Sequence[PagedKVLayer] = layers
+        self.layers: list[PagedKVLayer] = []
+
+    def add_layer(self, num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> PagedKVLayer:
+        """Allocates the next layer, for this rank's head counts, calibrated from the selector's file if it has one.
+
+        Raises:
+            ValueError: a device without kernels, or settings or a file that do not fit these sizes; the cache is as it was.
+        """
+        num_pages = self.max_batch_size * self.max_pages
+        layer = allocate_layer(
+            self.config.layer_plan(len(self.layers), device.type, self.max_batch_size * num_kv_heads),
+            num_pages,
+            num_qo_heads,
+            num_kv_heads,
+            head_dim,
+            self.config.page_size,
+            dtype,
+            device,
+            self.layers[-1] if self.layers else None,
+        )
+        if not self.layers:
+            self.page_table = torch.arange(num_pages, dtype=torch.int32, device=device).view(self.max_batch_size, self.max_pages)
+            self.seq_lens = torch.zeros(self.max_batch_size, dtype=torch.int32, device=device)
+            self._view_rows(self.max_batch_size)
+        self.layers.append(layer)
+        return layer
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens a sequence."""
+        return self.max_pages * self.config.page_size
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in use."""
+        return self.live_seq_lens.shape[0]
+
+    def use_rows(self, batch: int) -> bool:
+        """Points the live views at the first `batch` sequences; whether they are other tensors now."""
+        if batch == self.batch_size:
+            return False
+        self._view_rows(batch)
+        return True
+
+    def _view_rows(self, batch: int) -> None:
+        # Made once for all steps, and never under inference mode: a graph holds them.
+        with torch.inference_mode(False):
+            self.live_page_table, self.live_seq_lens = self.page_table[:batch], self.seq_lens[:batch]
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of plain K and V, and of everything the layers keep beside them."""
+        sizes = [layer.nbytes() for layer in self.layers]
+        return {name: sum(size[name] for size in sizes) for name in ("kv", "extra")}
+
+    def reset(self) -> None:
+        """Forgets every sequence, what was counted, and a calibration that came from a prompt; addresses stay."""
+        if self.layers:
+            self.seq_lens.zero_()
+        for layer in self.layers:
+            layer.reset()
+
+    def reset_budget(self) -> None:
+        """Starts the budget counters again."""
+        for layer in self.layers:
+            layer.budget_counters.zero_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view does not stay one through pickle.
+        state = {name: value for name, value in vars(self).items() if not name.startswith("live_")}
+        return {**state, "rows": self.batch_size if self.layers else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rows = state.pop("rows")
+        vars(self).update(state)
+        if rows is not None:
+            self._view_rows(rows)

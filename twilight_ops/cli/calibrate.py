@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import ShadowPrefix, TwilightConfig, calibration
     from ..integration import TwilightCache
-    from ..integration.generate import cache_argument, layer_progress
+    from ..integration.hf.generate import cache_argument, layer_progress
     from .terminal import Terminal
 
     given = {name: value for name in ("tau", "budget_fraction") if (value := getattr(args, name)) is not None}

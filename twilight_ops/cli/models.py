@@ -64,7 +64,7 @@ def load_model(args: argparse.Namespace, attention: str = "twilight") -> tuple:
     """(model, tokenizer) of the arguments above; ValueError for anything the user can put right."""
     import transformers
 
-    from .. import integration  # noqa: F401  registers attn_implementation="twilight"
+    from ..integration import hf  # noqa: F401  registers attn_implementation="twilight"
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..integration import CapturedStep, TwilightCache
-from ..integration.generate import cache_argument
+from ..integration.hf.generate import cache_argument
 from .prefill import attention
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from ..arguments import Candidates, Paging, Pruning
 from ..config import TwilightConfig
-from ..decode_step import append, attend
-from ..integration.generate import cache_argument
+from ..integration.hf.generate import cache_argument
 from ..ops.estimate_weights import estimate_weights
 from ..ops.prune_top_p import prune_top_p
 from ..selectors import Full
@@ -34,7 +31,9 @@ class MassProbe:
     kept: dict[float, float] = field(default_factory=dict)
 
     def look(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> None:
-        """Prunes this layer's estimate at every p, and weighs what is kept with the exact attention weights."""
+        """Prunes this layer's estimate at every p, and weighs what is kept with the exact attention weights: a cache's recorder."""
+        if layer.plan.selector is None:
+            return
         heads = q.shape[2]
         weights = estimate_weights(q, layer.shadow, Paging(page_table, seq_lens), Candidates(), sm_scale)
         true = exact_weights(q, layer, page_table, seq_lens, sm_scale)  # [B, Hq, N]
@@ -77,47 +76,16 @@ def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_sca
     return logits.masked_fill(~live, -torch.inf).softmax(-1)
 
 
-_PROBE: list[MassProbe] = []
-
-
-def _probing_attention(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
-    """A decode step of the "twilight" attention, with the probe looking on."""
-    layer, key = key.layer, key.k
-    sequences = layer.sequences
-    forward = sequences.enter_layer(layer.index, query.shape[0], query.shape[2], None, position_ids)
-    q = query.transpose(1, 2)
-    table, lens = sequences.live_page_table, sequences.live_step_lens
-    append(key.transpose(1, 2), value.transpose(1, 2), layer.paged, table, lens, forward.slots)
-    if layer.paged.plan.selector is not None:
-        _PROBE[-1].look(q, layer.paged, table, lens, scaling)
-    out, _ = attend(q, layer.paged, table, lens, scaling)
-    sequences.leave_layer(layer.index)
-    return out, None
-
-
-AttentionInterface.register("twilight_probe", _probing_attention)
-
-
-@contextmanager
-def probing(model, probe: MassProbe):
-    _PROBE.append(probe)
-    try:
-        with attention(model, "twilight_probe"):
-            yield
-    finally:
-        _PROBE.pop()
-
-
 @torch.no_grad()
 def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[float]) -> list[dict]:
     """Teacher-forces tokens [B, T] with exact attention and prunes beside it at every p, in every layer."""
     # The shadow is kept, but every step is short enough to be dense: what is measured does not change what is computed.
     config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=sys.maxsize)
-    cache = cache_of(model, config, prefills, forced.shape[1])
     probe = MassProbe(top_ps)
+    cache = cache_of(model, config, prefills, forced.shape[1], probe.look)
     position = cache.live_seq_lens.long()[:, None].clone()
     named = {cache_argument(model): cache}
-    with probing(model, probe):
+    with attention(model, "twilight"):
         for t in range(forced.shape[1]):
             model(input_ids=forced[:, t : t + 1], position_ids=position + t, use_cache=True, **named)
     return probe.result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,24 +80,26 @@ def record(model, ids: Tensor) -> Prefill:
 
 
 @torch.inference_mode()
-def cache_of(model, config: TwilightConfig, prefills: Sequence[Prefill], new_tokens: int) -> TwilightCache:
+def cache_of(
+    model, config: TwilightConfig, prefills: Sequence[Prefill], new_tokens: int, recorder: Callable | None = None
+) -> TwilightCache:
     """A cache of the method `config` that holds the recorded prompts, calibrated on them, with room for `new_tokens` more each."""
     longest = max(prefill.tokens for prefill in prefills)
     first = prefills[0].layers[0].k
-    cache = TwilightCache(model.config, config, len(prefills), longest + new_tokens, device=first.device, dtype=first.dtype)
+    room, kind = longest + new_tokens, {"device": first.device, "dtype": first.dtype}
+    cache = TwilightCache(model.config, config, len(prefills), room, **kind, recorder=recorder)
     lengths = torch.tensor([prefill.tokens for prefill in prefills], device=first.device)
     live = torch.arange(longest, device=first.device) >= (longest - lengths)[:, None]
-    sequences = cache.sequences
-    slots = sequences.begin(len(prefills), longest, live).slots
+    forward = cache.sequences.begin(len(prefills), longest, live)
     for index, layer in enumerate(cache.layers):
         records = [prefill.layers[index] for prefill in prefills]
         k = torch.cat([_left_pad(record.k, longest) for record in records])
         v = torch.cat([_left_pad(record.v, longest) for record in records])
         # Older queries are zeros: calibration takes none but the newest.
         q = torch.cat([_left_pad(record.q, longest) for record in records])
-        layer.paged.calibrate(q, k, slots, records[0].sm_scale)
-        append(k, v, layer.paged, sequences.live_page_table, sequences.live_step_lens, slots)
-    sequences.commit()
+        layer.paged.calibrate(q, k, forward.slots, records[0].sm_scale)
+        append(k, v, layer.paged, forward.page_table, forward.seq_lens, forward.slots)
+    cache.sequences.commit()
     return cache
 
 

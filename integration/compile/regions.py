@@ -5,6 +5,12 @@ are called as they are. What a piece costs the host on every call vanishes where
 
 A step that cannot be cut without changing what it means is compiled as one, with a warning that says why. The backend changes no
 parameter and keeps none: every call computes on the tensors that it is given.
+
+PyTorch has no public way to compile a part of a traced graph, so this rests on private ones; `private` imports them all. A FakeTensorMode
+runs the step without computing, and a TorchDispatchMode watches it, to know shapes, aliases and writes before anything is cut. A
+TracingContext of its own keeps the guards of a piece apart from those of the step. Where one of these is missing, or does something else
+than it did, every step is compiled as one, with the warning; results stay what they were. Two conventions of Dynamo have no name to import:
+`node.meta["example_value"]` is a node's fake value, `node.meta["grapharg"]` holds the example input and is dropped.
 """
 
 from __future__ import annotations
@@ -12,27 +18,28 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
-import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from .private import (
+    MISSING,
+    FakeTensorMode,
+    OpOverload,
+    ShapeEnv,
+    TorchDispatchMode,
+    TracingContext,
+    is_traceable_wrapper_subclass,
+    lookup_backend,
+    set_grad_enabled,
+    tracing,
+)
 from .rewrites import Maker, join_side_by_side, lie_side_by_side, lift_constants, name_of, reduce_in_one_shot, take_local_shards
-
-try:  # Private names: where a PyTorch lacks one, every step is compiled as one.
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    MISSING = None
-except ImportError as error:  # pragma: no cover
-    MISSING = error
 
 _numbers = itertools.count(1)
 
@@ -41,21 +48,18 @@ class Uncuttable(Exception):
     """The step would mean something else if it were compiled in pieces; says why."""
 
 
-class _Calls(threading.local):
-    numbers: list[int] | None = None
-
-
-_calls = _Calls()
+_calls: ContextVar[list[int] | None] = ContextVar("calls", default=None)
 
 
 def calls_of(step: Callable[[], object]) -> list[int]:
     """Runs `step`; returns the numbers of the compiled graphs that it called: each that `compile_regions` made has its own."""
-    outer, _calls.numbers = _calls.numbers, []
+    numbers: list[int] = []
+    outer = _calls.set(numbers)
     try:
         step()
-        return _calls.numbers
+        return numbers
     finally:
-        _calls.numbers = outer
+        _calls.reset(outer)
 
 
 def compile_regions(graph: fx.GraphModule, example_inputs: Sequence[Tensor], compiler: Callable | None = None) -> Callable[..., tuple]:
@@ -85,15 +89,15 @@ def compile_regions(graph: fx.GraphModule, example_inputs: Sequence[Tensor], com
     number = next(_numbers)
 
     def call(*arguments):
-        if _calls.numbers is not None:
-            _calls.numbers.append(number)
+        if (numbers := _calls.get()) is not None:
+            numbers.append(number)
         return step(*arguments)
 
     return call
 
 
 class _Step:
-    """A compiled step: variants for weights that lie side by side and for weights that do not, made when first needed."""
+    """A compiled step: one variant for weights that lie side by side as they did at first, one for weights that do not any more."""
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence, compiler: Callable):
         if MISSING is not None:
@@ -107,31 +111,29 @@ class _Step:
         lift_constants(self.graph, self.makers)
         reduce_in_one_shot(self.graph, self.makers)
         self.graph.recompile()
-        self.joined: _Pieces | None = None
-        self.apart: _Pieces | None = None
-        self._choose(self._complete(values))
+        values = completed(values, self.makers)
+        self.joined = self._pieces(values, join=True)
+        self.apart: _Pieces | None = None  # made when first needed
 
-    @torch.no_grad()
-    def _complete(self, arguments: Sequence) -> list:
-        values = list(arguments)
-        for make in self.makers:
-            values.append(make(values))
-        return values
-
-    def _choose(self, values: list) -> _Pieces:
-        """The variant for these inputs; compiles it where there is none yet."""
-        if self.joined is None and self.apart is None:
-            pieces = _Pieces(_own_copy(self.graph), values, self.compiler, join=True)
-            self.joined, self.apart = (pieces, None) if pieces.joints else (None, pieces)
-        if self.joined is not None and self.joined.accepts(values):
-            return self.joined
-        if self.apart is None:
-            self.apart = _Pieces(_own_copy(self.graph), values, self.compiler, join=False)
-        return self.apart
+    def _pieces(self, values: Sequence, join: bool) -> _Pieces:
+        return _Pieces(_own_copy(self.graph), values, self.compiler, join)
 
     def __call__(self, *arguments) -> tuple:
-        values = self._complete(arguments)
-        return self._choose(values)(values)
+        values = completed(arguments, self.makers)
+        if self.joined.accepts(values):
+            return self.joined(values)
+        if self.apart is None:
+            self.apart = self._pieces(values, join=False)
+        return self.apart(values)
+
+
+@torch.no_grad()
+def completed(values: Sequence, makers: Sequence[Maker]) -> list:
+    """Inputs, and behind them what the makers make of all before."""
+    values = list(values)
+    for make in makers:
+        values.append(make(values))
+    return values
 
 
 def _own_copy(graph: fx.GraphModule) -> fx.GraphModule:
@@ -220,7 +222,7 @@ def cut_at_operators(graph: fx.GraphModule, values: dict[fx.Node, object]) -> li
             regions.add(node)
         elif name_of(node).startswith("_exit_"):
             regions.discard(node.args[0])
-        elif node.target is torch._C._set_grad_enabled:
+        elif node.target is set_grad_enabled:
             last_grad = node.args[0]
     for node in graph.graph.nodes:
         for source in node.all_input_nodes:
@@ -252,7 +254,7 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):  # a higher-order operator does not say what it writes to
+        if not isinstance(func, OpOverload):  # a higher-order operator does not say what it writes to
             self._note((*args, *kwargs.values()))
             return func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
@@ -338,19 +340,16 @@ def refuse_lost_aliases(parts: Sequence[_Part], values: dict[fx.Node, object], w
 class _Pieces:
     """A step in compiled pieces, for inputs laid out like `values`."""
 
-    def __init__(self, graph: fx.GraphModule, values: list, compiler: Callable, join: bool):
+    def __init__(self, graph: fx.GraphModule, values: Sequence, compiler: Callable, join: bool):
         fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-        fakes = [_fake(value, fake_mode) for value in values]
-        run = _FakeRun(graph, fake_mode, fakes)
+        run = _FakeRun(graph, fake_mode, [_fake(value, fake_mode) for value in values])
         self.makers: list[Maker] = []
         self.joints: list[list[int]] = []  # inputs that have to lie side by side
         if join:
             self.joints = join_side_by_side(graph, values, self.makers, run.writes)
             if self.joints:
                 graph.recompile()
-                for make in self.makers:
-                    values = [*values, make(values)]
-                run = _FakeRun(graph, fake_mode, [_fake(value, fake_mode) for value in values])
+                run = _FakeRun(graph, fake_mode, [_fake(value, fake_mode) for value in completed(values, self.makers)])
         parts = cut_at_operators(graph, run.values)
         refuse_lost_aliases(parts, run.values, run.writes)
         slots = {node: slot for slot, node in enumerate(graph.graph.nodes)}
@@ -379,11 +378,9 @@ class _Pieces:
     def accepts(self, values: Sequence) -> bool:
         return all(lie_side_by_side([values[index] for index in joint]) for joint in self.joints)
 
-    def __call__(self, values: list) -> tuple:
-        for make in self.makers:
-            values.append(make(values))
+    def __call__(self, values: Sequence) -> tuple:
         held: list = [None] * self.slots
-        for slot, value in zip(self.inputs, values, strict=True):
+        for slot, value in zip(self.inputs, completed(values, self.makers), strict=True):
             held[slot] = value
         for call, inputs, outputs, dead in self.steps:
             results = call(*[held[slot] for slot in inputs])

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
+from .private import symmetric_memory
+
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 # Linear layers that read one input in transformers' decoders. A name that is not there, or reads another input, costs nothing.
 JOINED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -237,11 +239,10 @@ def reduce_in_one_shot(graph: fx.GraphModule, makers: list[Maker]) -> None:
 
 def _shared_buffer(like: Tensor, group: str) -> Tensor | None:
     """Memory of each process that all of `group` read; every process has to call this. None where their GPUs cannot."""
-    from torch.distributed import _symmetric_memory as symmetric_memory
-
+    shared = symmetric_memory()
     try:
-        buffer = symmetric_memory.empty(tuple(like.shape), dtype=like.dtype, device=torch.device("cuda", torch.cuda.current_device()))
-        symmetric_memory.rendezvous(buffer, group)
+        buffer = shared.empty(tuple(like.shape), dtype=like.dtype, device=torch.device("cuda", torch.cuda.current_device()))
+        shared.rendezvous(buffer, group)
     except RuntimeError as error:
         warnings.warn(f"compile_regions: sums over processes go through NCCL, because their GPUs share no memory: {error}", stacklevel=2)
         return None

@@ -10,22 +10,23 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ..config import TwilightConfig
-from ..layer import PagedKVLayer, allocate_layer
-from ..ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
-from ..report import BudgetReport, budget_report
-from .sequences import Sequences
-from .sequences import _read_prompt_rows as _read_prompt_rows
+from ...config import TwilightConfig
+from ...layer import PagedKVLayer
+from ...ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
+from ...paged_kv_cache import PagedKVCache
+from ...report import BudgetReport, budget_report
+from .sequences import Recorder, Sequences
 
 
 class LayerKeys:
-    """What `TwilightCache.update` returns for the keys: the layer and its new K, for attn_implementation="twilight" alone.
+    """The keys of one layer's new tokens together with the layer they are for: what `TwilightCache.update` returns for K.
 
-    Any other attention takes it for a tensor, and is told so.
+    An attention function is given its module, Q, K and V, and no cache, so K is the only thing that can bring the layer along. The append
+    waits for that function, because only it knows which columns are padding. Any other attention takes this for a tensor, and is told so.
     """
 
     def __init__(self, layer: TwilightLayer, k: Tensor):
-        self.layer, self.k = layer, k
+        self.layer, self.k = layer, k  # k [B, Hkv, T, D]
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -44,31 +45,24 @@ _FOREIGN_ATTENTION = (
 
 
 class TwilightLayer(CacheLayerMixin):
-    """One layer of a `TwilightCache`; hands itself to the attention function, which does the append."""
+    """What transformers sees of one layer; hands itself to the attention function, which does the append."""
 
     is_compileable = True
     is_sliding = False
     is_croppable = True
 
-    def __init__(
-        self, sequences: Sequences, index: int, twilight: TwilightConfig, num_qo_heads: int, num_kv_heads: int, warn_never_sparse: bool
-    ):
+    def __init__(self, sequences: Sequences, index: int, num_qo_heads: int, num_kv_heads: int, warn_never_sparse: bool):
         super().__init__()
-        self.warn_never_sparse = warn_never_sparse
-        self.sequences, self.index, self.twilight = sequences, index, twilight
+        self.sequences, self.index, self.warn_never_sparse = sequences, index, warn_never_sparse
         self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads  # of the whole model
-
-    @property
-    def paged(self) -> PagedKVLayer | None:
-        return self.sequences.layers[self.index]
+        self.paged: PagedKVLayer | None = None  # this layer of `sequences.paged`, once it is allocated
 
     # Without fullgraph the layer is allocated between two graphs; with it, the reason is what the user reads.
     @torch.compiler.disable(reason="TwilightCache: expected to be allocated before tracing: give it device and dtype")
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the layer for K [B, Hkv, T, D]; the head counts are this rank's under tensor parallelism."""
         batch, kv_heads, _, head_dim = key_states.shape
-        sequences, device = self.sequences, key_states.device
-        plan = self.twilight.layer_plan(self.index, device.type, sequences.max_batch_size * kv_heads)  # refuses a device without kernels
+        sequences, paged, device = self.sequences, self.sequences.paged, key_states.device
         dtype = _cache_dtype(key_states, value_states)
         if value_states.shape[-1] != head_dim:
             raise ValueError(
@@ -77,63 +71,43 @@ class TwilightLayer(CacheLayerMixin):
             )
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"TwilightCache: head_dim: expected one of {HEAD_DIMS}, got {head_dim}")
-        if batch > sequences.max_batch_size:
-            raise ValueError(
-                f"TwilightCache: input_ids: expected at most max_batch_size = {sequences.max_batch_size} sequences, got {batch}"
-            )
-        # Tensors made under inference mode could not be written by a graph compiled outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            if sequences.page_table is None:
-                sequences.allocate(device)
-                kv_rows = sequences.max_batch_size * kv_heads
-                message = self.twilight.never_sparse(sequences.num_layers, sequences.max_cache_len, device.type, kv_rows)
-                if message and self.warn_never_sparse:
-                    warnings.warn(f"TwilightCache: {message}", stacklevel=2)
-            elif sequences.page_table.device != device:
-                raise ValueError(f"TwilightCache: layer {self.index}: expected device {sequences.page_table.device}, got {device}")
-            paged = allocate_layer(
-                plan,
-                sequences.max_batch_size * sequences.max_pages,
-                self.num_qo_heads * kv_heads // self.num_kv_heads,
-                kv_heads,
-                head_dim,
-                sequences.page_size,
-                dtype,
-                device,
-                sequences.layers[self.index - 1] if self.index > 0 else None,
-            )
-        for tensor in paged.tensors():
-            torch._dynamo.mark_static_address(tensor)
-        sequences.layers[self.index] = paged
+        if batch > paged.max_batch_size:
+            raise ValueError(f"TwilightCache: input_ids: expected at most max_batch_size = {paged.max_batch_size} sequences, got {batch}")
+        if self.index != len(paged.layers):
+            sequences.refuse_order(self.index)
+        if self.index > 0 and paged.page_table.device != device:
+            raise ValueError(f"TwilightCache: layer {self.index}: expected device {paged.page_table.device}, got {device}")
+        heads = self.num_qo_heads * kv_heads // self.num_kv_heads
+        self.paged = sequences.add_layer(heads, kv_heads, head_dim, dtype, device)
         self.dtype, self.device, self.is_initialized = dtype, device, True
+        if self.index == 0 and self.warn_never_sparse:
+            kv_rows = paged.max_batch_size * kv_heads
+            message = paged.config.never_sparse(sequences.num_layers, paged.max_cache_len, device.type, kv_rows)
+            if message:
+                warnings.warn(f"TwilightCache: {message}", stacklevel=2)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[LayerKeys, Tensor]:
-        """Hands the new K through with this layer: only the attention function knows which columns are padding."""
+        """Hands the new K and V through, K with this layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return LayerKeys(self, key_states), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.sequences.max_cache_len, 0
+        return self.sequences.paged.max_cache_len, 0
 
     def get_seq_length(self) -> Tensor | int:
         return self.sequences.seen if self.is_initialized else 0
 
     def get_max_length(self) -> int:
-        return self.sequences.max_cache_len
+        return self.sequences.paged.max_cache_len
 
     def activate_past_recording(self) -> None:
         """transformers calls this before it decodes speculatively: forwards of several tokens are then decode steps."""
         self.sequences.announced = True
 
     def reset(self) -> None:
+        """Of the whole cache: its layers hold the same sequences."""
         self.sequences.reset()
-        self.forget()
-
-    def forget(self) -> None:
-        """The layer's own part of a reset: budget counters, and a calibration that came from the prompt."""
-        if self.is_initialized:
-            self.paged.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         self.sequences.crop(tokens_to_remove)
@@ -163,6 +137,10 @@ class TwilightCache(Cache):
         step_tokens: forwards of up to so many tokens on a filled cache are decode steps, pruned; longer ones are prompts, exact. 1 to 8.
             transformers' speculative decoding needs no setting here.
         warn_never_sparse: say once where every length that fits is attended to whole, because reading everything is faster.
+        recorder: for inspection: called as recorder(q, layer, page_table, seq_lens, sm_scale), the arguments of `decode_step.attend`, by
+            every layer of every decode step once its K and V are cached. It returns None, or the buffers (kept_indices [B, Hkv, M * S],
+            kept_counts [B, Hkv], int32) that the step then writes its kept positions to, -1 behind the last. A compiled or recorded step
+            traces it: then it returns the same buffers every time.
 
     Raises:
         ValueError: a bad size, or a model with layers that this cache would get wrong.
@@ -182,6 +160,7 @@ class TwilightCache(Cache):
         dtype: torch.dtype | None = None,
         step_tokens: int = 1,
         warn_never_sparse: bool = True,
+        recorder: Recorder | None = None,
     ):
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("TwilightCache: config: expected a decoder, got an encoder-decoder model")
@@ -197,11 +176,10 @@ class TwilightCache(Cache):
             raise ValueError("TwilightCache: device: expected device and dtype together, got one without the other")
         layers, heads, kv_heads = read_layers(config, max_cache_len)
         self.twilight.check_layers(layers)
-        pages = -(-max_cache_len // self.twilight.page_size)
-        self.sequences = Sequences(layers, max_batch_size, pages, self.twilight.page_size, step_tokens)
-        self.max_batch_size, self.max_cache_len = max_batch_size, self.sequences.max_cache_len
-        shared = (self.twilight, heads, kv_heads, warn_never_sparse)
-        super().__init__(layers=[TwilightLayer(self.sequences, index, *shared) for index in range(layers)])
+        self.paged = PagedKVCache.without_layers(self.twilight, max_batch_size, max_cache_len)
+        self.sequences = Sequences(self.paged, layers, step_tokens, recorder)
+        self.max_batch_size, self.max_cache_len = max_batch_size, self.paged.max_cache_len
+        super().__init__(layers=[TwilightLayer(self.sequences, index, heads, kv_heads, warn_never_sparse) for index in range(layers)])
         if device is not None:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
             self.early_initialization(max_batch_size, kv_heads, head_dim, dtype, torch.device(device))
@@ -212,19 +190,17 @@ class TwilightCache(Cache):
 
     @property
     def live_seq_lens(self) -> Tensor:
-        """[B] int32, tokens cached of each sequence in use."""
-        return self.sequences.live_seq_lens
+        """[B] int32, tokens cached of each sequence in use; from the first forward on."""
+        return self.paged.live_seq_lens
 
     @property
     def live_page_table(self) -> Tensor:
-        """[B, M] int32."""
-        return self.sequences.live_page_table
+        """[B, M] int32; from the first forward on."""
+        return self.paged.live_page_table
 
     def reset(self) -> None:
         """Forgets every sequence, the budget counters and a calibration that came from the prompt; addresses stay."""
         self.sequences.reset()
-        for layer in self.layers:
-            layer.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` tokens of every sequence; a positive number is the length to keep, as in transformers."""
@@ -232,20 +208,15 @@ class TwilightCache(Cache):
 
     def reset_budget(self) -> None:
         """Starts the budget counters again."""
-        for layer in self._allocated():
-            layer.budget_counters.zero_()
+        self.paged.reset_budget()
 
     def budget_report(self) -> BudgetReport:
         """How many tokens each layer and KV head proposed and kept since the last reset; reads the device counters once."""
-        return budget_report(self._allocated())
+        return budget_report(self.paged.layers)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of plain K and V, and of everything kept beside them."""
-        sizes = [layer.nbytes() for layer in self._allocated()]
-        return {name: sum(size[name] for size in sizes) for name in ("kv", "extra")}
-
-    def _allocated(self) -> list[PagedKVLayer]:
-        return [layer for layer in self.sequences.layers if layer is not None]
+        return self.paged.nbytes()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("TwilightCache: reorder_cache: beam search is not supported; use greedy decoding or sampling")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .private import is_traceable_wrapper_subclass
 from .regions import calls_of
 
 WARMUP_STEPS = 3  # before a capture: compilation, autotuning and library workspaces happen here

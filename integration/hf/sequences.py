@@ -1,15 +1,21 @@
-"""What the layers of a cache share: page table, lengths, and the forward under way."""
+"""The state of a forward: which one is under way, where its tokens go, and what is cached once it is done."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ..layer import PagedKVLayer
-from ..ops._checks import MAX_QUERY_TOKENS
+from ...layer import PagedKVLayer
+from ...ops._checks import MAX_QUERY_TOKENS
+from ...paged_kv_cache import PagedKVCache
+from ..compile.private import assert_async, mark_static_address
+
+# Called as recorder(q, layer, page_table, seq_lens, sm_scale); returns buffers (kept_indices, kept_counts) or None.
+Recorder = Callable[[Tensor, PagedKVLayer, Tensor, Tensor, float], "tuple[Tensor, Tensor] | None"]
 
 
 @dataclass(frozen=True)
@@ -27,112 +33,101 @@ class PromptRow:
 
 @dataclass
 class Forward:
-    """One forward of the model, from its first layer to its last.
+    """One forward of the model, from its first layer to its last: what its layers share.
 
     Nothing of it counts before `Sequences.commit`: a forward that fails leaves the cache as it was.
 
     Args:
         tokens: T, the columns of this forward.
         exact: a prompt, attended exactly; False for a decode step.
+        page_table: [B, M] int32. seq_lens: [B] int32, tokens of each sequence with those of this forward. What the operators read.
         calibrates: this prompt is the first in the cache.
         slots: [B, T] int32, where each column goes, -1 for padding; None: the last T slots of every sequence.
         rows: of an exact forward; None while a graph is traced, where nothing can be read on the host.
         order: [B, T] columns with the padding first; None where every column of a decode step is a token.
+        next_layer: the layer that is due.
     """
 
     tokens: int
     exact: bool
+    page_table: Tensor
+    seq_lens: Tensor
     calibrates: bool = False
     slots: Tensor | None = None
     rows: list[PromptRow] | None = None
     order: Tensor | None = None
+    next_layer: int = 0
+
+    def padding_first(self, q: Tensor) -> Tensor:
+        """q [B, T, Hq, D] as a decode step wants it: a row sees one token less than the row after it."""
+        return q if self.order is None else q.gather(1, self._order(q))
+
+    def in_columns(self, out: Tensor) -> Tensor:
+        """Undoes `padding_first`, for out [B, T, Hq, D]."""
+        return out if self.order is None else torch.empty_like(out).scatter_(1, self._order(out), out)
+
+    def _order(self, like: Tensor) -> Tensor:
+        return self.order[:, :, None, None].expand_as(like)
 
 
 class Sequences:
-    """Page table and lengths of all layers, and which forward is under way.
+    """Which forward of a paged cache is under way, and where its tokens go.
 
-    A slot is the number of tokens before a token in its sequence: padding takes none, so ragged batches stay packed. `seq_lens` holds what
-    is cached; `step_lens` is what the operators of the forward under way read, and becomes `seq_lens` when the last layer is done.
+    A slot is the number of tokens before a token in its sequence: padding takes none, so ragged batches stay packed. `paged.seq_lens` holds
+    what is cached; `step_lens` is what the operators of the forward under way read, and becomes `seq_lens` when the last layer is done.
 
     Args:
-        num_layers, max_batch_size, max_pages, page_size: of the cache.
+        paged: pages, table, lengths and layers.
+        num_layers: of the model.
         step_tokens: a forward of up to so many tokens on a filled cache is a decode step.
+        recorder: see `TwilightCache`.
     """
 
-    def __init__(self, num_layers: int, max_batch_size: int, max_pages: int, page_size: int, step_tokens: int):
-        self.num_layers, self.max_batch_size, self.max_pages, self.page_size = num_layers, max_batch_size, max_pages, page_size
-        self.step_tokens = step_tokens
-        self.layers: list[PagedKVLayer | None] = [None] * num_layers
-        self.page_table: Tensor | None = None  # [max_batch_size, M] int32
-        self.seq_lens: Tensor | None = None  # [max_batch_size] int32
+    def __init__(self, paged: PagedKVCache, num_layers: int, step_tokens: int, recorder: Recorder | None = None):
+        self.paged, self.num_layers, self.step_tokens, self.recorder = paged, num_layers, step_tokens, recorder
         self.step_lens: Tensor | None = None  # [max_batch_size] int32
+        self.live_step_lens: Tensor | None = None  # [B], a view: the sequences in use
         self.seen: Tensor | int = 0  # columns forwarded so far, padding included: what generate() slices its inputs with
-        self.live_page_table: Tensor | None = None  # [B, M], the rows in use
-        self.live_seq_lens: Tensor | None = None  # [B]
-        self.live_step_lens: Tensor | None = None  # [B]
         self._forget()
 
     def _forget(self) -> None:
         self.filled = False
         self.forward: Forward | None = None
-        self.next_layer = 0  # of the forward under way
         # Two prompts in a row show that one comes in chunks. Decode steps read only the second flag, so that all of them are one graph.
         self.after_prompt = self.in_chunks = False
         # transformers announces speculative decoding before its prompt, and a rollback of plain decoding after it.
         self.announced = self.speculates = False
 
-    @property
-    def max_cache_len(self) -> int:
-        return self.max_pages * self.page_size
+    def add_layer(self, *sizes, **kinds) -> PagedKVLayer:
+        """`PagedKVCache.add_layer`, with tensors that a graph may hold."""
+        # Tensors made under inference mode could not be written by a graph compiled outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            layer = self.paged.add_layer(*sizes, **kinds)
+            if self.step_lens is None:
+                self.step_lens = torch.zeros_like(self.paged.seq_lens)
+                self.seen = torch.zeros((), dtype=torch.int64, device=self.step_lens.device)
+                self._view_rows()
+        _mark_static(*layer.tensors())
+        return layer
 
-    @property
-    def batch_size(self) -> int:
-        """Sequences in use."""
-        return self.live_seq_lens.shape[0]
-
-    def allocate(self, device: torch.device) -> None:
-        pages = torch.arange(self.max_batch_size * self.max_pages, dtype=torch.int32, device=device)
-        self.page_table = pages.view(self.max_batch_size, self.max_pages)
-        self.seq_lens = torch.zeros(self.max_batch_size, dtype=torch.int32, device=device)
-        self.step_lens = torch.zeros_like(self.seq_lens)
-        self.seen = torch.zeros((), dtype=torch.int64, device=device)
-        self._use_rows(self.max_batch_size)
-        self.mark_static()
-
-    def tensors(self) -> list[Tensor]:
-        shared = [self.page_table, self.seq_lens, self.step_lens, self.live_page_table, self.live_seq_lens, self.live_step_lens, self.seen]
-        own = [tensor for tensor in shared if isinstance(tensor, Tensor)]
-        return own + [tensor for layer in self.layers if layer is not None for tensor in layer.tensors()]
-
-    def mark_static(self) -> None:
-        """Tells the compiler that these addresses never change; without it CUDA graphs are skipped."""
-        for tensor in self.tensors():
-            torch._dynamo.mark_static_address(tensor)
+    def _view_rows(self) -> None:
+        """`PagedKVCache.use_rows` has pointed its live views elsewhere: this one follows."""
+        paged = self.paged
+        with torch.inference_mode(False):
+            self.live_step_lens = self.step_lens[: paged.batch_size]
+        if not torch.compiler.is_compiling():
+            _mark_static(paged.page_table, paged.seq_lens, paged.live_page_table, paged.live_seq_lens)
+            _mark_static(self.step_lens, self.live_step_lens, self.seen)
 
     def __getstate__(self) -> dict:
-        # A view does not stay one through pickle.
-        views = ("live_page_table", "live_seq_lens", "live_step_lens")
-        rows = None if self.live_seq_lens is None else self.batch_size
-        return {**{name: value for name, value in vars(self).items() if name not in views}, "rows": rows, "forward": None}
+        return {**vars(self), "forward": None, "live_step_lens": None}  # a view does not stay one through pickle
 
     def __setstate__(self, state: dict) -> None:
-        rows = state.pop("rows")
-        vars(self).update(state, live_page_table=None, live_seq_lens=None, live_step_lens=None)
-        if rows is not None:
-            self._use_rows(rows)
-            self.mark_static()
-
-    def _use_rows(self, batch: int) -> None:
-        """Points the live views at the first `batch` sequences; the views are made here because a graph holds their addresses."""
-        if self.live_seq_lens is not None and self.batch_size == batch:
-            return
-        with torch.inference_mode(False):
-            self.live_page_table = self.page_table[:batch]
-            self.live_seq_lens = self.seq_lens[:batch]
-            self.live_step_lens = self.step_lens[:batch]
-        if not torch.compiler.is_compiling():
-            for tensor in (self.live_page_table, self.live_seq_lens, self.live_step_lens):
-                torch._dynamo.mark_static_address(tensor)
+        vars(self).update(state)
+        if self.step_lens is not None:
+            self._view_rows()
+        for layer in self.paged.layers:
+            _mark_static(*layer.tensors())
 
     def enter_layer(self, index: int, batch: int, tokens: int, live: Tensor | None, position_ids: Tensor | None) -> Forward:
         """The forward that layer `index` belongs to; the first layer begins it.
@@ -140,20 +135,22 @@ class Sequences:
         Raises:
             RuntimeError: the model does not visit every layer once and in order.
         """
-        if index == 0:
-            return self.begin(batch, tokens, live, position_ids)
-        if self.forward is None or index != self.next_layer:
-            raise RuntimeError(
-                f"TwilightCache: layer {index}: expected a model that calls attention once in every layer, in order, got a call of layer "
-                f"{index} where layer {0 if self.forward is None else self.next_layer} was due"
-            )
-        self.next_layer = index + 1
-        return self.forward
+        forward = self.begin(batch, tokens, live, position_ids) if index == 0 else self.forward
+        if forward is None or index != forward.next_layer:
+            self.refuse_order(index)
+        forward.next_layer += 1
+        return forward
 
     def leave_layer(self, index: int) -> None:
         """Ends the forward with the last layer."""
         if index == self.num_layers - 1:
             self.commit()
+
+    def refuse_order(self, index: int) -> NoReturn:
+        raise RuntimeError(
+            f"TwilightCache: layer {index}: expected a model that calls attention once in every layer, in order, got a call of layer "
+            f"{index} where layer {0 if self.forward is None else self.forward.next_layer} was due"
+        )
 
     def begin(self, batch: int, tokens: int, live: Tensor | None = None, position_ids: Tensor | None = None) -> Forward:
         """Checks a forward and says where its tokens go; nothing that is cached changes.
@@ -166,23 +163,26 @@ class Sequences:
         Raises:
             ValueError: the forward does not fit, or does not follow what is cached.
         """
-        if self.filled and batch != self.batch_size:
-            raise ValueError(f"TwilightCache: input_ids: expected the {self.batch_size} sequences already cached (or reset()), got {batch}")
-        if not 1 <= batch <= self.max_batch_size:
-            raise ValueError(f"TwilightCache: input_ids: expected 1 to max_batch_size = {self.max_batch_size} sequences, got {batch}")
+        paged = self.paged
+        if self.filled and batch != paged.batch_size:
+            raise ValueError(
+                f"TwilightCache: input_ids: expected the {paged.batch_size} sequences already cached (or reset()), got {batch}"
+            )
+        if not 1 <= batch <= paged.max_batch_size:
+            raise ValueError(f"TwilightCache: input_ids: expected 1 to max_batch_size = {paged.max_batch_size} sequences, got {batch}")
         positions = None
         if live is None and tokens > 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
             # One column is a token: nobody forwards padding alone.
             positions = position_ids.expand(batch, -1)
-        self._use_rows(batch)
-        forward = self._begin_prompt(tokens, live, positions) if self._is_prompt(tokens) else self._begin_step(tokens, live, positions)
-        self.forward, self.next_layer = forward, 1
-        return forward
+        if paged.use_rows(batch):
+            self._view_rows()
+        self.forward = self._begin_prompt(tokens, live, positions) if self._is_prompt(tokens) else self._begin_step(tokens, live, positions)
+        return self.forward
 
     def commit(self) -> None:
         """Makes the forward count; its columns are cached from now on."""
         forward = self.forward
-        self.live_seq_lens.copy_(self.live_step_lens)
+        self.paged.live_seq_lens.copy_(self.live_step_lens)
         self.seen.add_(forward.tokens)
         limit = self._step_limit()
         if forward.exact and (forward.tokens > limit or not self.filled):
@@ -206,49 +206,53 @@ class Sequences:
 
     def _begin_step(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> Forward:
         slots = order = None
+        cached = self.paged.live_seq_lens
         if live is None and positions is not None:
-            live = live_columns(positions, self.live_seq_lens == 0)
+            live = live_columns(positions, cached == 0)
         if live is None:
-            new_lens = self.live_seq_lens + tokens
+            new_lens = cached + tokens
         else:
-            new_lens, slots = _place(live, self.live_seq_lens)
-            # A row of several tokens sees one token less than the row after it, so padding goes first.
+            new_lens, slots = _place(live, cached)
             order = live.long().argsort(dim=1, stable=True) if tokens > 1 else None
-        fits = (new_lens <= self.max_cache_len).all()
+        fits = (new_lens <= self.paged.max_cache_len).all()
         if not _readable(new_lens):
             # On a GPU this is an assertion of the device.
-            torch._assert_async(fits, "TwilightCache: input_ids: expected new tokens that fit max_cache_len")
+            assert_async(fits, "TwilightCache: input_ids: expected new tokens that fit max_cache_len")
         elif not bool(fits):
             self._refuse_length(int(new_lens.max()))
+        return self._forward(tokens, new_lens, exact=False, slots=slots, order=order)
+
+    def _forward(self, tokens: int, new_lens: Tensor, **kinds) -> Forward:
         self.live_step_lens.copy_(new_lens)
-        return Forward(tokens, exact=False, slots=slots, order=order)
+        return Forward(tokens, page_table=self.paged.live_page_table, seq_lens=self.live_step_lens, **kinds)
 
     def _refuse_length(self, longest: int) -> None:
         raise ValueError(
-            f"TwilightCache: input_ids: expected at most max_cache_len = {self.max_cache_len} tokens a sequence, got {longest}"
+            f"TwilightCache: input_ids: expected at most max_cache_len = {self.paged.max_cache_len} tokens a sequence, got {longest}"
         )
 
     def _begin_prompt(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> Forward:
-        if _readable(self.live_seq_lens):
+        cached = self.paged.live_seq_lens
+        if _readable(cached):
             rows, slots = self._read_prompt(tokens, live, positions)
-            new_lens = torch.tensor([row.end for row in rows], dtype=torch.int32, device="cpu").to(self.live_step_lens.device)
+            new_lens = torch.tensor([row.end for row in rows], dtype=torch.int32, device="cpu").to(cached.device)
         else:
             rows = None
             if live is None:
                 if positions is None:
-                    live = torch.ones(self.batch_size, tokens, dtype=torch.bool, device=self.live_seq_lens.device)
+                    live = torch.ones(self.paged.batch_size, tokens, dtype=torch.bool, device=cached.device)
                 else:
-                    live = live_columns(positions, self.live_seq_lens == 0)
-            new_lens, slots = _place(live, self.live_seq_lens)
-            torch._assert_async(
-                (new_lens <= self.max_cache_len).all(), "TwilightCache: input_ids: expected a prompt that fits max_cache_len"
+                    live = live_columns(positions, cached == 0)
+            new_lens, slots = _place(live, cached)
+            assert_async(
+                (new_lens <= self.paged.max_cache_len).all(), "TwilightCache: input_ids: expected a prompt that fits max_cache_len"
             )
-        self.live_step_lens.copy_(new_lens)
-        return Forward(tokens, exact=True, calibrates=not self.filled, slots=slots, rows=rows)
+        return self._forward(tokens, new_lens, exact=True, calibrates=not self.filled, slots=slots, rows=rows)
 
     def _read_prompt(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> tuple[list[PromptRow], Tensor | None]:
         """The rows of a prompt, and their slots [B, T] where there is padding; reads the host once."""
-        cached = self.live_seq_lens.tolist() if self.filled else [0] * self.batch_size
+        lens = self.paged.live_seq_lens
+        cached = lens.tolist() if self.filled else [0] * self.paged.batch_size
         if live is None and positions is None:
             rows = [PromptRow(slice(0, tokens), tokens, length) for length in cached]
             slots = None
@@ -257,15 +261,15 @@ class Sequences:
         else:
             rows, slots = _read_prompt_rows(positions, cached)
         longest = max(row.end for row in rows)
-        if longest > self.max_cache_len:
+        if longest > self.paged.max_cache_len:
             self._refuse_length(longest)
-        return rows, None if slots is None else slots.to(self.live_seq_lens.device)
+        return rows, None if slots is None else slots.to(lens.device)
 
     def reset(self) -> None:
-        """Forgets every sequence; addresses stay."""
+        """`PagedKVCache.reset`, and the forward under way; addresses stay."""
         self._forget()
-        if self.page_table is not None:
-            self.seq_lens.zero_()
+        self.paged.reset()
+        if self.step_lens is not None:
             self.seen.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -275,8 +279,14 @@ class Sequences:
         if removed > seen:
             raise ValueError(f"TwilightCache: tokens_to_remove: expected at most the {seen} cached tokens, got {removed}")
         if removed:
-            self.seq_lens.sub_(removed).clamp_(min=0)
+            self.paged.seq_lens.sub_(removed).clamp_(min=0)
             self.seen.sub_(removed)
+
+
+def _mark_static(*tensors: Tensor) -> None:
+    """Tells the compiler that these addresses never change; without it CUDA graphs are skipped."""
+    for tensor in tensors:
+        mark_static_address(tensor)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -323,7 +333,7 @@ def _rows(live: Tensor, cached: Sequence[int]) -> tuple[list[PromptRow], Tensor 
     return rows, _place(live, torch.tensor(cached, device=live.device))[1]
 
 
-def _read_prompt_rows(positions: Tensor, cached: Sequence[int], *_) -> tuple[list[PromptRow], Tensor | None]:
+def _read_prompt_rows(positions: Tensor, cached: Sequence[int]) -> tuple[list[PromptRow], Tensor | None]:
     """Rows and slots of a prompt of which only position_ids [B, T] are known; reads the host once.
 
     Raises:

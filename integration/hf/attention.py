@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from ..decode_step import append, attend
-from ..layer import PagedKVLayer
+from ...decode_step import append, attend
+from ...layer import PagedKVLayer
 from .cache import LayerKeys, TwilightLayer
 from .sequences import Forward
 
@@ -61,19 +61,18 @@ def twilight_attention(
     query, key, value = (_to_cache_dtype(tensor, layer.dtype) for tensor in (query, key, value))
     batch, _, tokens, head_dim = query.shape
     scale = head_dim**-0.5 if scaling is None else scaling
-    sequences = layer.sequences
+    sequences, paged = layer.sequences, layer.paged
     forward = sequences.enter_layer(layer.index, batch, tokens, live, position_ids)
-    paged, table, lens = layer.paged, sequences.live_page_table, sequences.live_step_lens
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if forward.calibrates:
         paged.calibrate(q, k, forward.slots, scale)
-    append(k, v, paged, table, lens, forward.slots)
-    if not forward.exact:
-        out = _attend_step(q, paged, table, lens, forward, scale)
-    elif forward.rows is None:
-        out = _attend_paged(query, paged, table, lens, forward, scale)
+    append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
+    if forward.exact:
+        out = _attend_exactly(query, key, value, paged, forward, scale)
     else:
-        out = _attend_rows(query, key, value, paged, table, forward, scale)
+        step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scale)
+        kept = None if sequences.recorder is None else sequences.recorder(*step)
+        out = forward.in_columns(attend(*step, *(kept or ()))[0])
     sequences.leave_layer(layer.index)
     return out.to(dtype), None
 
@@ -94,8 +93,8 @@ def _refuse(
     if dropout:
         fail(f"dropout: expected 0, got {dropout}")
     window = kwargs.get("sliding_window")
-    if window is not None and window < layer.sequences.max_cache_len:
-        fail(f"sliding_window: expected none, or at least max_cache_len = {layer.sequences.max_cache_len}, got {window}")
+    if window is not None and window < layer.sequences.paged.max_cache_len:
+        fail(f"sliding_window: expected none, or at least max_cache_len = {layer.sequences.paged.max_cache_len}, got {window}")
     if kwargs.get("output_attentions"):
         fail("output_attentions: expected False, because weights are never computed as a whole")
     if not _is_causal(module, kwargs):
@@ -195,19 +194,10 @@ def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor, fail) 
     warnings.warn(f'attn_implementation="twilight": {message}: should the cache have been reset?', stacklevel=2)
 
 
-def _attend_step(q: Tensor, paged: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, forward: Forward, scale: float) -> Tensor:
-    """A decode step for q [B, T, Hq, D]; padding columns are moved to the front for it, and get what they see there."""
-    if forward.order is None:
-        return attend(q, paged, page_table, seq_lens, scale)[0]
-    order = forward.order[:, :, None, None].expand_as(q)
-    out = attend(q.gather(1, order), paged, page_table, seq_lens, scale)[0]
-    return torch.empty_like(out).scatter_(1, order, out)
-
-
-def _attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, page_table: Tensor, forward: Forward, scale: float
-) -> Tensor:
+def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
     """Exact causal attention of a prompt chunk, sequence by sequence, on itself and on what is cached before it."""
+    if forward.rows is None:
+        return _attend_traced(query, paged, forward, scale)
     batch, heads, tokens, head_dim = query.shape
     group = heads // key.shape[1]
     if forward.slots is None and all(row.start == 0 for row in forward.rows):
@@ -225,22 +215,22 @@ def _attend_rows(
             k, v = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
             mask = None
         else:
-            k = _paged_rows(paged.kv.k_cache, page_table[b : b + 1], row.end)
-            v = _paged_rows(paged.kv.v_cache, page_table[b : b + 1], row.end)
+            k = _paged_rows(paged.kv.k_cache, forward.page_table[b : b + 1], row.end)
+            v = _paged_rows(paged.kv.v_cache, forward.page_table[b : b + 1], row.end)
             mask = torch.ones(row.count, row.end, dtype=torch.bool, device=q.device).tril(row.start)
         attended = scaled_dot_product_attention(q, _repeat(k, group), _repeat(v, group), mask, is_causal=mask is None, scale=scale)
         out[b : b + 1, row.columns] = attended.transpose(1, 2)
     return out
 
 
-def _attend_paged(query: Tensor, paged: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, forward: Forward, scale: float) -> Tensor:
+def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
     """The same in fixed shapes, for a traced prompt: every slot of the cache, masked by position."""
-    group = query.shape[1] // paged.kv.k_cache.shape[1]
-    max_cache_len = page_table.shape[1] * paged.page_size
-    k = _paged_rows(paged.kv.k_cache, page_table, max_cache_len)
-    v = _paged_rows(paged.kv.v_cache, page_table, max_cache_len)
+    group = query.shape[1] // paged.num_kv_heads
+    max_cache_len = forward.page_table.shape[1] * paged.page_size
+    k = _paged_rows(paged.kv.k_cache, forward.page_table, max_cache_len)
+    v = _paged_rows(paged.kv.v_cache, forward.page_table, max_cache_len)
     slots = torch.arange(max_cache_len, device=query.device)
-    v = torch.where((slots < seq_lens[:, None])[:, None, :, None], v, 0.0)
+    v = torch.where((slots < forward.seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.
     mask = slots <= forward.slots.clamp(min=0)[..., None]  # [B, T, M * S]
     out = scaled_dot_product_attention(query, _repeat(k, group), _repeat(v, group), mask[:, None], scale=scale)

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.utils import counters
 from transformers.cache_utils import Cache
 
-from ..config import TwilightConfig
-from ..ops._checks import MAX_QUERY_TOKENS
-from ..report import BudgetReport
+from ...config import TwilightConfig
+from ...ops._checks import MAX_QUERY_TOKENS
+from ...report import BudgetReport
+from ..compile.cuda_graph import WARMUP_STEPS, CapturedStep
+from ..compile.private import TorchDynamoException, counters, lookup_backend, mark_static_address
+from ..compile.regions import compile_regions
 from .cache import TwilightCache
-from .cuda_graph import WARMUP_STEPS, CapturedStep
-from .regions import compile_regions
 
 CAPTURES = ("cuda_graph", "compile", "eager")
 MAX_END_TOKENS = 8
@@ -170,7 +169,7 @@ class Decoder:
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             tensor = torch.zeros(shape, dtype=dtype, device=device)
-            torch._dynamo.mark_static_address(tensor)
+            mark_static_address(tensor)
             return tensor
 
         with torch.inference_mode(False):
@@ -209,7 +208,7 @@ class Decoder:
             return
         try:
             self.captured()
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             # Tracing runs nothing, so the step can still be made in another way.
             self._fall_back(str(error).strip().splitlines()[0], error)
             self.step_eager()

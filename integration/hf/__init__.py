@@ -1,0 +1,8 @@
+"""Hugging Face transformers: the cache, the registered attention `attn_implementation="twilight"`, and a generation loop."""
+
+from ..compile import CapturedStep, join_linears
+from .attention import twilight_attention
+from .cache import TwilightCache
+from .generate import Decoder, Generation, Sampling, generate
+
+__all__ = ["CapturedStep", "Decoder", "Generation", "Sampling", "TwilightCache", "generate", "join_linears", "twilight_attention"]
