@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 
+import pytest
 import torch
 from inputs import DecodeInputs, Shape, make_inputs, on_device
 from torch import Tensor
 
-from twilight_ops import capacity, reference
-from twilight_ops.kernels import fused
+from twilight_ops import backends, capacity, decode_attention, launch_plan, reference
+
+MAX_ROWS = 8  # query rows of a KV head that the kernel takes
+
+needs_plan = pytest.mark.skipif(
+    "native" not in (backends.CPU.name, backends.CUDA.name), reason="the launch plan is in the native modules, and none is loaded"
+)
 
 
 def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
@@ -22,12 +29,19 @@ def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
     }
 
 
+def request_of(arguments: dict) -> launch_plan.Request:
+    """What the launch plan of decode_attention's arguments is asked, on an H200."""
+    bound = inspect.signature(decode_attention).bind(**arguments)
+    bound.apply_defaults()
+    return launch_plan.Request.of_call(bound.arguments, launch_plan.H200)
+
+
 def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[DecodeInputs, dict, int]:
     """A ragged call of random geometry, selector and pruner: (inputs, overrides, cluster size)."""
     rng = random.Random(seed)
     page_size = rng.choice([16, 16, 32, 64])
     kv_heads, query_tokens = rng.choice([1, 2]), rng.choice([1, 1, 1, 2, 4])
-    group = rng.choice([g for g in (1, 2, 3, 4, 8) if g * query_tokens <= fused.MAX_ROWS])
+    group = rng.choice([g for g in (1, 2, 3, 4, 8) if g * query_tokens <= MAX_ROWS])
     longest = rng.choice([100, 700, longest])
     lengths = tuple(
         rng.choice([0, 1, page_size - 1, page_size, page_size + 1, rng.randint(1, longest), longest]) for _ in range(rng.choice([1, 2]))

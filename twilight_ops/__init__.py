@@ -2,6 +2,7 @@
 
 from . import backends, ops
 from .config import LayerOverride, TwilightConfig
+from .explain import Explanation, explain
 from .ops import append_kv, attend_sparse, decode_attention, estimate_weights, prune_top_p, select_pages, select_tokens
 from .paged_kv_cache import PagedKVCache, PagedKVLayer
 from .presets import ada_kv, duo_attention, pyramid_kv
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DoubleSparsity",
+    "Explanation",
     "Full",
     "LayerOverride",
     "MagicPig",
@@ -30,6 +32,7 @@ __all__ = [
     "decode_attention",
     "duo_attention",
     "estimate_weights",
+    "explain",
     "ops",
     "prune_top_p",
     "pyramid_kv",

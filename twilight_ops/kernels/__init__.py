@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from .. import native_modules
+from .. import launch_plan, native_modules
 from ..serving import attach
-from . import fused, native
+from . import native
 from .append_kv import append_kv
 from .attend_sparse import attend_sparse
 from .decode_attention import decode_attention
@@ -34,12 +34,12 @@ def register(allow_native: bool = True) -> Callable[[], tuple[str, str]]:
             attach(op, "cuda", native.staged_with_warning(staged), lambda: "triton")
         else:
             kernel, calls = native.KERNELS[op]
-            attach(op, "cuda", kernel, lambda calls=calls: f"native ({calls}), else triton" if fused.available() else "triton")
+            attach(op, "cuda", kernel, lambda calls=calls: f"native ({calls}), else triton" if launch_plan.available() else "triton")
 
     def describe() -> tuple[str, str]:
         if not allow_native:
             return "triton", "Triton stages, because TWILIGHT_CUDA_BACKEND asks for them"
-        if reason := fused.unavailable():
+        if reason := launch_plan.unavailable():
             return "triton", f"Triton stages; {native_modules.CUDA_MODULE} {reason}"
         return "native", "fused kernels, Triton stages for what they do not serve"
 

@@ -1,0 +1,96 @@
+"""Which kernel serves a call of decode_attention, and why."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import backends, launch_plan
+from .ops.decode_attention import check_decode_attention, decode_attention
+
+NATIVE, FUSED, STAGES, REFERENCE, NONE = "native CPU kernel", "fused CUDA kernel", "Triton stages", "PyTorch reference", "none"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What serves a call; `str()` says it in a few lines.
+
+    Attributes:
+        kernel: "native CPU kernel", "fused CUDA kernel", "Triton stages", "PyTorch reference", or "none" where nothing serves the device.
+        detail: the instruction set, or the GPU that the plan is for.
+        reason: why a faster kernel does not serve the call, "" where there is none.
+        plan: how the fused kernel is launched: the selector that runs, blocks, shared memory. None for other kernels.
+    """
+
+    kernel: str
+    detail: str
+    reason: str = ""
+    plan: launch_plan.Plan | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.kernel} ({self.detail})"]
+        if self.reason:
+            lines.append(f"  why: {self.reason}")
+        if self.plan is not None:
+            p = self.plan
+            lines.append(
+                f"  selector {p.selector}, {p.grid} blocks, {p.cluster_size} a KV head of a sequence, {p.shared_bytes:,} bytes of shared memory each"
+            )
+            if p.selector != "dense":
+                lines.append(f"  candidates {'are shared out evenly among them' if p.evens_out else 'stay with the block that found them'}")
+        return "\n".join(lines)
+
+
+def explain(*arguments: Any, device: str | torch.device | None = None, **named: Any) -> Explanation:
+    """Which kernel serves a call of `decode_attention`, and why. Nothing is read but shapes, dtypes and settings, and nothing runs.
+
+    Args:
+        arguments, named: what `decode_attention` takes. Its tensors may be on the meta device.
+        device: "cpu", "cuda" or "cuda:N"; by default the device of q. "cuda" where there is no CUDA device stands for an H200 on which
+            `_C_cuda` was built: 132 multiprocessors, 227 KB of shared memory a block, 228 KB a multiprocessor.
+
+    Returns:
+        An `Explanation`; `print` it.
+
+    Raises:
+        RuntimeError: a malformed argument; or no native module is loaded, which holds the plan that a "cuda" without a GPU asks for.
+        ValueError: a device that has no kernels.
+
+    Example:
+        >>> print(explain(q, k_cache, v_cache, ..., selector="quest", device="cuda"))
+        fused CUDA kernel (no CUDA device is here: as if on an H200 with _C_cuda)
+          selector quest, 128 blocks, 2 a KV head of a sequence, 167,168 bytes of shared memory each
+          candidates stay with the block that found them
+    """
+    bound = inspect.signature(decode_attention).bind(*arguments, **named)
+    bound.apply_defaults()
+    call = bound.arguments
+    check_decode_attention(**call)
+    place = torch.device(call["q"].device if device is None else device)
+    if place.type == "cpu":
+        return _on_cpu()
+    if place.type != "cuda":
+        raise ValueError(f"explain: device: expected cpu or cuda, got {place}")
+    return _on_cuda(call, place)
+
+
+def _on_cpu() -> Explanation:
+    if backends.serving("decode_attention", "cpu") == "native":
+        return Explanation(NATIVE, backends.CPU.detail)
+    return Explanation(REFERENCE, "cpu", backends.CPU.detail)
+
+
+def _on_cuda(call: dict[str, Any], place: torch.device) -> Explanation:
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device() if place.index is None else place.index
+        detail = f"cuda:{index}, {torch.cuda.get_device_name(index)}"
+        if backends.CUDA.name != "native":
+            return Explanation(STAGES if backends.CUDA.name == "triton" else NONE, detail, backends.CUDA.detail)
+        limits = launch_plan.limits_of(index)
+    else:
+        detail, limits = "no CUDA device is here: as if on an H200 with _C_cuda", launch_plan.H200
+    plan = launch_plan.plan_of(launch_plan.Request.of_call(call, limits))
+    return Explanation(FUSED, detail, plan=plan) if plan.serves else Explanation(STAGES, detail, plan.reason)
