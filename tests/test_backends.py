@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_calls import needs_plan
+from fused_calls import needs_plan, planned
 
 from twilight_ops import backends, launch_plan
 from twilight_ops.ops.decode_attention import SELECTORS
@@ -144,15 +144,6 @@ FASTEST = {
         (16, 32768, 32, 32): 2,
     },
 }
-
-
-def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: int, **settings) -> launch_plan.Plan:
-    """Of one query token on an H200, bf16, head_dim 128, pages of 16."""
-    call = {"selector": selector, "prunes": selector != "dense", "dtype_bits": 16, "bounds_bits": 8, "head_dim": 128, "query_tokens": 1}
-    call |= {"group_size": query_heads // kv_heads, "kv_heads": kv_heads, "batch": batch, "page_size": 16}
-    call |= {"max_pages": tokens // 16, "num_pages": batch * (tokens // 16), "device": launch_plan.H200, "budget_fraction": 0.0}
-    call |= dict.fromkeys(("token_budget", "sink_tokens", "recent_tokens", "dense_below"), 0)
-    return launch_plan.plan_of(launch_plan.Request(**(call | settings)))
 
 
 @needs_plan

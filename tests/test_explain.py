@@ -61,6 +61,15 @@ def test_what_the_fused_kernel_does_not_serve_is_left_to_the_stages_with_the_rea
     assert reason in str(found)
 
 
+@needs_plan
+@without_gpu
+def test_a_table_that_is_always_read_whole_says_so():
+    tokens = 16 * call()["page_table"].shape[1]
+    found = explain(**call(selector="quest", dense_below=tokens), device="cuda")
+    assert (found.kernel, found.plan.selector) == ("fused CUDA kernel", "dense")
+    assert f"  why: page_table holds {tokens} tokens, dense_below is {tokens}\n" in str(found)
+
+
 def as_gpu(monkeypatch, name: str, detail: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", "NVIDIA number {}".format)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from fused_calls import assert_as_reference, extreme_call, observed, random_call, request_of
+from fused_calls import assert_as_reference, extreme_call, observed, planned, random_call
 from inputs import Shape, make_inputs, on_device
 
 from twilight_ops import launch_plan, reference
@@ -46,9 +46,8 @@ def test_a_thousand_ragged_calls_are_as_the_reference(block):
 
 def fits(selector: str, tokens: int, cluster_size: int) -> bool:
     """Whether the calls below do, however their blocks share candidates."""
-    inputs = make_inputs(Shape((tokens,), 8, 2, 128, 16, 1, torch.bfloat16), bounds_dtype="uint8")
-    request = request_of(inputs.arguments("decode_attention", selector=selector, token_budget=2048))
-    return all(launch_plan.plan_of(request._replace(cluster_size=cluster_size, evens_out=shares)).serves for shares in (0, 1))
+    shared = ({"evens_out": shares, "cluster_size": cluster_size, "token_budget": 2048} for shares in (0, 1))
+    return all(planned(selector, 3, tokens, 8, 2, **settings).serves for settings in shared)
 
 
 @pytest.mark.parametrize("cluster_size", [1, 2, 4, 8, 16])

@@ -21,7 +21,7 @@ class Explanation:
     Attributes:
         kernel: "native CPU kernel", "fused CUDA kernel", "Triton stages", "PyTorch reference", or "none" where nothing serves the device.
         detail: the instruction set, or the GPU that the plan is for.
-        reason: why a faster kernel does not serve the call, "" where there is none.
+        reason: why no faster kernel serves the call, or why another selector runs than was asked for; "" where neither is so.
         plan: how the fused kernel is launched: the selector that runs, blocks, shared memory. None for other kernels.
     """
 
@@ -36,9 +36,8 @@ class Explanation:
             lines.append(f"  why: {self.reason}")
         if self.plan is not None:
             p = self.plan
-            lines.append(
-                f"  selector {p.selector}, {p.grid} blocks, {p.cluster_size} a KV head of a sequence, {p.shared_bytes:,} bytes of shared memory each"
-            )
+            blocks = f"{p.grid} blocks, {p.cluster_size} a KV head of a sequence"
+            lines.append(f"  selector {p.selector}, {blocks}, {p.shared_bytes:,} bytes of shared memory each")
             if p.selector != "dense":
                 lines.append(f"  candidates {'are shared out evenly among them' if p.evens_out else 'stay with the block that found them'}")
         return "\n".join(lines)
@@ -92,5 +91,9 @@ def _on_cuda(call: dict[str, Any], place: torch.device) -> Explanation:
         limits = launch_plan.limits_of(index)
     else:
         detail, limits = "no CUDA device is here: as if on an H200 with _C_cuda", launch_plan.H200
-    plan = launch_plan.plan_of(launch_plan.Request.of_call(call, limits))
-    return Explanation(FUSED, detail, plan=plan) if plan.serves else Explanation(STAGES, detail, plan.reason)
+    request = launch_plan.Request.of_call(call, limits)
+    plan = launch_plan.plan_of(request)
+    if not plan.serves:
+        return Explanation(STAGES, detail, plan.reason)
+    dense = f"page_table holds {request.max_pages * request.page_size} tokens, dense_below is {request.dense_below}"
+    return Explanation(FUSED, detail, "" if plan.selector == request.selector else dense, plan)
