@@ -105,11 +105,10 @@ def configurations(data: Workload, options: argparse.Namespace) -> dict[str, Twi
 
 def served_by(arguments: dict) -> str:
     """Which CUDA kernels `decode_attention` runs for these arguments."""
-    from twilight_ops import backends
-    from twilight_ops.kernels import native
+    from twilight_ops import explain
 
-    blocks = native.fused_cluster_size(native.bind_decode_attention((), arguments))
-    return f"fused, {blocks} a KV head" if backends.CUDA.name == "native" and blocks > 0 else "stages"
+    plan = explain(**arguments).plan
+    return "stages" if plan is None else f"fused, {plan.cluster_size} a KV head"
 
 
 def exact_check(expected: Tensor) -> Callable[[object], str | None]:

@@ -114,20 +114,20 @@ def measure(data: workload.Workload, selector: str, budget: int, top_p: float, l
     arguments = workload.decode_arguments(data.queries[0], data.cache.layers[0], data.paging, data.sm_scale)
     asked = {"selector": selector, "token_budget": budget, "budget_fraction": 0.0, "top_p": top_p, "dense_below": 0}
     call = native.bind_decode_attention((), arguments | asked)
-    blocks = native.fused_cluster_size(call)
-    if blocks == 0:
-        raise ValueError(f"{selector}: {data.sizes}: the fused kernel does not serve it")
+    plan = native.fused_plan(call)
+    if not plan.serves:
+        raise ValueError(f"{selector}: {data.sizes}: {plan.reason}")
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=call["q"].device)
     clock = ((ctypes.c_longlong * 2) * len(phases))()
     found: list[dict[str, float]] = []
     for _ in range(CALLS):
         flush.zero_()
-        native.run_fused(call, blocks)
+        native.run_fused(call)
         torch.cuda.synchronize()
         if library.read_phase_clock(clock):
             raise RuntimeError("read_phase_clock: the clocks could not be read")
         found.append(durations(clock, phases))
-    return {name: statistics.median(times[name] for times in found) for name in found[-1]}, blocks
+    return {name: statistics.median(times[name] for times in found) for name in found[-1]}, plan.cluster_size
 
 
 def parser() -> argparse.ArgumentParser:

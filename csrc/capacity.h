@@ -5,10 +5,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace twilight {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename N, typename M>
+constexpr std::common_type_t<N, M> round_up(N n, M multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Tokens that the page table of one sequence may hold. Sums of two token counts then fit an int32.
 constexpr int64_t kMaxTableTokens = int64_t{1} << 29;

@@ -156,7 +156,8 @@ class Checker {
     fail(argument, "one of " + names, std::to_string(value));
   }
 
-  void one_of(const char* argument, const std::string& value, std::initializer_list<const char*> allowed) const {
+  template <class Names>
+  void one_of(const char* argument, const std::string& value, const Names& allowed) const {
     std::string names;
     for (const char* a : allowed) {
       if (value == a) return;

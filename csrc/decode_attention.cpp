@@ -7,13 +7,12 @@
 #include "attend_sparse.h"
 #include "capacity.h"
 #include "estimate_weights.h"
+#include "plan.h"
 #include "prune_top_p.h"
 #include "selection.h"
 
 namespace twilight {
 namespace {
-
-enum class Selector { kDense, kFull, kQuest, kShadowPrefix, kGiven };
 
 struct RowReport {
   int64_t live, candidates, kept;
@@ -196,20 +195,13 @@ void add_to_counters(const RowReport* reports, int64_t batch, int64_t kv_heads, 
   }
 }
 
-Selector selector_named(const std::string& name) {
-  if (name == "dense") return Selector::kDense;
-  if (name == "full") return Selector::kFull;
-  if (name == "quest") return Selector::kQuest;
-  return name == "shadow_prefix" ? Selector::kShadowPrefix : Selector::kGiven;
-}
-
 std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS) {
   Checker check("decode_attention", q);
   check.query(q);
   check.cache(k_cache, v_cache);
   check.geometry();
   check.paging(page_table, seq_lens);
-  check.one_of("selector", selector_name, {"dense", "full", "quest", "shadow_prefix", "given"});
+  check.one_of("selector", selector_name, kSelectorNames);
   const Selector selector = selector_named(selector_name);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
   check.top_p(top_p, head_top_p);

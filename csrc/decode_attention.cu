@@ -22,12 +22,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int kSharedLimit = 227 * 1024;          // a block's, on sm_90
-constexpr int kSharedPerBlockOfTwo = 113 * 1024;  // of two blocks on a multiprocessor
-// A cluster of blocks lies within one of these groups of 14 to 18 multiprocessors: with a block each, clusters of four
-// or more do not fill the chip, and the last of 128 blocks would wait for the first.
-constexpr int kProcessingClusters = 8;
-
 using Launcher = void (*)(const FusedParams&, int grid, int cluster_size, int shared_bytes, cudaStream_t stream);
 
 template <typename T, int D, int RP, FusedSelector kSelector>
@@ -62,24 +56,24 @@ const V* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<const V*>(tensor->const_data_ptr()) : nullptr;
 }
 
-FusedSelector selector_of(const std::string& name) {
-  if (name == "dense") return FusedSelector::kDense;
-  if (name == "full") return FusedSelector::kFull;
-  if (name == "quest") return FusedSelector::kQuest;
-  return FusedSelector::kShadowPrefix;
+cudaError_t read_limits(int device, DeviceLimits& limits) {
+  cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&limits.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
 }
 
-// Arguments were checked by decode_attention; kernels/fused.py says which calls come here and with which cluster size.
+// Arguments were checked by decode_attention, and the same plan sent the call here. A cluster_size of 0 is the plan's.
 std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS, int64_t cluster_size) {
-  const int batch = q.size(0), query_tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  const int kv_heads = k_cache.size(1), page_size = k_cache.size(2), rows = query_tokens * heads / kv_heads;
+  const int64_t batch = q.size(0), query_tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const int device = q.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   Tensor out = torch::stable::new_empty(q, {batch, query_tokens, heads, head_dim});
   Tensor lse = torch::stable::new_empty(q, {batch, query_tokens, heads}, ScalarType::Float);
   if (batch == 0) return {out, lse};
 
-  FusedParams p{};
+  FusedTensors p{};
   p.q = q.const_data_ptr();
   p.q_stride_batch = q.stride(0);
   p.q_stride_token = q.stride(1);
@@ -109,49 +103,40 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   }
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.budget_fraction = budget_fraction;
   p.top_p = top_p;
   p.sm_scale = static_cast<float>(sm_scale);
-  p.selector = selector_of(selector_name);
-  p.query_tokens = query_tokens;
-  p.group_size = heads / kv_heads;
-  p.kv_heads = kv_heads;
-  p.log2_page_size = page_size == 16 ? 4 : page_size == 32 ? 5 : 6;
-  p.max_pages = page_table.size(1);
-  p.num_pages = k_cache.size(0);
-  const Limits limits(page_table.size(1) * page_size, query_tokens, token_budget, sink_tokens, recent_tokens,
-                      dense_below);
-  p.token_budget = limits.token_budget;
-  p.capacity = p.selector == FusedSelector::kQuest ? page_capacity(limits, page_size, budget_fraction)
-                                                   : token_capacity(limits, budget_fraction);
-  p.dense_below = limits.dense_below;
-  if (limits.max_tokens <= p.dense_below) p.selector = FusedSelector::kDense;  // as kernels/fused.py has it
-  p.prunes = p.selector != FusedSelector::kDense && (top_p < 1.0 || head_top_p.has_value());
-  p.sink_tokens = limits.sink_tokens;
-  p.recent_tokens = limits.recent_tokens;
 
-  const int grid = batch * kv_heads * static_cast<int>(cluster_size);
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  p.evens_out = grid > multiprocessors;
-  int shared_bytes = lay_out(p, head_dim, rows, cluster_size);
-  const bool clusters_fit =
-      shared_bytes <= kSharedPerBlockOfTwo || cluster_size <= 2 || batch * kv_heads <= kProcessingClusters;
-  if (!p.evens_out && (shared_bytes > kSharedLimit || !clusters_fit)) {
-    p.evens_out = 1;
-    shared_bytes = lay_out(p, head_dim, rows, cluster_size);
-  }
-  if (shared_bytes > kSharedLimit) {
-    throw std::runtime_error("twilight::_fused_decode_attention: page_table: expected at most " +
-                             std::to_string(kSharedLimit) + " bytes of shared memory a block, got " +
-                             std::to_string(shared_bytes));
-  }
+  PlanRequest request{};
+  request.selector = selector_named(selector_name);
+  request.prunes = top_p < 1.0 || head_top_p.has_value();
+  request.dtype_bits = 8 * q.element_size();
+  request.bounds_bits = page_bounds.has_value() ? 8 * page_bounds->element_size() : 0;
+  request.head_dim = head_dim;
+  request.query_tokens = query_tokens;
+  request.kv_heads = k_cache.size(1);
+  request.group_size = heads / request.kv_heads;
+  request.batch = batch;
+  request.page_size = k_cache.size(2);
+  request.max_pages = page_table.size(1);
+  request.num_pages = k_cache.size(0);
+  request.token_budget = token_budget;
+  request.sink_tokens = sink_tokens;
+  request.recent_tokens = recent_tokens;
+  request.dense_below = dense_below;
+  request.budget_fraction = budget_fraction;
+  request.cluster_size = cluster_size;
+  request.evens_out = -1;
+  STD_CUDA_CHECK(read_limits(device, request.device));
+  const Plan plan = plan_fused_decode(request);
+  if (*plan.reason != 0) throw std::runtime_error(std::string("twilight::_fused_decode_attention: ") + plan.reason);
+
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const Launcher launcher = q.scalar_type() == ScalarType::Half
-                                ? launcher_for<__half>(head_dim, rows, p.selector)
-                                : launcher_for<__nv_bfloat16>(head_dim, rows, p.selector);
-  launcher(p, grid, cluster_size, shared_bytes, static_cast<cudaStream_t>(stream));
+                                ? launcher_for<__half>(head_dim, request.rows(), plan.selector)
+                                : launcher_for<__nv_bfloat16>(head_dim, request.rows(), plan.selector);
+  launcher(fused_params(p, request, plan), plan.grid, plan.cluster_size, plan.shared_bytes,
+           static_cast<cudaStream_t>(stream));
   return {out, lse};
 }
 
@@ -160,4 +145,10 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
 
 STABLE_TORCH_LIBRARY_IMPL(twilight, CUDA, m) {
   m.impl("_fused_decode_attention", TORCH_BOX(&twilight::fused_decode_attention));
+}
+
+// For Python, which plans a call before it sends it here: false where the device cannot be asked.
+extern "C" __attribute__((visibility("default"))) bool twilight_device_limits(int device,
+                                                                              twilight::DeviceLimits* limits) {
+  return twilight::read_limits(device, *limits) == cudaSuccess;
 }

@@ -10,16 +10,13 @@
 
 #include <cstdint>
 
+#include "plan.h"
+
 namespace twilight {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kEmptyPeak = -1e30f;  // running maximum of nothing; finite, so that it can be subtracted
-
-__host__ __device__ constexpr int blocks_of(int size, int items) { return (items + size - 1) / size; }
-__host__ __device__ constexpr int round_up(int items, int size) { return blocks_of(size, items) * size; }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 

@@ -1,2 +1,3 @@
-// The CUDA extension's entry point is the CPU extensions'.
+// The CUDA extension's entry point and launch plan are the CPU extensions'.
 #include "module.cpp"
+#include "plan.cpp"

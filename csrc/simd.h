@@ -280,6 +280,4 @@ inline int compress(void* to, V values, uint32_t mask) {
   return __builtin_popcount(mask);
 }
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 }  // namespace twilight

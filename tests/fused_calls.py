@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from flat import reference
 from inputs import DecodeInputs, Shape, make_inputs, on_device
 from torch import Tensor
 
-from twilight_ops import capacity
-from twilight_ops.kernels import fused
+from twilight_ops import backends, capacity, launch_plan
+from twilight_ops.ops.decode_attention import OPERATOR as DECODE_ATTENTION
+
+MAX_ROWS = 8  # query rows of a KV head that the kernel takes
+
+needs_plan = pytest.mark.skipif(
+    "native" not in (backends.CPU.name, backends.CUDA.name), reason="the launch plan is in the native modules, and none is loaded"
+)
 
 
 def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
@@ -23,12 +30,27 @@ def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
     }
 
 
+def request_of(arguments: dict) -> launch_plan.Request:
+    """What the launch plan of decode_attention's arguments is asked, on an H200."""
+    q, kv, paging, policy, _, _, bounds, *_ = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(arguments)))
+    return launch_plan.Request.of_call(q, kv, paging, policy, bounds, launch_plan.H200)
+
+
+def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: int, **settings) -> launch_plan.Plan:
+    """Of one query token on an H200, bf16, head_dim 128, pages of 16."""
+    call = {"selector": selector, "prunes": selector != "dense", "dtype_bits": 16, "bounds_bits": 8, "head_dim": 128, "query_tokens": 1}
+    call |= {"group_size": query_heads // kv_heads, "kv_heads": kv_heads, "batch": batch, "page_size": 16}
+    call |= {"max_pages": -(-tokens // 16), "num_pages": batch * -(-tokens // 16), "device": launch_plan.H200, "budget_fraction": 0.0}
+    call |= dict.fromkeys(("token_budget", "sink_tokens", "recent_tokens", "dense_below"), 0)
+    return launch_plan.plan_of(launch_plan.Request(**(call | settings)))
+
+
 def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[DecodeInputs, dict, int]:
     """A ragged call of random geometry, selector and pruner: (inputs, overrides, cluster size)."""
     rng = random.Random(seed)
     page_size = rng.choice([16, 16, 32, 64])
     kv_heads, query_tokens = rng.choice([1, 2]), rng.choice([1, 1, 1, 2, 4])
-    group = rng.choice([g for g in (1, 2, 3, 4, 8) if g * query_tokens <= fused.MAX_ROWS])
+    group = rng.choice([g for g in (1, 2, 3, 4, 8) if g * query_tokens <= MAX_ROWS])
     longest = rng.choice([100, 700, longest])
     lengths = tuple(
         rng.choice([0, 1, page_size - 1, page_size, page_size + 1, rng.randint(1, longest), longest]) for _ in range(rng.choice([1, 2]))

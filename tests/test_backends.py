@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused_calls import needs_plan, planned
 
-from twilight_ops import Always, Budget, backends
-from twilight_ops.capacity import Limits
-from twilight_ops.kernels import fused
+from twilight_ops import backends, launch_plan
+from twilight_ops.ops.decode_attention import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,23 +146,53 @@ FASTEST = {
 }
 
 
+@needs_plan
 @pytest.mark.parametrize("selector", FASTEST)
 @pytest.mark.parametrize("generated", [0, 96])
 def test_as_many_blocks_share_a_head_as_were_fastest(selector, generated):
     """Also with some room behind the context for what is generated."""
     for (batch, tokens, query_heads, kv_heads), blocks in FASTEST[selector].items():
-        pages = (tokens + generated) // 16
-        budget, fraction = (min(8192, tokens // 4), 0.0) if selector == "quest" else (0, 0.125)
-        limits = Limits.of(pages * 16, 1, Budget(budget, fraction), Always())
-        items = limits.page_capacity(16) if selector == "quest" else limits.token_capacity
-        chosen = fused.cluster_size(
-            batch * kv_heads, selector, selector != "dense", 128, query_heads // kv_heads, 16, pages, items, dense_below=512
-        )
-        assert chosen == blocks, (batch, tokens, query_heads, kv_heads)
+        budget = {"token_budget": min(8192, tokens // 4)} if selector == "quest" else {"budget_fraction": 0.125}
+        plan = planned(selector, batch, tokens + generated, query_heads, kv_heads, dense_below=512, **budget)
+        assert plan.cluster_size == blocks, (batch, tokens, query_heads, kv_heads)
+        assert plan.grid == batch * kv_heads * blocks and plan.serves
 
 
-def test_no_cluster_serves_what_no_shared_memory_holds():
-    assert fused.cluster_size(8, "full", True, 128, 4, 16, 1 << 16, 1 << 20, 0) == 0
+@needs_plan
+def test_a_table_no_longer_than_dense_below_runs_dense():
+    assert planned("quest", 1, 512, 32, 8, dense_below=511).selector == "quest"
+    assert planned("quest", 1, 512, 32, 8, dense_below=512) == planned("dense", 1, 512, 32, 8, dense_below=512)
+
+
+@needs_plan
+def test_candidates_are_shared_out_where_multiprocessors_hold_several_blocks():
+    few = launch_plan.H200._replace(multiprocessors=127)
+    assert not planned("quest", 16, 4096, 8, 8, token_budget=512).evens_out
+    assert planned("quest", 16, 4096, 8, 8, token_budget=512, device=few).evens_out
+
+
+@needs_plan
+@pytest.mark.parametrize(
+    "selector, settings, reason",
+    [
+        ("given", {}, "selector: expected dense, full, quest or shadow_prefix, got given"),
+        ("quest", {"dtype_bits": 32}, "q: expected a dtype of 16 bits, got 32"),
+        ("quest", {"head_dim": 96}, "head_dim: expected 64 or 128, got 96"),
+        ("quest", {"query_tokens": 3}, "q: expected at most 8 query rows a KV head, got 12"),
+        ("quest", {"bounds_bits": 16}, "page_bounds: expected 8 bits, got 16"),
+        ("quest", {"num_pages": 2**21}, "k_cache: expected fewer than 2**32 words of eight elements, got 4294967296"),
+        ("quest", {"max_pages": 0}, "page_table: expected at least one page, got 0"),
+        ("full", {"max_pages": 2**16}, "page_table: expected at most 232448 bytes of shared memory a block, got 1117440"),
+    ],
+)
+def test_a_call_that_no_plan_serves_is_refused_by_the_arguments_name(selector, settings, reason):
+    assert planned("quest", 1, 4096, 32, 8).serves
+    assert planned(selector, 1, 4096, 32, 8, **settings) == (reason, "dense", 0, 0, 0, 0, False)
+
+
+@needs_plan
+def test_selectors_have_the_same_names_in_python_and_in_cpp():
+    assert launch_plan.library().selectors == SELECTORS
 
 
 def test_poisoned_empties_are_nan(poisoned_empties):

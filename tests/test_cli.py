@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from twilight_ops import Quest, TwilightConfig  # noqa: E402
+from twilight_ops import Quest, TwilightConfig, explain  # noqa: E402
 from twilight_ops import __main__ as command_line  # noqa: E402
 from twilight_ops.cli import arguments as cli_arguments  # noqa: E402
-from twilight_ops.cli import demo, generate, models, terminal  # noqa: E402
+from twilight_ops.cli import demo, generate, info, models, terminal  # noqa: E402
 from twilight_ops.cli.models import ByteTokenizer  # noqa: E402
 
 
@@ -56,6 +56,7 @@ def test_info_names_the_kernels_of_every_operator(capsys):
         assert f"  {op} " in out
     assert f"cpu kernels: {backends.CPU.name}" in out
     assert out.count(f"cpu: {backends.CPU.name}") == len(backends.OPS)
+    assert f"  {explain(**info._example(), device='cpu')}".splitlines()[0] in out.splitlines()
 
 
 def test_python_m_runs_without_a_traceback():

@@ -12,12 +12,10 @@ import pytest
 import torch
 from comparisons import assert_same_state
 from flat import reference
-from fused_calls import assert_as_reference, extreme_call, observed, random_call
+from fused_calls import assert_as_reference, extreme_call, needs_plan, observed, random_call, request_of
 from inputs import Shape, make_inputs, strided
 
-from twilight_ops import capacity
-from twilight_ops.kernels import fused
-from twilight_ops.ops.decode_attention import OPERATOR as DECODE_ATTENTION
+from twilight_ops import launch_plan
 
 SOURCE = Path(__file__).parent / "emulator" / "fused_decode.cpp"
 COMPILER = shutil.which("g++")
@@ -31,7 +29,7 @@ APPEND_POINTERS = (
 ).split()
 
 
-class FusedParams(ctypes.Structure):
+class FusedTensors(ctypes.Structure):
     """The struct of csrc/fused_layout.cuh."""
 
     _fields_ = [
@@ -41,17 +39,8 @@ class FusedParams(ctypes.Structure):
         ("top_p_stride_batch", ctypes.c_int),
         ("top_p_stride_head", ctypes.c_int),
         *[(name, ctypes.c_void_p) for name in ("budget_counters", "kept_indices", "kept_counts", "out", "lse")],
-        ("budget_fraction", ctypes.c_double),
         ("top_p", ctypes.c_double),
         ("sm_scale", ctypes.c_float),
-        *[
-            (name, ctypes.c_int)
-            for name in (
-                "selector prunes query_tokens group_size kv_heads log2_page_size max_pages num_pages token_budget capacity dense_below "
-                "sink_tokens recent_tokens evens_out scratch_at pages_at candidates_at bitmap_at state_at slot_capacity "
-                "list_capacity"
-            ).split()
-        ],
     ]
 
 
@@ -76,7 +65,7 @@ def emulator(tmp_path_factory):
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-I", str(SOURCE.parent), str(SOURCE), "-o", str(library)]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
-    assert loaded.fused_params_bytes() == ctypes.sizeof(FusedParams)
+    assert loaded.fused_tensors_bytes() == ctypes.sizeof(FusedTensors)
     assert loaded.append_params_bytes() == ctypes.sizeof(AppendParams)
     return loaded
 
@@ -84,46 +73,19 @@ def emulator(tmp_path_factory):
 def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """decode_attention's arguments in, (out, lse) out."""
     q = a["q"]
-    batch, query_tokens, heads, head_dim = q.shape
-    num_pages, kv_heads, page_size, _ = a["k_cache"].shape
-    max_pages = a["page_table"].shape[1]
     out = torch.full(q.shape, float("nan"), dtype=q.dtype)
     lse = torch.full(q.shape[:-1], float("nan"))
-    p = FusedParams()
-    p.q = q.data_ptr()
+    p = FusedTensors(q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), top_p=a["top_p"], sm_scale=a["sm_scale"])
     p.q_stride_batch, p.q_stride_token, p.q_stride_head = q.stride()[:3]
     for name in (*POINTERS, "budget_counters", "kept_indices", "kept_counts"):
         setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
     per_head = a.get("head_top_p")
     if per_head is not None:
         p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
-    p.out, p.lse = out.data_ptr(), lse.data_ptr()
-    for name in ("budget_fraction", "top_p", "sm_scale"):
-        setattr(p, name, a[name])
-    asked = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(a)))[3]
-    limits = capacity.Limits.of(max_pages * page_size, query_tokens, asked.budget, asked.always, asked.dense_below)
-    for name in ("token_budget", "sink_tokens", "recent_tokens", "dense_below"):
-        setattr(p, name, getattr(limits, name))
-    p.selector = fused.SELECTORS.index(a["selector"])
-    p.prunes = a["selector"] != "dense" and (a["top_p"] < 1.0 or per_head is not None)
-    p.query_tokens, p.group_size, p.kv_heads = query_tokens, heads // kv_heads, kv_heads
-    p.log2_page_size, p.max_pages, p.num_pages = page_size.bit_length() - 1, max_pages, num_pages
-    p.capacity = limits.page_capacity(page_size) if a["selector"] == "quest" else limits.token_capacity
-    p.evens_out = seed // 2 % 2
-    shared = emulator.emulate_fused_decode(ctypes.byref(p), batch, head_dim, q.dtype == torch.float16, cluster_size, seed)
-    predicted = fused.shared_bytes(
-        a["selector"],
-        bool(p.prunes),
-        head_dim,
-        query_tokens * heads // kv_heads,
-        page_size,
-        max_pages,
-        p.capacity,
-        p.dense_below,
-        cluster_size,
-        bool(p.evens_out),
-    )
-    assert shared == predicted, "kernels/fused.py and lay_out disagree"
+    request = request_of(a)._replace(cluster_size=cluster_size, evens_out=seed // 2 % 2)
+    structure = launch_plan.PlanLibrary(emulator).structure(request)
+    shared = emulator.emulate_fused_decode(ctypes.byref(p), ctypes.byref(structure), q.dtype == torch.float16, seed)
+    assert shared > 0, "the plan refuses the call"
     return out, lse
 
 
@@ -218,3 +180,13 @@ def test_the_schedule_of_threads_changes_no_bit(emulator):
         results.append((out.view(torch.int16), lse.view(torch.int32), lists["kept_indices"], lists["budget_counters"]))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@needs_plan
+@pytest.mark.parametrize("seed", range(12))
+def test_python_and_the_kernels_host_code_plan_alike(emulator, seed):
+    inputs, overrides, cluster_size = random_call(seed)
+    arguments = inputs.arguments("decode_attention", **overrides)
+    chosen = request_of(arguments)
+    for request in (chosen, chosen._replace(cluster_size=cluster_size), chosen._replace(cluster_size=cluster_size, evens_out=1)):
+        assert launch_plan.PlanLibrary(emulator).plan(request) == launch_plan.plan_of(request)

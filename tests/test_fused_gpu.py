@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from flat import reference
-from fused_calls import assert_as_reference, extreme_call, observed, random_call
+from fused_calls import assert_as_reference, extreme_call, observed, planned, random_call, request_of
 from inputs import Shape, make_inputs, on_device
 
-from twilight_ops.kernels import fused, native
+from twilight_ops import launch_plan
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not fused.available(), reason="needs a Hopper GPU and the _C_cuda extension"),
+    pytest.mark.skipif(not launch_plan.available(), reason="needs a Hopper GPU and the _C_cuda extension"),
 ]
 
 
 def run_with(cluster_size: int):
     """Calls the private operator with decode_attention's arguments."""
-    return lambda arguments: native.run_fused(native.DECODE_ATTENTION.values((), dict(arguments)), cluster_size)
+    return lambda arguments: torch.ops.twilight._fused_decode_attention(**arguments, cluster_size=cluster_size)
 
 
 @pytest.mark.sanitize
@@ -42,16 +44,16 @@ def test_a_thousand_ragged_calls_are_as_the_reference(block):
         assert_as_reference(inputs, overrides, run_with(cluster_size))
 
 
-def shared_bytes(selector: str, tokens: int, cluster_size: int) -> int:
-    """Of a block of the calls below, however it shares candidates."""
-    geometry = (128, 4, 16, -(-tokens // 16), 2048 // 16 if selector == "quest" else 2048, 0, cluster_size)
-    return max(fused.shared_bytes(selector, selector != "dense", *geometry, evens_out) for evens_out in (False, True))
+def fits(selector: str, tokens: int, cluster_size: int) -> bool:
+    """Whether the calls below do, however their blocks share candidates."""
+    shared = ({"evens_out": shares, "cluster_size": cluster_size, "token_budget": 2048} for shares in (0, 1))
+    return all(planned(selector, 3, tokens, 8, 2, **settings).serves for settings in shared)
 
 
-@pytest.mark.parametrize("cluster_size", fused.CLUSTER_SIZES)
-@pytest.mark.parametrize("selector", fused.SELECTORS)
+@pytest.mark.parametrize("cluster_size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix"])
 def test_every_cluster_size_gives_the_reference_set_twice_alike(selector, cluster_size):
-    longest = next(n for n in (20000, 9000) if shared_bytes(selector, n, cluster_size) <= fused.SHARED_LIMIT)
+    longest = next(n for n in (20000, 9000) if fits(selector, n, cluster_size))
     shape = Shape((longest, 31, 4097), 8, 2, 128, 16, 1, torch.bfloat16)
     inputs = on_device(make_inputs(shape, bounds_dtype="uint8"), "cuda")
     overrides = {"selector": selector, "token_budget": 2048, "top_p": 0.9}
@@ -86,5 +88,19 @@ def test_append_kv_writes_what_the_reference_writes(dtype, head_dim, bounds_dtyp
 )
 def test_calls_beyond_the_kernel_are_left_to_the_stages(heads, head_dim, query_tokens, served):
     inputs = on_device(make_inputs(Shape((100,), heads, 1, head_dim, 16, query_tokens, torch.bfloat16)), "cuda")
-    size = fused.fused_supports(inputs.q, inputs.k_cache, None, inputs.page_table, "full", 64, 0.0, 0.9, 0, 0, 0, None)
-    assert (size > 0) == served
+    arguments = inputs.arguments("decode_attention")
+    plan = launch_plan.plan_of(request_of(arguments)._replace(device=launch_plan.limits_of(0)))
+    assert plan.serves == served
+    if not served:
+        with pytest.raises(RuntimeError, match=re.escape(plan.reason)):
+            run_with(0)(arguments)
+
+
+def test_limits_are_the_devices():
+    found = torch.cuda.get_device_properties(0)
+    limits = launch_plan.limits_of(0)
+    assert (limits.multiprocessors, limits.shared_per_multiprocessor) == (
+        found.multi_processor_count,
+        found.shared_memory_per_multiprocessor,
+    )
+    assert limits.shared_per_block < limits.shared_per_multiprocessor

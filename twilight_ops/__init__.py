@@ -3,6 +3,7 @@
 from . import backends
 from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, Paging, Policy, Pruning, Shadow
 from .config import LayerOverride, TwilightConfig
+from .explanation import Explanation, explain
 from .layer import PagedKVLayer, Selector
 from .ops.append_kv import append_kv
 from .ops.attend_sparse import attend_sparse
@@ -25,6 +26,7 @@ __all__ = [
     "BudgetReport",
     "Candidates",
     "DoubleSparsity",
+    "Explanation",
     "Full",
     "KV",
     "LayerOverride",
@@ -52,6 +54,7 @@ __all__ = [
     "decode_attention",
     "duo_attention",
     "estimate_weights",
+    "explain",
     "prune_top_p",
     "pyramid_kv",
     "select_pages",

@@ -1,6 +1,7 @@
 // Runs the fused kernels under the emulator; tests/test_fused_emulated.py calls it through ctypes.
 #include "../../csrc/append_kv.cuh"
 #include "../../csrc/decode_attention.cuh"
+#include "../../csrc/plan.cpp"
 
 namespace {
 
@@ -71,21 +72,23 @@ extern "C" void emulate_fused_append(const twilight::AppendParams* p, int batch,
   is_half ? run_append_dim<__half>(head_dim, *p, grid, seed) : run_append_dim<__nv_bfloat16>(head_dim, *p, grid, seed);
 }
 
-extern "C" int fused_params_bytes() { return sizeof(FusedParams); }
+extern "C" int fused_tensors_bytes() { return sizeof(twilight::FusedTensors); }
 
-// Returns the bytes of shared memory a block took.
-extern "C" int emulate_fused_decode(FusedParams* p, int batch, int head_dim, int is_half, int cluster_size,
-                                    unsigned seed) {
-  const int bytes = twilight::lay_out(*p, head_dim, p->query_tokens * p->group_size, cluster_size);
-  for (int unit = 0; unit < batch * p->kv_heads; ++unit) {
-    const int* length = p->seq_lens + unit / p->kv_heads;
-    run_cluster(length, {unit * cluster_size, 0, 0}, cluster_size, bytes, seed + unit, [&] {
-      if (head_dim == 64) {
-        is_half ? run_rows<__half, 64>(*p) : run_rows<__nv_bfloat16, 64>(*p);
+// Returns the bytes of shared memory a block took, 0 where the plan refuses the call.
+extern "C" int emulate_fused_decode(const twilight::FusedTensors* tensors, const twilight::PlanRequest* request,
+                                    int is_half, unsigned seed) {
+  const twilight::Plan plan = twilight::plan_fused_decode(*request);
+  if (*plan.reason != 0) return 0;
+  const FusedParams p = twilight::fused_params(*tensors, *request, plan);
+  for (int unit = 0; unit < request->units(); ++unit) {
+    const int* length = p.seq_lens + unit / p.kv_heads;
+    run_cluster(length, {unit * plan.cluster_size, 0, 0}, plan.cluster_size, plan.shared_bytes, seed + unit, [&] {
+      if (request->head_dim == 64) {
+        is_half ? run_rows<__half, 64>(p) : run_rows<__nv_bfloat16, 64>(p);
       } else {
-        is_half ? run_rows<__half, 128>(*p) : run_rows<__nv_bfloat16, 128>(*p);
+        is_half ? run_rows<__half, 128>(p) : run_rows<__nv_bfloat16, 128>(p);
       }
     });
   }
-  return bytes;
+  return plan.shared_bytes;
 }

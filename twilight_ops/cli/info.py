@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import textwrap
 
 HELP = "versions, and which kernels serve each operator on each device"
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from .. import __version__, backends
+    from .. import __version__, backends, explain
 
     print(f"twilight_ops {__version__}, Python {platform.python_version()}, {platform.machine()}")
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
@@ -29,7 +30,33 @@ def run(args: argparse.Namespace) -> int:
     width = max(map(len, backends.OPS))
     for op in backends.OPS:
         print(f"  {op:<{width}}  cpu: {backends.serving(op, 'cpu')}, cuda: {backends.serving(op, 'cuda')}")
+    print("decode_attention for a layer of Llama-3.1-8B, bf16, batch 8, 32k tokens, shadow_prefix:")
+    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
+        print(textwrap.indent(str(explain(**_example(), device=device)), "  "))
     return 0
+
+
+def _example() -> dict:
+    """Arguments of decode_attention, on the meta device."""
+    import torch
+
+    from ..arguments import KV, Budget, Paging, Policy, Pruning, Shadow
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, heads, kv_heads, head_dim, page_size, max_pages = 8, 32, 8, 128, 16, 2048
+    pages = (batch * max_pages, kv_heads, page_size)
+    codes = tensor(*pages[:2], page_size * head_dim // 2, dtype=torch.uint8)
+    order = tensor(kv_heads, head_dim, dtype=torch.int32), tensor(kv_heads, dtype=torch.int32)
+    return {
+        "q": tensor(batch, 1, heads, head_dim),
+        "kv": KV(tensor(*pages, head_dim), tensor(*pages, head_dim)),
+        "paging": Paging(tensor(batch, max_pages, dtype=torch.int32), tensor(batch, dtype=torch.int32)),
+        "policy": Policy("shadow_prefix", Budget(768, 0.125), Pruning(0.95)),
+        "sm_scale": head_dim**-0.5,
+        "shadow": Shadow(codes, tensor(*pages, 2), *order),
+    }
 
 
 def _version(name: str) -> str:

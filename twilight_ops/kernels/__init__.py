@@ -3,10 +3,10 @@
 import importlib
 from collections.abc import Callable
 
-from .. import native_modules
+from .. import launch_plan, native_modules
 from ..ops import OPS, operator
 from ..serving import attach
-from . import fused, native
+from . import native
 
 
 def stage(op: str) -> Callable:
@@ -25,12 +25,12 @@ def register(allow_native: bool = True) -> Callable[[], tuple[str, str]]:
             attach(op, "cuda", native.staged_with_warning(staged), lambda: "triton")
         else:
             kernel, calls = native.KERNELS[op]
-            attach(op, "cuda", kernel, lambda calls=calls: f"native ({calls}), else triton" if fused.available() else "triton")
+            attach(op, "cuda", kernel, lambda calls=calls: f"native ({calls}), else triton" if launch_plan.available() else "triton")
 
     def describe() -> tuple[str, str]:
         if not allow_native:
             return "triton", "Triton stages, because TWILIGHT_CUDA_BACKEND asks for them"
-        if reason := fused.unavailable():
+        if reason := launch_plan.unavailable():
             return "triton", f"Triton stages; {native_modules.CUDA_MODULE} {reason}"
         return "native", "fused kernels, Triton stages for what they do not serve"
 

@@ -1,0 +1,95 @@
+// How the fused decode kernel is launched: whether it serves a call, with how many blocks, how they share candidates,
+// and where things lie in a block's shared memory. Plain C++: the operator, the kernel, its emulator and Python
+// (twilight_ops/launch_plan.py) read the same plan.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "capacity.h"
+
+namespace twilight {
+
+enum class Selector : int { kDense, kFull, kQuest, kShadowPrefix, kGiven };
+// By Selector, as decode_attention's argument names them.
+constexpr std::array<const char*, 5> kSelectorNames = {"dense", "full", "quest", "shadow_prefix", "given"};
+
+// The selector of a checked name.
+template <typename Name>
+Selector selector_named(const Name& name) {
+  return static_cast<Selector>(std::find(kSelectorNames.begin(), kSelectorNames.end(), name) - kSelectorNames.begin());
+}
+
+// The kernel's measures that the plan needs.
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxRows = 8;          // query rows of a KV head: the columns of one tensor-core product
+constexpr int kTileTokens = 16;      // rows of one tensor-core product
+constexpr int kBlockTokens = 128;    // a block's share of a sequence is a multiple of this
+constexpr int kBoundaryList = 256;   // keys that share the threshold's bin and are ranked one by one
+constexpr int kScratchLists = 8192;  // bytes before the lists in scratch: the histograms
+constexpr int kMaxClusterSize = 16;
+constexpr int kStreamSlots = 3;  // tiles of keys or of values that a warp holds or has on their way
+
+constexpr int blocks_of(int size, int items) { return (items + size - 1) / size; }
+
+// What one block of the cluster owns of a sequence with `items` tokens or pages.
+constexpr int share_of_tokens(int tokens, int blocks) { return round_up(blocks_of(blocks, tokens), kBlockTokens); }
+constexpr int share_of_pages(int pages, int blocks) { return round_up(blocks_of(blocks, pages), kTileTokens); }
+
+// Query rows that a kernel was compiled for.
+constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; }
+
+// sizeof(FusedShared), the part of shared memory that depends on nothing else; the kernel asserts it.
+constexpr int fixed_bytes(int head_dim, int rows) {
+  if (head_dim == 64) return rows == 1 ? 4096 : rows == 4 ? 7168 : 11280;
+  return rows == 1 ? 5120 : rows == 4 ? 10496 : 17680;
+}
+
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_per_block, shared_per_multiprocessor;  // bytes
+};
+
+// Shapes and settings of a call of decode_attention, and the GPU's limits. Tokens are as the caller gave them.
+struct PlanRequest {
+  Selector selector;
+  int prunes;           // whether top_p is below 1 or given by head
+  int64_t dtype_bits;   // of q, K and V
+  int64_t bounds_bits;  // of page_bounds, 0 without them
+  int64_t head_dim, query_tokens, group_size, kv_heads, batch;
+  int64_t page_size, max_pages, num_pages;
+  int64_t token_budget, sink_tokens, recent_tokens, dense_below;
+  double budget_fraction;
+  DeviceLimits device;
+  // What a test decides itself; 0 and -1 leave it to the plan.
+  int64_t cluster_size, evens_out;
+
+  int64_t rows() const { return query_tokens * group_size; }
+  int64_t units() const { return batch * kv_heads; }
+};
+
+// What lies where in a block's dynamic shared memory, behind FusedShared.
+struct SharedLayout {
+  int scratch_at, pages_at, candidates_at, bitmap_at, state_at;  // bytes
+  int slot_capacity;
+  int list_capacity;  // weights a block lists for the rows it solves; a row with more is solved from all
+  // Whether blocks hand each other even shares of the candidates, and of long lists of survivors.
+  int evens_out;
+};
+
+struct Plan {
+  char reason[160];   // why the kernel does not serve the call, "" where it does: what follows is set only then
+  Selector selector;  // that runs
+  int prunes;
+  int capacity;      // of the selector's list, in its units
+  int cluster_size;  // blocks a (sequence, KV head)
+  int grid;          // blocks
+  int shared_bytes;  // a block
+  SharedLayout layout;
+};
+
+Plan plan_fused_decode(const PlanRequest& request);
+
+}  // namespace twilight
