@@ -71,7 +71,8 @@ def generate_in_rank(model: str, output: str, selector: str, new_tokens: int, ti
         times = []
         for _ in range(timed_steps):
             start = time.perf_counter()
-            captured.step()
+            with torch.no_grad():
+                captured.step()
             if loaded.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) * 1e3)
