@@ -116,9 +116,9 @@ struct FusedShared {
 };
 
 template <int D>
-constexpr bool kAsPlanned =
-    sizeof(FusedShared<__half, D, 1>) == fixed_bytes(D, 1) && sizeof(FusedShared<__half, D, 4>) == fixed_bytes(D, 4) &&
-    sizeof(FusedShared<__half, D, 8>) == fixed_bytes(D, 8);
-static_assert(kAsPlanned<64> && kAsPlanned<128>, "fixed_bytes in plan.h");
+constexpr bool kAsPlanned = sizeof(FusedShared<__half, D, 1>) == fused_shared_bytes(D, 1) &&
+                            sizeof(FusedShared<__half, D, 4>) == fused_shared_bytes(D, 4) &&
+                            sizeof(FusedShared<__half, D, 8>) == fused_shared_bytes(D, 8);
+static_assert(kAsPlanned<64> && kAsPlanned<128>, "fused_shared_bytes in plan.h");
 
 }  // namespace twilight

@@ -113,7 +113,8 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
   // Of 16,384 candidates about 1,700 weights a row are listed, by up to 32 warps and not evenly.
   at.list_capacity = rows > 1 && call.candidate_tokens() > 8192 ? 4096 : 2048;
 
-  int64_t end = round_up(fixed_bytes(head_dim, rows), 128);  // streamed tiles: lines of global memory stay whole lines
+  // Streamed tiles: lines of global memory become whole lines here.
+  int64_t end = round_up(fused_shared_bytes(head_dim, rows), 128);
   const auto take = [&end](int64_t bytes) {
     const int64_t start = round_up(end, 16);
     end = start + bytes;
@@ -220,6 +221,6 @@ TWILIGHT_EXPORT bool twilight_plan_fused_decode(const twilight::PlanRequest* req
 }
 
 // Null behind the last.
-TWILIGHT_EXPORT const char* twilight_selector_name(size_t selector) {
-  return selector < twilight::kSelectorNames.size() ? twilight::kSelectorNames[selector] : nullptr;
+TWILIGHT_EXPORT const char* twilight_selector_name(int selector) {
+  return selector < static_cast<int>(twilight::kSelectorNames.size()) ? twilight::kSelectorNames[selector] : nullptr;
 }

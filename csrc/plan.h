@@ -42,9 +42,9 @@ constexpr int share_of_pages(int pages, int blocks) { return round_up(blocks_of(
 constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; }
 
 // sizeof(FusedShared), the part of shared memory that depends on nothing else; the kernel asserts it.
-constexpr int fixed_bytes(int head_dim, int rows) {
-  if (head_dim == 64) return rows == 1 ? 4096 : rows == 4 ? 7168 : 11280;
-  return rows == 1 ? 5120 : rows == 4 ? 10496 : 17680;
+constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
+  if (head_dim == 64) return padded_rows == 1 ? 4096 : padded_rows == 4 ? 7168 : 11280;
+  return padded_rows == 1 ? 5120 : padded_rows == 4 ? 10496 : 17680;
 }
 
 struct DeviceLimits {

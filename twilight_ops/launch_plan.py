@@ -151,7 +151,9 @@ class PlanLibrary:
     def limits(self, device: int) -> DeviceLimits:
         """Of a CUDA device, as the operator reads them; only `_C_cuda` can."""
         found = (ctypes.c_int * 3)()
-        if not self._library.twilight_device_limits(device, found):
+        read = self._library.twilight_device_limits
+        read.restype = ctypes.c_bool
+        if not read(device, found):
             raise RuntimeError(f"cuda:{device}: expected a device whose limits can be read, got none")
         return DeviceLimits(*found)
 
