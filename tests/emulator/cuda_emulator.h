@@ -328,7 +328,6 @@ EMULATOR_OWN inline void run_cluster(Index first_block, int blocks, int threads,
 #define blockIdx (emulated::block_index())
 #define dynamic_shared (emulated::block().shared)
 
-inline void __syncthreads() { emulated::arrive_and_wait(emulated::block().barrier, "__syncthreads"); }
 inline int __syncthreads_or(int predicate) {
   emulated::Block& block = emulated::block();
   int& any = block.any[emulated::self().block_votes++ % 2];
@@ -446,7 +445,10 @@ inline void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
 
 inline int cluster_blocks() { return emulated::machine().cluster_blocks; }
 inline int cluster_rank() { return emulated::block().rank; }
-inline void cluster_barrier() { emulated::arrive_and_wait(emulated::machine().cluster_barrier, "cluster_barrier"); }
+inline void sync_block(const char* reached) { emulated::arrive_and_wait(emulated::block().barrier, reached); }
+inline void cluster_barrier(const char* reached) {
+  emulated::arrive_and_wait(emulated::machine().cluster_barrier, reached);
+}
 inline void cluster_start() {}
 inline void cluster_started() { emulated::arrive_and_wait(emulated::machine().cluster_barrier, "cluster_started"); }
 

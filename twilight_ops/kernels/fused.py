@@ -18,8 +18,8 @@ MAX_CACHE_ROWS = 2**32  # page_size rows a page and KV head, numbered in 32 bits
 SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
-# Bytes of FusedShared by (head_dim, padded rows); csrc/fused_layout.cuh asserts the same numbers.
-FIXED_BYTES = {(64, 1): 4096, (64, 4): 7168, (64, 8): 11280, (128, 1): 5120, (128, 4): 10496, (128, 8): 17680}
+# Bytes of FusedShared by (head_dim, padded rows); csrc/fused_shared.cuh asserts the same numbers.
+FIXED_BYTES = {(64, 1): 4064, (64, 4): 7152, (64, 8): 11264, (128, 1): 5088, (128, 4): 10480, (128, 8): 17664}
 
 
 @dataclass(frozen=True)
