@@ -49,7 +49,7 @@ def compile_library(folder: Path, library: Path) -> None:
 
 
 def phases_of(source: Path) -> dict[str, int]:
-    """The phases that the sources name, and the number of each one's clock in csrc/phases.cuh."""
+    """The phases that the sources name, and the number of each one's clock in csrc/sm90/phases.cuh."""
     texts = [path.read_text() for path in sorted(source.rglob("*.cuh"))]
     names = [name for text in texts for name in re.findall(r'TWILIGHT_PHASE\("(.+)"\);', text)]
     phases = {name: zlib.crc32(name.encode()) % PHASE_SLOTS for name in names}

@@ -336,7 +336,7 @@ def test_only_sources_that_changed_are_compiled_again(builder, tmp_path, monkeyp
 
     everything = compiled()
     assert everything == len(list(csrc.rglob("*.cu"))) and compiled() == 0
-    header = csrc / "launch.cuh"
+    header = csrc / "sm90" / "launch.cuh"
     header.write_text(header.read_text() + "// changed\n")
     monkeypatch.setenv("STUB_FAILS", "append_kv.cu")
     assert compiled(code=1) >= 1

@@ -1,5 +1,5 @@
-// Just enough CUDA to run the fused decode kernel on a CPU: the twin of csrc/hopper.cuh and of the runtime headers it
-// includes.
+// Just enough CUDA to run the fused decode kernel on a CPU: the twin of csrc/sm90/hopper.cuh and of the runtime headers
+// it includes.
 //
 // Every CUDA thread is a fiber of one OS thread. A fiber runs until it reaches a collective (a shuffle, a matrix
 // product, a barrier), so the lanes of a warp drift as far apart as the memory model lets them. Warps and blocks take

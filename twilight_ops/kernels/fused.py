@@ -18,7 +18,7 @@ MAX_CACHE_ROWS = 2**32  # page_size rows a page and KV head, numbered in 32 bits
 SHARED_LIMIT = 227 * 1024  # bytes a block, on sm_90
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 
-# Bytes of FusedShared by (head_dim, padded rows); csrc/fused_shared.cuh asserts the same numbers.
+# Bytes of FusedShared by (head_dim, padded rows); csrc/sm90/kernel.cuh asserts the same numbers.
 FIXED_BYTES = {(64, 1): 4064, (64, 4): 7152, (64, 8): 11264, (128, 1): 5088, (128, 4): 10480, (128, 8): 17664}
 
 
@@ -102,7 +102,7 @@ def shared_bytes(
     cluster_size: int,
     evens_out: bool,
 ) -> int:
-    """Shared memory of one block: the twin of `lay_out` in csrc/fused_layout.cuh."""
+    """Shared memory of one block: the twin of `lay_out` in csrc/sm90/params.cuh."""
     rows = padded_rows(rows)
     max_tokens = max_pages * page_size
     by_page, by_token = selector == "quest", selector == "shadow_prefix"
@@ -227,7 +227,7 @@ def fused_supports(
         or max_pages == 0
     ):
         return 0
-    if max_pages * page_size <= dense_below:  # no row is long enough for anything else, as csrc/decode_attention.cu has it
+    if max_pages * page_size <= dense_below:  # no row is long enough for anything else, as csrc/sm90/decode_attention.cu has it
         selector = "dense"
     capacity = page_capacity if selector == "quest" else token_capacity
     items = capacity(max_pages, page_size, query_tokens, token_budget, budget_fraction, sink_tokens, recent_tokens)

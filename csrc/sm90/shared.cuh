@@ -1,34 +1,30 @@
 // Shared memory of the fused decode kernel: a fixed struct, and regions behind it that one stage leaves to the next.
-// Stages get the views that they use. FusedParams says where the regions lie.
+// Stages get the views that they use. FusedParams says where the regions lie. A star: any block of the cluster does.
 //
-// region     | holds                        | written by         | read by                      | until
-// -----------+------------------------------+--------------------+------------------------------+---------------------
-// queries    | query rows, fp16 operands    | load_queries       | every stage                  | the end
-// sums       | softmax sums, norms          | score; estimate;   | this block, once the cluster | the next
-// publish_sums,
-//            |                              | attend             | has met                      | a cluster barrier
-//            away
-// scratch    | histogram of scores          | TopK: count_keys   | the cluster, find_bin        | "bin found"
-//            | boundary lists               | TopK: mark_items   | the cluster, settle_boundary | "candidates dealt"
-//            | bins and lists of weights    | Thresholds         | this block                   | "thresholds sent"
-//            | tiles of keys and values     | attend<true>       | their warp                   | "tiles read"
-//            | output rows of every warp    | attend             | this block                   | "partial rows sent"
-//            | weights of the blocks' rows  | write_output       | this block                   | the end
-// pages      | first rows of tiles, or pages| load_queries       | score, TopK: deal            | "candidates dealt"
-// candidates | (row, position) of units     | TopK: deal (by any | estimate, list_survivors;    | the end; by others
-//            |                              | block); list_pages | attend (by any block)        | "partial rows sent"
-// bitmap     | items above, at the boundary | TopK: mark_items   | TopK: deal                   | "candidates dealt"
-//            | last weights of a row        | Thresholds         | this block                   | "thresholds sent"
-// state      | logits of items, then keys   | score, TopK: count | TopK                         | "candidates dealt"
-//            | logits of candidates         | estimate           | Thresholds (also of others), | "survivors listed"
-//            |                              |                    | list_survivors               |
-//            | slots of survivors           | list_survivors     | attend, write_kept (by any   | the end; by others
-//            |                              |                    | block)                       | "kept rows written"
+// region     | holds                     | written by              | read by                  | until
+// -----------+---------------------------+-------------------------+--------------------------+----------------------
+// queries    | query rows, operands      | load_queries            | every stage              | the end
+// sums       | softmax sums of blocks    | publish_row_sum *       | read_norms, write_output | 2 cluster barriers on
+// scratch    | histogram of scores       | TopK::count_keys        | find_bin *               | "boundary listed"
+//            | boundary keys             | TopK::mark_items        | settle_boundary *        | "candidates dealt"
+//            | bins; lists of weights    | list_weights *          | Thresholds               | "thresholds sent"
+//            | tiles of keys and values  | TileStream              | their warp               | "tiles read"
+//            | output rows of warps      | attend                  | attend                   | "partial rows sent"
+//            | factors of blocks         | write_output            | write_output             | the end
+// pages      | pages, tiles of the share | load_queries            | score, TopK              | "candidates dealt"
+// candidates | (row, position) of units  | TopK *, list_pages      | prune                    | "survivors listed"
+//            |                           |                         | attend *, write_kept *   | "kept rows written"
+// bitmap     | marked items              | TopK::mark_items        | deal_candidates          | "candidates dealt"
+//            | last weights of rows      | Thresholds              | Thresholds               | "thresholds sent"
+// state      | item logits, then keys    | score, TopK::count_keys | TopK                     | "candidates dealt"
+//            | logits of candidates      | Estimator               | Thresholds *             | "thresholds sent"
+//            |                           |                         | list_survivors           | "survivors listed"
+//            | slots of survivors        | list_survivors          | attend *, write_kept *   | "kept rows written"
 //
 // Streamed tiles run on through every region behind scratch: a dense row uses none of them.
 #pragma once
 
-#include "fused_layout.cuh"
+#include "params.cuh"
 
 namespace twilight {
 

@@ -1,7 +1,7 @@
 // Exact attention of the fused decode kernel over survivors, or over whole pages as they stream in.
 #pragma once
 
-#include "fused_context.cuh"
+#include "context.cuh"
 
 namespace twilight {
 namespace {

@@ -2,7 +2,7 @@
 // where codes lie, candidates, softmax sums.
 #pragma once
 
-#include "fused_shared.cuh"
+#include "shared.cuh"
 
 namespace twilight {
 namespace {

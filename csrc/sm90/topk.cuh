@@ -1,7 +1,7 @@
 // The exact top-k of the fused decode kernel over the scores of a cluster, and the candidates handed out.
 #pragma once
 
-#include "fused_score.cuh"
+#include "score.cuh"
 
 namespace twilight {
 namespace {

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "fused_primitives.cuh"
+#include "primitives.cuh"
 
 namespace twilight {
 namespace {

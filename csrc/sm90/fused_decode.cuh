@@ -1,7 +1,7 @@
-// The launchers of the fused decode kernel. csrc/instantiations/ compiles them: who includes this compiles no kernel.
+// The launchers of the fused decode kernel. instantiations/ compiles them: who includes this compiles no kernel.
 #pragma once
 
-#include "fused_layout.cuh"
+#include "params.cuh"
 
 namespace twilight {
 

@@ -1,8 +1,8 @@
 // What every file here compiles for one type and head dimension: the kernels of all selectors and numbers of rows.
 #pragma once
 
-#include "../decode_attention.cuh"
-#include "../fused_launch.cuh"
+#include "../fused_decode.cuh"
+#include "../kernel.cuh"
 #include "../launch.cuh"
 
 namespace twilight {

@@ -11,7 +11,7 @@
 #include <string>
 #include <tuple>
 
-#include "fused_launch.cuh"
+#include "fused_decode.cuh"
 
 namespace twilight {
 namespace {

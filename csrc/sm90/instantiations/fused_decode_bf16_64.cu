@@ -1,4 +1,4 @@
-#include "fused_launch_impl.cuh"
+#include "fused_decode_impl.cuh"
 
 namespace twilight {
 template void launch_fused_decode<__nv_bfloat16, 64>(const FusedParams&, int, int, int, cudaStream_t);

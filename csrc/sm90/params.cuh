@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "capacity.h"
-#include "fused_primitives.cuh"
+#include "../capacity.h"
+#include "primitives.cuh"
 
 namespace twilight {
 
@@ -69,7 +69,7 @@ __host__ __device__ inline int share_of_pages(int pages, int blocks) {
   return round_up(blocks_of(blocks, pages), kTileTokens);
 }
 
-// sizeof(FusedShared), which fused_shared.cuh asserts. kernels/fused.py holds the same numbers, to tell without a
+// sizeof(FusedShared), which kernel.cuh asserts. kernels/fused.py holds the same numbers, to tell without a
 // launch what fits.
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   if (head_dim == 64) return padded_rows == 1 ? 4064 : padded_rows == 4 ? 7152 : 11264;

@@ -5,9 +5,9 @@
 // distributed shared memory, or what its own tokens gave (FusedParams::evens_out).
 #pragma once
 
-#include "fused_prune.cuh"
-#include "fused_topk.cuh"
-#include "fused_write.cuh"
+#include "prune.cuh"
+#include "topk.cuh"
+#include "write.cuh"
 
 namespace twilight {
 namespace {

@@ -1,7 +1,7 @@
 // Estimated weights of the fused decode kernel from all 4-bit channels, the exact top-p, and the survivors.
 #pragma once
 
-#include "fused_query.cuh"
+#include "query.cuh"
 
 namespace twilight {
 namespace {
@@ -179,6 +179,9 @@ __device__ __forceinline__ unsigned long long joined_mass(uint2 mass) {
   return (static_cast<unsigned long long>(mass.x) << 20) + mass.y;
 }
 __device__ __forceinline__ unsigned long long mass_of(float w) { return joined_mass(split_mass(w)); }
+__device__ __forceinline__ float captured_share(unsigned long long mass, unsigned long long total) {
+  return static_cast<float>(static_cast<double>(mass) / static_cast<double>(total));
+}
 
 // The thresholds of all rows: of each the largest weight whose mass, with everything above, reaches p. The cluster's
 // blocks divide the rows; every block learns every row's.
@@ -396,8 +399,7 @@ struct Thresholds {
       for (int mask = 16; mask > 0; mask >>= 1) low_key = max(low_key, __shfl_xor_sync(~0u, low_key, mask));
       above = __shfl_sync(~0u, reached, __ffs(__ballot_sync(~0u, c.lane < count && key == low_key)) - 1);
     }
-    publish_threshold(row, __uint_as_float(low_key),
-                      static_cast<float>(static_cast<double>(above) / static_cast<double>(total)));
+    publish_threshold(row, __uint_as_float(low_key), captured_share(above, total));
   }
 
   // The same from all estimates of the cluster, by the whole block.
@@ -475,9 +477,7 @@ struct Thresholds {
     if (count > kBoundaryList) {
       const unsigned long long mass =
           above + static_cast<unsigned long long>(count) * mass_of(__uint_as_float(low_key));
-      if (c.warp == 0)
-        publish_threshold(row, __uint_as_float(low_key),
-                          static_cast<float>(static_cast<double>(mass) / static_cast<double>(total)));
+      if (c.warp == 0) publish_threshold(row, __uint_as_float(low_key), captured_share(mass, total));
       return;
     }
     const float* list = boundary_list();
@@ -492,8 +492,7 @@ struct Thresholds {
       atomicExch(&s.state.mass_captured, reached);
     sync_block("mass found");
     if (c.warp == 0)
-      publish_threshold(row, __uint_as_float(s.state.mass_key),
-                        static_cast<float>(static_cast<double>(s.state.mass_captured) / static_cast<double>(total)));
+      publish_threshold(row, __uint_as_float(s.state.mass_key), captured_share(s.state.mass_captured, total));
     sync_block("row done");
   }
 
@@ -598,7 +597,7 @@ __device__ int list_survivors(const C& c, const Candidates<C>& candidates, View<
     for (; own != 0; own &= own - 1) survivors.slots[to++] = (first_word + c.lane) * 32 + __ffs(own) - 1;
   }
   if (c.tid() < c.cluster.size) c.cluster.write(&survivors.s.count[c.cluster.rank], c.tid(), count);
-  sync_block("survivors listed");
+  sync_block("survivors written");
   return count;
 }
 

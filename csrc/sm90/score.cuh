@@ -2,7 +2,7 @@
 // their 8-bit bounds.
 #pragma once
 
-#include "fused_query.cuh"
+#include "query.cuh"
 
 namespace twilight {
 namespace {

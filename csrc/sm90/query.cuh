@@ -1,7 +1,7 @@
 // The query rows of the fused decode kernel.
 #pragma once
 
-#include "fused_context.cuh"
+#include "context.cuh"
 
 namespace twilight {
 namespace {

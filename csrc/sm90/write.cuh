@@ -1,7 +1,7 @@
 // What the fused decode kernel writes: the output merged over a cluster, and what a call reports.
 #pragma once
 
-#include "fused_attend.cuh"
+#include "attend.cuh"
 
 namespace twilight {
 namespace {
