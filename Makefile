@@ -11,6 +11,7 @@ PY := $(VENV)/bin/python
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py)
+CPP_SOURCES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) csrc/*/*/*.$(ending)) tests/emulator/*)
 
 .PHONY: venv test demo demo-tp lint format bench-cpu clean gpu-install gpu-test gpu-sanitize gpu-bench
 
@@ -77,12 +78,12 @@ demo-tp: venv
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 format: venv
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 bench-cpu: venv
 	$(PY) bench/bench_decode_attention.py --device cpu --json bench/results/cpu_decode_attention.json

@@ -113,7 +113,7 @@ def capabilities(torch) -> list[str]:
 
 
 def sources(*suffixes: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.suffix in suffixes)
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
 
 
 def cuda_problem(torch) -> str:

@@ -2,8 +2,8 @@
 
     python bench/bench_fused_phases.py --cells 64:32k:32/8 1:32k:32/8 --json phases.json
 
-Comments in csrc name the phases (`// phase: candidates scored`). A copy of the sources that reads the clock at each of them is compiled,
-which takes minutes (--library keeps it), and serves in this process in place of the package's kernels. The times are block 0's, those of
+TWILIGHT_PHASE("candidates scored") in csrc names a phase that ends there. The sources are compiled so that they read the clock at each,
+which takes minutes (--library keeps it), and serve in this process in place of the package's kernels. The times are block 0's, those of
 waiting for other blocks included, in a call that finds nothing in the L2; medians of several calls.
 """
 
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,59 +32,30 @@ sys.path.append(str(ROOT / "csrc"))
 import toolchain  # noqa: E402
 
 MODULE = "twilight_ops._C_cuda"
-MARK = re.compile(r"^( *)// phase: (.+)$", re.MULTILINE)
 START = "start"
-CLOCK = """
-// Cycles and nanoseconds at which block 0 last passed each mark.
-__device__ long long phase_clock[{count}][2];
-// Copies them and sets them to 0: the next call may pass fewer, on a multiprocessor with another clock.
-extern "C" __attribute__((visibility("default"))) int read_phase_clock(void* to) {{
-  static const long long none[{count}][2] = {{}};
-  const cudaError_t error = cudaMemcpyFromSymbol(to, phase_clock, sizeof(phase_clock));
-  return error != cudaSuccess ? error : cudaMemcpyToSymbol(phase_clock, none, sizeof(phase_clock));
-}}
-__device__ __forceinline__ void mark_phase(int phase) {{
-  if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  long long time;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-  phase_clock[phase][0] = clock64();
-  phase_clock[phase][1] = time;
-}}
-"""
-OPERATOR = "decode_attention.cu"
-KERNEL_HEADER = '#include "decode_attention.cuh"\n'
+DEFINES = ("TWILIGHT_READS_PHASES",)
+PHASE_SLOTS = 1024
 FLUSH_BYTES = 1 << 30  # written before each call, so that nothing it reads is cached
 CALLS = 9
 
 
-def instrumented(source: Path, target: Path) -> list[str]:
-    """Copies the CUDA sources with a clock read at every mark, and returns the phases by number."""
-    phases: list[str] = []
-
-    def read_clock(match: re.Match) -> str:
-        phases.append(match[2])
-        return f"{match[1]}mark_phase({len(phases) - 1});"
-
-    files = sorted(path for path in source.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
-    texts = {path.name: MARK.sub(read_clock, path.read_text()) for path in files}
-    repeated = sorted({name for name in phases if phases.count(name) > 1})
-    if repeated or START not in phases or texts[OPERATOR].count(KERNEL_HEADER) != 1:
-        raise ValueError(f"{source}: expected every phase marked once, `{START}` among them, got {', '.join(phases)}")
-    texts[OPERATOR] = texts[OPERATOR].replace(
-        KERNEL_HEADER, "#include <cuda_runtime.h>\n" + CLOCK.format(count=len(phases)) + KERNEL_HEADER
-    )
-    for name, text in texts.items():
-        (target / name).write_text(text)
-    return phases
-
-
-def compile_library(source: Path, library: Path) -> None:
-    """Compiles all CUDA sources of a folder into an extension module."""
+def compile_library(folder: Path, library: Path) -> None:
+    """Compiles the CUDA sources, with clocks, into an extension module, by way of a folder of objects."""
     nvcc = toolchain.find_nvcc()
     if problem := toolchain.nvcc_problem(nvcc, torch.version.cuda):
         raise RuntimeError(problem)
-    objects = toolchain.compile_objects(nvcc, sorted(source.glob("*.cu")), source)
+    objects = toolchain.compile_objects(nvcc, toolchain.cuda_sources(), folder, DEFINES)
     subprocess.run(toolchain.link_command(nvcc, objects, library), check=True)
+
+
+def phases_of(source: Path) -> dict[str, int]:
+    """The phases that the sources name, and the number of each one's clock in csrc/sm90/phases.cuh."""
+    texts = [path.read_text() for path in sorted(source.rglob("*.cuh"))]
+    names = [name for text in texts for name in re.findall(r'TWILIGHT_PHASE\("(.+)"\);', text)]
+    phases = {name: zlib.crc32(name.encode()) % PHASE_SLOTS for name in names}
+    if len(set(phases.values())) != len(names) or START not in phases:
+        raise ValueError(f"{source}: expected every phase named once, `{START}` among them, got {', '.join(sorted(names))}")
+    return phases
 
 
 def serve_from(library: Path) -> ctypes.CDLL:
@@ -107,7 +79,9 @@ def durations(clock: Sequence[Sequence[int]], phases: Sequence[str]) -> dict[str
     return {name: (now[0] - before[0]) * microseconds for before, now in zip(passed, passed[1:], strict=False) for name in [now[2]]}
 
 
-def measure(data: workload.Workload, selector: str, budget: int, top_p: float, library: ctypes.CDLL, phases: list[str]) -> tuple[dict, int]:
+def measure(
+    data: workload.Workload, selector: str, budget: int, top_p: float, library: ctypes.CDLL, phases: dict[str, int]
+) -> tuple[dict, int]:
     """(median microseconds by phase, blocks a KV head) of calls of the fused kernel on one buffer set."""
     from twilight_ops.kernels import native
 
@@ -118,7 +92,7 @@ def measure(data: workload.Workload, selector: str, budget: int, top_p: float, l
     if not plan.serves:
         raise ValueError(f"{selector}: {data.sizes}: {plan.reason}")
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=call["q"].device)
-    clock = ((ctypes.c_longlong * 2) * len(phases))()
+    clock = ((ctypes.c_longlong * 2) * PHASE_SLOTS)()
     found: list[dict[str, float]] = []
     for _ in range(CALLS):
         flush.zero_()
@@ -126,7 +100,7 @@ def measure(data: workload.Workload, selector: str, budget: int, top_p: float, l
         torch.cuda.synchronize()
         if library.read_phase_clock(clock):
             raise RuntimeError("read_phase_clock: the clocks could not be read")
-        found.append(durations(clock, phases))
+        found.append(durations([clock[slot] for slot in phases.values()], list(phases)))
     return {name: statistics.median(times[name] for times in found) for name in found[-1]}, plan.cluster_size
 
 
@@ -157,7 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.error("expected an sm_90 GPU, got none")
     console = runner.console_of(160)
     with tempfile.TemporaryDirectory() as folder:
-        phases = instrumented(ROOT / "csrc", Path(folder))
         path = options.library or Path(folder) / "phases.abi3.so"
         if not path.exists():
             with console.status("compiling"):
@@ -165,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compile_only:
             return 0
         library = serve_from(path.resolve())
+        phases = phases_of(ROOT / "csrc")
         for cell in options.cells:
             sizes = runner.sizes_of(options, *cell, "bf16")
             data = workload.build(sizes, "cuda", 1, spread=options.spread)

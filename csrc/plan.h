@@ -43,8 +43,8 @@ constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; 
 
 // sizeof(FusedShared), the part of shared memory that depends on nothing else; the kernel asserts it.
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
-  if (head_dim == 64) return padded_rows == 1 ? 4096 : padded_rows == 4 ? 7168 : 11280;
-  return padded_rows == 1 ? 5120 : padded_rows == 4 ? 10496 : 17680;
+  if (head_dim == 64) return padded_rows == 1 ? 4064 : padded_rows == 4 ? 7152 : 11264;
+  return padded_rows == 1 ? 5088 : padded_rows == 4 ? 10480 : 17664;
 }
 
 struct DeviceLimits {

@@ -78,17 +78,22 @@ def nvcc_problem(nvcc: str | None, torch_cuda: str | None = None) -> str:
     return ""
 
 
-def object_command(nvcc: str, source: Path, target: Path) -> list[str]:
-    """The nvcc command for one object of `_C_cuda`, with the flags that PyTorch's CUDAExtension gives it in an install."""
+def cuda_sources(folder: Path = CSRC) -> list[Path]:
+    """The CUDA sources of a folder and of those in it."""
+    return sorted(folder.rglob("*.cu"))
+
+
+def object_command(nvcc: str, source: Path, target: Path, defines: Sequence[str] = ()) -> list[str]:
+    """The nvcc command for one object of `_C_cuda`, with the flags that PyTorch's CUDAExtension gives it in an install, and `defines`."""
     from torch.utils import cpp_extension
 
-    defines = [
+    names = [
         "-DTORCH_API_INCLUDE_EXTENSION_H",
         f"-DPy_LIMITED_API={cpp_extension.min_supported_cpython}",
         "-DTORCH_EXTENSION_NAME=_C_cuda",
     ]
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
-    flags = [*cpp_extension.COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", *NVCC_FLAGS, *defines]
+    flags = [*cpp_extension.COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", *NVCC_FLAGS, *names, *(f"-D{name}" for name in defines)]
     return [nvcc, *flags, *includes, "-c", str(source), "-o", str(target)]
 
 
@@ -118,22 +123,23 @@ def library_command(nvcc: str, source: Path, library: Path) -> list[str]:
 
 
 def _fingerprint(command: Sequence[str], source: Path) -> str:
-    """Changes with the command, the versions of nvcc and torch, and any source or header beside `source`."""
+    """Changes with the command, the versions of nvcc and torch, and any source or header of its folder."""
     import torch
 
     known = hashlib.sha256(repr((command, nvcc_version(command[0]), torch.__version__)).encode())
-    for path in sorted(path for path in source.parent.iterdir() if path.suffix in (".h", ".cuh", ".cpp", ".cu")):
+    folder = next((folder for folder in CUDA_SOURCES if folder in source.parents), source.parent)
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")):
         known.update(path.name.encode() + path.read_bytes())
     return known.hexdigest()
 
 
-def compile_objects(nvcc: str, sources: Iterable[Path], folder: Path) -> list[Path]:
+def compile_objects(nvcc: str, sources: Iterable[Path], folder: Path, defines: Sequence[str] = ()) -> list[Path]:
     """Compiles CUDA sources side by side into `folder`, those that changed; raises CalledProcessError for the first that fails."""
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.name}.o"
         stamp = folder / f"{source.name}.stamp"
-        command = object_command(nvcc, source, target)
+        command = object_command(nvcc, source, target, defines)
         fingerprint = _fingerprint(command, source)
         if target.exists() and stamp.exists() and stamp.read_text() == fingerprint:
             print(f"nvcc {source.name}: unchanged", flush=True)
@@ -158,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"CUDA sources are not compiled here: {problem}")
         return 0
     try:
-        compile_objects(nvcc, sorted(path for folder in CUDA_SOURCES for path in folder.glob("*.cu")), Path(arguments[0]))
+        compile_objects(nvcc, [path for folder in CUDA_SOURCES for path in cuda_sources(folder)], Path(arguments[0]))
     except subprocess.CalledProcessError as error:
         print(f"nvcc failed with exit code {error.returncode}: {' '.join(error.cmd)}", file=sys.stderr)
         return 1

@@ -30,7 +30,7 @@ APPEND_POINTERS = (
 
 
 class FusedTensors(ctypes.Structure):
-    """The struct of csrc/fused_layout.cuh."""
+    """The struct of csrc/sm90/params.cuh."""
 
     _fields_ = [
         ("q", ctypes.c_void_p),
@@ -45,7 +45,7 @@ class FusedTensors(ctypes.Structure):
 
 
 class AppendParams(ctypes.Structure):
-    """The struct of csrc/append_kv.cuh."""
+    """The struct of csrc/sm90/append_kv.cuh."""
 
     _fields_ = [
         ("k", ctypes.c_void_p),

@@ -312,7 +312,7 @@ def test_an_install_and_make_test_compile_cuda_with_the_same_flags(builder, tmp_
     done = builder.run(RUN, "csrc/toolchain.py", tmp_path / "objects")
     assert done.returncode == 0, done.stderr
     assert set(cpp_extension.COMMON_NVCC_FLAGS) <= set(installed["decode_attention.cu"])
-    assert flags() == installed and len(installed) == len(list((ROOT / "csrc").glob("*.cu")))
+    assert flags() == installed and len(installed) == len(list((ROOT / "csrc").rglob("*.cu")))
 
 
 def test_make_test_compiles_cuda_sources_by_the_toolchain_file():
@@ -336,8 +336,8 @@ def test_only_sources_that_changed_are_compiled_again(builder, tmp_path, monkeyp
         return len(builder.commands("nvcc"))
 
     everything = compiled()
-    assert everything == len(list(csrc.glob("*.cu"))) and compiled() == 0
-    header = csrc / "launch.cuh"
+    assert everything == len(list(csrc.rglob("*.cu"))) and compiled() == 0
+    header = csrc / "sm90" / "launch.cuh"
     header.write_text(header.read_text() + "// changed\n")
     monkeypatch.setenv("STUB_FAILS", "append_kv.cu")
     assert compiled(code=1) >= 1

@@ -1,5 +1,5 @@
-// Just enough CUDA to run the fused decode kernel on a CPU: the twin of csrc/hopper.cuh and of the runtime headers it
-// includes.
+// Just enough CUDA to run the fused decode kernel on a CPU: the twin of csrc/sm90/hopper.cuh and of the runtime headers
+// it includes.
 //
 // Every CUDA thread is a fiber of one OS thread. A fiber runs until it reaches a collective (a shuffle, a matrix
 // product, a barrier), so the lanes of a warp drift as far apart as the memory model lets them. Warps and blocks take
@@ -328,7 +328,6 @@ EMULATOR_OWN inline void run_cluster(Index first_block, int blocks, int threads,
 #define blockIdx (emulated::block_index())
 #define dynamic_shared (emulated::block().shared)
 
-inline void __syncthreads() { emulated::arrive_and_wait(emulated::block().barrier, "__syncthreads"); }
 inline int __syncthreads_or(int predicate) {
   emulated::Block& block = emulated::block();
   int& any = block.any[emulated::self().block_votes++ % 2];
@@ -446,7 +445,10 @@ inline void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
 
 inline int cluster_blocks() { return emulated::machine().cluster_blocks; }
 inline int cluster_rank() { return emulated::block().rank; }
-inline void cluster_barrier() { emulated::arrive_and_wait(emulated::machine().cluster_barrier, "cluster_barrier"); }
+inline void sync_block(const char* reached) { emulated::arrive_and_wait(emulated::block().barrier, reached); }
+inline void cluster_barrier(const char* reached) {
+  emulated::arrive_and_wait(emulated::machine().cluster_barrier, reached);
+}
 inline void cluster_start() {}
 inline void cluster_started() { emulated::arrive_and_wait(emulated::machine().cluster_barrier, "cluster_started"); }
 

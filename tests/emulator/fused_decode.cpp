@@ -1,7 +1,7 @@
 // Runs the fused kernels under the emulator; tests/test_fused_emulated.py calls it through ctypes.
-#include "../../csrc/append_kv.cuh"
-#include "../../csrc/decode_attention.cuh"
 #include "../../csrc/plan.cpp"
+#include "../../csrc/sm90/append_kv.cuh"
+#include "../../csrc/sm90/kernel.cuh"
 
 namespace {
 

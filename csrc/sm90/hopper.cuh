@@ -76,7 +76,9 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-__device__ __forceinline__ void cluster_barrier() {
+// Barriers say what every thread has reached where they return; the emulator checks that all wait for the same.
+__device__ __forceinline__ void sync_block(const char* /*reached*/) { __syncthreads(); }
+__device__ __forceinline__ void cluster_barrier(const char* /*reached*/) {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "fused_primitives.cuh"
+#include "primitives.cuh"
 
 namespace twilight {
 

@@ -1,9 +1,9 @@
-// Arguments of the fused decode kernel, and what its blocks keep in shared memory.
+// Arguments of the fused decode kernel, and where its blocks keep what in shared memory.
 #pragma once
 
-#include "capacity.h"
-#include "fused_primitives.cuh"
-#include "plan.h"
+#include "../capacity.h"
+#include "../plan.h"
+#include "primitives.cuh"
 
 namespace twilight {
 
@@ -73,52 +73,5 @@ inline FusedParams fused_params(const FusedTensors& tensors, const PlanRequest& 
   p.recent_tokens = limits.recent_tokens;
   return p;
 }
-
-template <typename T, int D, int RP>
-struct FusedShared {
-  uint4 q_codes[D / 8][RP];  // ordered channels 8w..8w+7 as fp16, in the order mma_codes4 unpacks them
-  uint2 q_bounds[D / 2]
-                [RP];  // channels 4w..4w+3: negative part against the minima, then positive part against the maxima
-  uint4 q_rows[RP][D / 8];  // as the model made them
-  // Partial results that the cluster's blocks leave for the outputs written here: [blocks][RP * D / blocks].
-  float out_parts[RP * D];
-  float2 stat_parts[kMaxClusterSize][RP];  // softmax sums of every block: of scores, of weights, of the output
-  float2 warp_stat[kWarps][RP];
-  float score_norm[RP], weight_norm[RP];
-  float gain[RP], q_sum[RP], q_sum_prefix[RP];
-  float threshold[RP], captured[RP];
-  alignas(16) float rescale[kWarps][RP];
-  unsigned long long scan_totals[kWarps];
-  // What every listing warp of the cluster found for the rows solved here.
-  unsigned long long part_mass[kMaxParts];
-  int part_size[kMaxParts];
-  int horizon[RP];    // the last position a row sees
-  bool from_all[RP];  // rows whose lists do not settle them
-  uint32_t found_size[RP];
-  uint32_t scan_totals_small[kWarps];
-  uint32_t group_counts[64];  // this block's histogram by groups of 32 bins; read by the cluster
-  uint32_t group_total[64];
-  uint32_t own_above, own_inside;       // items above the boundary and inside it
-  uint2 above_inside[kMaxClusterSize];  // of every block
-  uint32_t local_boundary;
-  int bin, in_bin, need;
-  uint32_t boundary_key, ties_needed;
-  uint32_t rank_greater[kMaxClusterSize], rank_equal[kMaxClusterSize];
-  int rank_first[kMaxClusterSize + 1];  // candidates before each block
-  int rank_ties[kMaxClusterSize];
-  int rank_offset[kMaxClusterSize + 1];
-  int published_slots;              // read by the cluster
-  int kept_count[kMaxClusterSize];  // of every block
-  int kept_first[kMaxClusterSize + 1];
-  unsigned long long mass_above, mass_captured;
-  uint32_t mass_key;
-  int order[D];
-};
-
-template <int D>
-constexpr bool kAsPlanned = sizeof(FusedShared<__half, D, 1>) == fused_shared_bytes(D, 1) &&
-                            sizeof(FusedShared<__half, D, 4>) == fused_shared_bytes(D, 4) &&
-                            sizeof(FusedShared<__half, D, 8>) == fused_shared_bytes(D, 8);
-static_assert(kAsPlanned<64> && kAsPlanned<128>, "fused_shared_bytes in plan.h");
 
 }  // namespace twilight

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "fused_primitives.cuh"
+#include "primitives.cuh"
 
 namespace twilight {
 namespace {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   if (kRows) {
     for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_row(token);
   }
-  if (kRows && kBounds) __syncthreads();
+  if (kRows && kBounds) sync_block("rows written");
   if (kBounds) {
     for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_bounds(token);
   }

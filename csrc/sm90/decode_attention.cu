@@ -1,4 +1,4 @@
-// The operator around the fused decode kernel of decode_attention.cuh.
+// The operator around the fused decode kernel.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,9 +11,8 @@
 #include <string>
 #include <tuple>
 
-#include "arguments.h"
-#include "decode_attention.cuh"
-#include "launch.cuh"
+#include "../arguments.h"
+#include "fused_decode.cuh"
 
 namespace twilight {
 namespace {
@@ -24,31 +23,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 using Launcher = void (*)(const FusedParams&, int grid, int cluster_size, int shared_bytes, cudaStream_t stream);
 
-template <typename T, int D, int RP, FusedSelector kSelector>
-void launch(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const auto kernel = fused_decode_kernel<T, D, RP, kSelector>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  if (cluster_size > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  launch_early(kernel, dim3(grid), cluster_size, shared_bytes, stream, p);
-}
-
-template <typename T, int D, int RP>
-Launcher launcher_for_selector(FusedSelector selector) {
-  if (selector == FusedSelector::kDense) return launch<T, D, RP, FusedSelector::kDense>;
-  if (selector == FusedSelector::kQuest) return launch<T, D, RP, FusedSelector::kQuest>;
-  if (selector == FusedSelector::kShadowPrefix) return launch<T, D, RP, FusedSelector::kShadowPrefix>;
-  return launch<T, D, RP, FusedSelector::kFull>;
-}
-
-template <typename T, int D>
-Launcher launcher_for_rows(int rows, FusedSelector selector) {
-  if (rows == 1) return launcher_for_selector<T, D, 1>(selector);
-  return rows <= 4 ? launcher_for_selector<T, D, 4>(selector) : launcher_for_selector<T, D, 8>(selector);
-}
-
-template <typename T>
-Launcher launcher_for(int head_dim, int rows, FusedSelector selector) {
-  return head_dim == 64 ? launcher_for_rows<T, 64>(rows, selector) : launcher_for_rows<T, 128>(rows, selector);
+Launcher launcher_of(ScalarType dtype, int head_dim) {
+  if (dtype == ScalarType::Half)
+    return head_dim == 64 ? launch_fused_decode<__half, 64> : launch_fused_decode<__half, 128>;
+  return head_dim == 64 ? launch_fused_decode<__nv_bfloat16, 64> : launch_fused_decode<__nv_bfloat16, 128>;
 }
 
 template <typename V = void>
@@ -132,11 +110,8 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const Launcher launcher = q.scalar_type() == ScalarType::Half
-                                ? launcher_for<__half>(head_dim, request.rows(), plan.selector)
-                                : launcher_for<__nv_bfloat16>(head_dim, request.rows(), plan.selector);
-  launcher(fused_params(p, request, plan), plan.grid, plan.cluster_size, plan.shared_bytes,
-           static_cast<cudaStream_t>(stream));
+  launcher_of(q.scalar_type(), head_dim)(fused_params(p, request, plan), plan.grid, plan.cluster_size,
+                                         plan.shared_bytes, static_cast<cudaStream_t>(stream));
   return {out, lse};
 }
 

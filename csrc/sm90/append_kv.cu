@@ -7,8 +7,8 @@
 
 #include <optional>
 
+#include "../arguments.h"
 #include "append_kv.cuh"
-#include "arguments.h"
 #include "launch.cuh"
 
 namespace twilight {

@@ -10,7 +10,8 @@
 
 #include <cstdint>
 
-#include "plan.h"
+#include "../plan.h"
+#include "phases.cuh"
 
 namespace twilight {
 
@@ -33,6 +34,16 @@ __device__ __forceinline__ void mma_codes4(float (&acc)[4], uint32_t x, uint32_t
 // Four 8-bit codes of one page in `x`, of the page eight rows below in `y`; the same subnormals.
 __device__ __forceinline__ void mma_codes8(float (&acc)[4], uint32_t x, uint32_t y, uint2 q) {
   mma(acc, x & 0x00ff00ff, y & 0x00ff00ff, (x >> 8) & 0x00ff00ff, (y >> 8) & 0x00ff00ff, q.x, q.y, __half());
+}
+
+// Of a tile's columns only its own are not zero, so that sums of tiles add up.
+template <int kCount>
+__device__ __forceinline__ void fold(float (&acc)[kCount][4]) {
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) acc[0][c] += acc[i][c];
+  }
 }
 
 __device__ __forceinline__ float2 scale_and_zero(uint32_t packed) {
@@ -72,11 +83,12 @@ struct Cluster {
     if (size > 1) cluster_started();
   }
 
-  __device__ __forceinline__ void sync() const {
+  // Returns where all blocks have `reached` this.
+  __device__ __forceinline__ void sync(const char* reached) const {
     if (size == 1) {
-      __syncthreads();
+      sync_block(reached);
     } else {
-      cluster_barrier();
+      cluster_barrier(reached);
     }
   }
   template <typename V>
@@ -112,7 +124,22 @@ struct SoftmaxSum {
   }
   // log2 of the sum: what a logit is lowered by to become a log-weight.
   __device__ __forceinline__ float norm() const { return z == 0.0f ? 0.0f : peak + __log2f(z); }
+  // Adds values; those of masked items are -inf.
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&value)[kCount]) {
+    float top = peak;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) top = fmaxf(top, value[i]);
+    z *= exp2_fast(peak - top);
+    peak = top;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) z += exp2_fast(value[i] - top);
+  }
 };
+
+__device__ __forceinline__ float finite_or_masked(float x, bool valid) {
+  return valid && x < infinity() ? x : -infinity();
+}
 
 template <typename V>
 __device__ __forceinline__ V warp_sum(V v) {
@@ -132,12 +159,14 @@ __device__ __forceinline__ V warp_inclusive_scan(V v) {
   return v;
 }
 
-// Exclusive prefix sum over the block; `totals` has kWarps entries. Every thread must call it.
+// Exclusive prefix sum over the block; `scratch` has kWarps entries, and is free again behind it. Every thread must
+// call it.
 template <typename V>
-__device__ __forceinline__ V block_exclusive_scan(V v, V* totals, V& total) {
+__device__ __forceinline__ V block_exclusive_scan(V v, unsigned long long* scratch, V& total) {
+  V* totals = reinterpret_cast<V*>(scratch);
   const V inclusive = warp_inclusive_scan(v);
   if ((threadIdx.x & 31) == 31) totals[threadIdx.x >> 5] = inclusive;
-  __syncthreads();
+  sync_block("warps' totals written");
   V before = 0;
   total = 0;
 #pragma unroll
@@ -145,7 +174,7 @@ __device__ __forceinline__ V block_exclusive_scan(V v, V* totals, V& total) {
     if (w < static_cast<int>(threadIdx.x >> 5)) before += totals[w];
     total += totals[w];
   }
-  __syncthreads();
+  sync_block("warps' totals read");
   return before + inclusive - v;
 }
 

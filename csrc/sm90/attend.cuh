@@ -1,0 +1,241 @@
+// Exact attention of the fused decode kernel over survivors, or over whole pages as they stream in.
+#pragma once
+
+#include "context.cuh"
+
+namespace twilight {
+namespace {
+
+// The tokens of a dense row come in tiles of 16, one after another to each warp: their keys, then their values, the
+// next two on their way while one is used.
+template <class C>
+struct TileStream {
+  using T = typename C::T;
+  static constexpr bool kStreams = true;
+  static constexpr int D = C::D;
+  const C& c;
+  const Share share;
+  const View<T> tiles;
+  const int count;          // tokens
+  uint32_t first_rows = 0;  // of 32 of the warp's tiles, a lane each
+  int started = 0;          // tiles of keys and of values
+  int slot = 0;             // of the one that comes next
+
+  // 16 bytes of a tile. Their place in a row is permuted by row, so that no two of the eight threads that read at a
+  // time meet in a bank, whether they read two rows of keys or four of values.
+  __device__ __forceinline__ T* place(int slot, int row, int chunk) const {
+    const int swizzled = chunk ^ (row & 6) ^ (row & 1) << 2;
+    return tiles + ((slot * kWarps + c.warp) * kTileTokens + row) * D + swizzled * 8;
+  }
+  __device__ __forceinline__ void start_next(int into) {
+    constexpr int kStep = kWarps * kTileTokens, kRowChunks = D / 8;
+    const int tile = started / 2, token = c.warp * kTileTokens + tile * kStep;  // of this block's
+    if (token < share.owned) {
+      if (started % 64 == 0) {
+        const int ahead = share.first + min(token + c.lane * kStep, share.owned - 1);
+        first_rows = c.page_row(ahead) + c.slot_in_page(ahead & -kTileTokens);
+      }
+      const int row = c.lane / kRowChunks, chunk = c.lane % kRowChunks;
+      const T* from = static_cast<const T*>(started % 2 == 0 ? c.p.k_cache : c.p.v_cache) +
+                      static_cast<int64_t>(__shfl_sync(~0u, first_rows, tile % 32) + row) * D + chunk * 8;
+#pragma unroll
+      for (int i = 0; i < kTileTokens; i += 32 / kRowChunks) {
+        start_copy(place(into, row + i, chunk), from + i * D, share.first + token + row + i < c.live);
+      }
+    }
+    end_copies();
+    ++started;
+  }
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int i = 0; i < kStreamSlots; ++i) start_next(i);
+  }
+  // Once every lane has read what it needs of a tile, another takes its place.
+  __device__ __forceinline__ void pass() {
+    __syncwarp();
+    start_next(slot);
+    slot = slot + 1 == kStreamSlots ? 0 : slot + 1;
+  }
+  __device__ __forceinline__ void wait() const {
+    wait_copies<kStreamSlots - 1>();
+    __syncwarp();
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void write_lse(const C& c, int row, float top, float z) {
+  const float lse = top == infinity() ? top : (top + log2f(z)) * kLn2;
+  if (row < c.rows) c.p.lse[c.out_row(row)] = z == 0.0f ? -infinity() : lse;
+}
+
+// Whether this block's result is the whole, and is written without an exchange.
+template <class C>
+__device__ __forceinline__ bool writes_alone(const C& c) {
+  return C::kOnlyDense && c.cluster.size == 1;
+}
+
+// Exact attention over Entries, or over what a TileStream brings, by tiles of 16 a warp; hands every block of the
+// cluster its part of this one's result. Both products are of tokens or channels by query rows: a thread's two columns
+// are rows 2t and 2t + 1.
+template <class C, class From>
+__device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, View<float> warp_rows, Sums<C::RP>& sums,
+                       OutputState<C::D, C::RP>& output) {
+  using T = typename C::T;
+  constexpr bool kStreams = From::kStreams;
+  constexpr int D = C::D, RP = C::RP;
+  constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
+  constexpr int kHalves = D / 64;    // and of a value
+  constexpr int kProducts = D / 16;
+  float peak[2] = {kEmptyPeak, kEmptyPeak}, z[2] = {};
+  float o[kProducts][4] = {};
+#pragma unroll 1
+  for (int base = c.warp * kTileTokens; base < from.count; base += kWarps * kTileTokens) {
+    // Keys of tokens g and g + 8, values of 2t, 2t + 1, 2t + 8 and 2t + 9.
+    uint4 keys[2][kQuarters], values[4][kHalves];
+    int position[2];
+    uint2 mine = make_uint2(0, INT32_MAX);  // (row, position) of the tile's token `lane`
+    if constexpr (kStreams) {
+      from.wait();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        position[i] = from.share.first + base + c.g + 8 * i;
+#pragma unroll
+        for (int j = 0; j < kQuarters; ++j) {
+          keys[i][j] = *reinterpret_cast<const uint4*>(from.place(from.slot, c.g + 8 * i, 4 * j + c.t));
+        }
+      }
+      from.pass();
+    } else {
+      if (c.lane < kTileTokens && base + c.lane < from.count) mine = from.at(base + c.lane);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        position[i] = static_cast<int>(__shfl_sync(~0u, mine.y, c.g + 8 * i));
+        const T* key =
+            static_cast<const T*>(c.p.k_cache) + static_cast<int64_t>(__shfl_sync(~0u, mine.x, c.g + 8 * i)) * D;
+#pragma unroll
+        for (int j = 0; j < kQuarters; ++j) keys[i][j] = load_stream(key + 32 * j + 8 * c.t);
+      }
+    }
+    float acc[4] = {};
+#pragma unroll
+    for (int j = 0; j < kQuarters; ++j) {
+      const uint4 queries = c.g < RP ? q.rows[c.g % RP][4 * j + c.t] : make_uint4(0, 0, 0, 0);
+      mma(acc, keys[0][j].x, keys[1][j].x, keys[0][j].y, keys[1][j].y, queries.x, queries.y, T());
+      mma(acc, keys[0][j].z, keys[1][j].z, keys[0][j].w, keys[1][j].w, queries.z, queries.w, T());
+    }
+    // There are no registers for keys and values at a time.
+    if (!kStreams) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
+        const T* value = static_cast<const T*>(c.p.v_cache) + static_cast<int64_t>(__shfl_sync(~0u, mine.x, token)) * D;
+        const bool there = static_cast<int>(__shfl_sync(~0u, mine.y, token)) < c.live;
+#pragma unroll
+        for (int j = 0; j < kHalves; ++j) {
+          values[i][j] = there ? load_stream(value + 64 * j + 8 * c.g) : make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
+    float weights[2][2], scale[2];  // of token g + 8 i and row 2t + k
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int row = 2 * c.t + k;
+      const int horizon = row < RP ? q.horizon[row % RP] : -1;
+      float logit[2], top = peak[k];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        logit[i] = position[i] <= horizon ? acc[2 * i + k] * c.log2_scale() : -infinity();
+        top = fmaxf(top, logit[i]);
+      }
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
+      scale[k] = exp2_fast(peak[k] - top);
+      weights[0][k] = exp2_fast(logit[0] - top);
+      weights[1][k] = exp2_fast(logit[1] - top);
+      z[k] = z[k] * scale[k] + weights[0][k] + weights[1][k];
+      peak[k] = top;
+    }
+    // Each weight as the sum of two of T, which keeps what rounding to one would lose.
+    uint32_t upper[2], lower[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t packed = pack2(weights[i][0], weights[i][1], T());
+      const float2 rounded = unpack2(packed, T());
+      upper[i] = transpose8(packed);
+      lower[i] = transpose8(pack2(weights[i][0] - rounded.x, weights[i][1] - rounded.y, T()));
+    }
+    if constexpr (kStreams) {
+      from.wait();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < kHalves; ++j) {
+          const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
+          values[i][j] = *reinterpret_cast<const uint4*>(from.place(from.slot, token, 8 * j + c.g));
+        }
+      }
+      from.pass();
+    }
+#pragma unroll
+    for (int j = 0; j < kProducts; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) o[j][c] *= scale[c & 1];
+      // Row g of product j is channel 8g + j; row g + 8 the same of the other half, or four channels further.
+      const int e = kHalves == 2 ? j : j + 4, h = kHalves - 1;
+      const uint32_t a0 = channel_pair(values[0][0], values[1][0], j), a2 = channel_pair(values[2][0], values[3][0], j);
+      const uint32_t a1 = channel_pair(values[0][h], values[1][h], e), a3 = channel_pair(values[2][h], values[3][h], e);
+      mma(o[j], a0, a1, a2, a3, upper[0], upper[1], T());
+      mma(o[j], a0, a1, a2, a3, lower[0], lower[1], T());
+    }
+  }
+  if (kStreams) sync_block("tiles read");  // partial results take their place
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int row = 2 * c.t + k;
+    if (row < RP) {
+      float4* to = reinterpret_cast<float4*>(&warp_rows[(c.warp * RP + row) * D + 8 * c.g]);
+      if (kHalves == 2) {
+        to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
+        to[1] = make_float4(o[4 % kProducts][k], o[5 % kProducts][k], o[6 % kProducts][k], o[7 % kProducts][k]);
+        to[16] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
+        to[17] = make_float4(o[4 % kProducts][2 + k], o[5 % kProducts][2 + k], o[6 % kProducts][2 + k],
+                             o[7 % kProducts][2 + k]);
+      } else {
+        to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
+        to[1] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
+      }
+    }
+    z[k] += __shfl_xor_sync(~0u, z[k], 4);
+    z[k] += __shfl_xor_sync(~0u, z[k], 8);
+    z[k] += __shfl_xor_sync(~0u, z[k], 16);
+    if (c.g == 0 && row < RP) sums.of_warps[c.warp][row] = make_float2(peak[k], z[k]);
+  }
+  sync_block("warps' rows written");
+  if (kStreams) c.cluster.started();
+  if (c.warp < RP) {
+    const float2 own = part_of(c, sums.of_warps, kWarps);
+    const SoftmaxSum all = publish_row_sum(c, own, sums);
+    const float share = !writes_alone(c) ? 1.0f : all.z == 0.0f ? 0.0f : 1.0f / all.z;
+    if (c.lane < kWarps) output.rescale[c.lane][c.warp] = exp2_fast(own.x - all.peak) * share;
+    if (writes_alone(c) && c.lane == 0) write_lse(c, c.warp, all.peak, all.z);
+  }
+  sync_block("factors known");
+  const int slice = RP * D / c.cluster.size;
+#pragma unroll 1
+  for (int i = c.tid(); i < RP * D; i += kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum = fmaf(output.rescale[w][i / D], warp_rows[w * RP * D + i], sum);
+    if (writes_alone(c)) {
+      if (i / D < c.rows) store(static_cast<T*>(c.p.out) + c.out_row(i / D) * D + i % D, sum);
+    } else {
+      const int writer = i / slice;
+      c.cluster.write(&output.parts[c.cluster.rank * slice + i - writer * slice], writer, sum);
+    }
+  }
+  if (!writes_alone(c)) c.cluster.sync("partial rows sent");
+}
+
+}  // namespace
+}  // namespace twilight

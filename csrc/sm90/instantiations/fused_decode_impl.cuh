@@ -1,0 +1,39 @@
+// What every file here compiles for one type and head dimension: the kernels of all selectors and numbers of rows.
+#pragma once
+
+#include "../fused_decode.cuh"
+#include "../kernel.cuh"
+#include "../launch.cuh"
+
+namespace twilight {
+namespace {
+
+template <typename T, int D, int RP, FusedSelector kSelector>
+void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
+  const auto kernel = fused_decode_kernel<T, D, RP, kSelector>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  if (cluster_size > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  TWILIGHT_REMEMBER_CLOCK();
+  launch_early(kernel, dim3(grid), cluster_size, shared_bytes, stream, p);
+}
+
+template <typename T, int D, int RP>
+void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
+  const auto launcher = p.selector == FusedSelector::kDense   ? launch_kernel<T, D, RP, FusedSelector::kDense>
+                        : p.selector == FusedSelector::kQuest ? launch_kernel<T, D, RP, FusedSelector::kQuest>
+                        : p.selector == FusedSelector::kShadowPrefix
+                            ? launch_kernel<T, D, RP, FusedSelector::kShadowPrefix>
+                            : launch_kernel<T, D, RP, FusedSelector::kFull>;
+  launcher(p, grid, cluster_size, shared_bytes, stream);
+}
+
+}  // namespace
+
+template <typename T, int D>
+void launch_fused_decode(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
+  const int rows = p.query_tokens * p.group_size;
+  const auto launcher = rows == 1 ? launch_rows<T, D, 1> : rows <= 4 ? launch_rows<T, D, 4> : launch_rows<T, D, 8>;
+  launcher(p, grid, cluster_size, shared_bytes, stream);
+}
+
+}  // namespace twilight
