@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
-    from workload import Workload
+    from .workload import Workload
 
 # The paper's baseline: every speed-up of its Figure 7 is over this one.
 FA2 = "torch_fa2"
@@ -116,20 +116,26 @@ def flashinfer_calls(data: Workload, use_tensor_cores: bool) -> list[Callable[[]
     return [partial(attend, q, layer.k_cache, layer.v_cache) for q, layer in zip(data.queries, data.cache.layers, strict=True)]
 
 
-def flashinfer_missing() -> str | None:
-    return None if importlib.util.find_spec("flashinfer") is not None else "flashinfer is not installed"
+def fa3(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
+    """FlashAttention 3, from the wheel fa3-fwd; `k` and `v` are read where they lie, by their strides."""
+    from fa3_fwd_interface import flash_attn_with_kvcache
+
+    out = flash_attn_with_kvcache(q, k.transpose(1, 2), v.transpose(1, 2), softmax_scale=sm_scale)
+    return out[0] if isinstance(out, tuple) else out
 
 
+def needs(module: str, package: str) -> Callable[[], str | None]:
+    return lambda: None if importlib.util.find_spec(module) is not None else f"{package} is not installed"
+
+
+FLASHINFER = needs("flashinfer", "flashinfer")
 PEERS = (
     Peer("sdpa_gqa", ("cpu",), contiguous(sdpa_gqa)),
     Peer("sdpa_folded", ("cpu",), contiguous(sdpa_folded)),
     Peer("cudnn_sdpa", ("cuda",), contiguous(sdpa_backend(SDPBackend.CUDNN_ATTENTION))),
     Peer(FA2, ("cuda",), contiguous(sdpa_backend(SDPBackend.FLASH_ATTENTION))),
-    Peer("flashinfer", ("cuda",), partial(flashinfer_calls, use_tensor_cores=False), flashinfer_missing),
-    Peer("flashinfer_tensor_cores", ("cuda",), partial(flashinfer_calls, use_tensor_cores=True), flashinfer_missing),
+    Peer("fa3", ("cuda",), contiguous(fa3), needs("fa3_fwd_interface", "fa3-fwd")),
+    Peer("flashinfer", ("cuda",), partial(flashinfer_calls, use_tensor_cores=False), FLASHINFER),
+    Peer("flashinfer_tensor_cores", ("cuda",), partial(flashinfer_calls, use_tensor_cores=True), FLASHINFER),
     Peer("flex_attention", ("cuda",), flex_calls),
 )
-
-
-def peers_on(device: str) -> list[Peer]:
-    return [peer for peer in PEERS if device in peer.devices]

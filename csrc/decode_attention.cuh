@@ -4,7 +4,7 @@
 // the candidates while estimating and of the survivors while attending it owns an even share too, handed over through
 // distributed shared memory, or what its own tokens gave (FusedParams::evens_out).
 //
-// Comments name the phase that ends there: bench/bench_fused_phases.py reads the clock at each.
+// Comments name the phase that ends there: bench/phases.py reads the clock at each.
 #pragma once
 
 #include "fused_attention.cuh"

@@ -226,7 +226,7 @@ class BreakEven:
 
 
 BREAK_EVEN: Mapping[str, BreakEven] = {
-    "cpu": BreakEven(512, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.json)"),
+    "cpu": BreakEven(512, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.jsonl)"),
     "cuda": BreakEven(
         512,
         320_000,
