@@ -112,7 +112,7 @@ gpu-bench:
 	$(GPU_PYTHON) -m bench run --op stages --device cuda --json $(GPU_RESULTS)/h200_stages.jsonl
 	$(GPU_PYTHON) -m bench run --op decode_attention --device cuda --json $(GPU_RESULTS)/h200_decode_attention.jsonl
 	$(GPU_PYTHON) -m bench run --op phases --json $(GPU_RESULTS)/h200_fused_phases.jsonl
-	$(GPU_PYTHON) -m bench plot $(addprefix $(GPU_RESULTS)/h200_,$(addsuffix .jsonl,decode_attention stages fused_phases llama)) \
+	$(GPU_PYTHON) -m bench plot $(addprefix $(GPU_RESULTS)/h200_,$(addsuffix .jsonl,decode_attention stages fused_phases)) \
 		-o $(GPU_RESULTS) --prefix h200_
 
 clean:

@@ -109,7 +109,7 @@ class TwilightConfig:
         top_p: estimated attention weight to keep, 0 < p <= 1; 1 switches the pruner off and attends to all candidates.
         page_size: tokens a page: 16, 32 or 64.
         dense_layers: the first layers attend to everything. Quest and Twilight publish with 2; on SmolLM2 pruning those too costs 0.0004 of
-            KL to dense and saves a third of the bytes (bench/results/accuracy_smollm2.md), so the default is none.
+            KL to dense and saves a third of the bytes (docs/accuracy-smollm2.md), so the default is none.
         dense_below: sequences no longer than this, in tokens, attend to everything; None takes the measured break-even of the device, the
             batch size and the KV heads.
         sink_tokens: the first tokens of a sequence, always candidates and always kept; None takes one page, 0 is none.
