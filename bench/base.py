@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from . import rows as results
 from .rows import ROOT
@@ -49,7 +50,7 @@ def worker() -> int:
 class Side:
     """What a worker holds: one cell's data, one prepared method."""
 
-    def start(self, op: str, arguments: list[str]) -> dict:
+    def start(self, op: str, arguments: list[str], talks: bool) -> dict:
         import twilight_ops
 
         from . import registry
@@ -59,8 +60,17 @@ class Side:
         self.op.start(self.options)
         self.cells = self.op.cells(self.options)
         self.entries = {entry.name: entry for entry in self.op.entries(self.options)}
-        self.op.grad_mode().__enter__()  # for as long as this process lives
-        return {"package": str(Path(twilight_ops.__file__).resolve().parent)}
+        self.mode = self.op.grad_mode()
+        self.mode.__enter__()  # for as long as this process lives
+        where = self.op.environment(self.options)
+        if talks:
+            announce(Console(stderr=True), self.op, self.options, where)
+        return {
+            "package": str(Path(twilight_ops.__file__).resolve().parent),
+            "environment": where,
+            "cells": [[str(cell), self.op.head(cell, self.options)] for cell in self.cells],
+            "methods": [e.name for e in usable(self.op, self.options, Console(stderr=True, quiet=not talks)) if e.kind == "ours"],
+        }
 
     def open(self, cell: int, sets: int | None, memory_share: float) -> dict:
         self.data = self.sample = None
@@ -187,48 +197,49 @@ def compare(workers: dict[str, Worker], method: str, rounds: int) -> dict:
 
 def main(op: Op, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Prints base, new and new/base of every shape and method. Exit status 1 where something could not be compared."""
+    console = console_of()
     with ExitStack() as stack:
         workspace = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        console, where = announce(op, options)
-        with console.status(f"building {options.base}"):
-            try:
+        try:
+            with console.status(f"building {options.base}"):
                 name, site = installed(options.base, workspace)
-            except ValueError as error:
-                options.error(str(error))
+        except ValueError as error:
+            options.error(str(error))
         own = (site / "bench" / "__main__.py").exists()
         if not own:
             shutil.copytree(ROOT / "bench", workspace / "bench", ignore=shutil.ignore_patterns("results"))
-        console.print(f"base: {name}, measured by {'its own bench' if own else 'the bench of this checkout'}; new: this checkout")
         folders = {"base": (site if own else workspace, site), "new": (ROOT, None)}
         workers = {side: stack.enter_context(running(*found)) for side, found in folders.items()}
+        told = {}
         for side, worker in workers.items():
             try:
-                package = worker.ask("start", op=op.name, arguments=list(arguments))["package"]
+                told[side] = worker.ask("start", op=op.name, arguments=list(arguments), talks=side == "new")
             except RuntimeError as error:
                 options.error(f"--base: {side}: {error}")
-            if side == "base" and Path(package) != (expected := (site / "twilight_ops").resolve()):
-                options.error(f"--base: expected to measure {expected}, got {package}")
-        entries = [entry for entry in usable(op, options, console) if entry.kind == "ours"]
+        if Path(told["base"]["package"]) != (expected := (site / "twilight_ops").resolve()):
+            options.error(f"--base: expected to measure {expected}, got {told['base']['package']}")
+        console.print(f"base: {name}, measured by {'its own bench' if own else 'the bench of this checkout'}; new: this checkout")
         failed = False
-        for index, cell in enumerate(op.cells(options)):
+        if options.json is not None:
+            results.write(options.json, [], append=options.append)
+        for index, (title, head) in enumerate(told["new"]["cells"]):
             rows: list[dict] = []
-            head = op.head(cell, options) | {"base": name}
             try:
                 first = workers["base"].ask("open", cell=index, sets=None, memory_share=0.5)
                 second = workers["new"].ask("open", cell=index, sets=first["sets"], memory_share=1.0)
                 if first != second:
                     raise RuntimeError(f"the two sides have different data: {first}, {second}")
             except RuntimeError as error:
-                console.print(f"{cell}: left out, {error}")
+                console.print(f"{title}: left out, {error}")
                 failed = True
                 continue
-            for entry in entries:
+            for method in told["new"]["methods"]:
                 try:
-                    row = compare(workers, entry.name, options.rounds)
+                    row = compare(workers, method, options.rounds)
                 except RuntimeError as error:
                     row, failed = {"error": str(error)}, True
-                rows.append(head | {"method": entry.name} | row)
-            show(console_of(160, soft_wrap=False), str(cell), COLUMNS, rows)
+                rows.append(head | {"method": method, "base": name} | row)
+            show(console, title, COLUMNS, rows)
             if options.json is not None:
-                results.write(options.json, [row | where for row in rows])
+                results.write(options.json, [row | told["new"]["environment"] for row in rows])
     return 1 if failed else 0

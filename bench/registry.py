@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, decode_step
 
 from . import peers, speed_of_light, timing, workload
+from .checks import captured_mass, exact_check, sparse_check
 from .peers import FA2
 from .run import DEVICES, Entry, Op, tokens_of
-from .timing import Method, Timing, tensors_of
+from .timing import Method, Timing
 from .workload import Sizes, Workload, call_arguments, operator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,13 +44,6 @@ GRIDS: dict[str, list[Shape]] = {
     "targets": TARGETS,
     "all": [*TARGETS, *(shape for shape in GRID if shape not in TARGETS)],
 }
-
-# Largest error of an exact method, as a share of the largest output: outputs are rounded to bf16.
-EXACT_TOLERANCE = 0.02
-# A sparse method that captures this much less than it was asked for is broken, not approximate.
-# Quest with 8192 of 131072 tokens and concentrated logits (--spread 4) has been seen to miss 0.27.
-MASS_TOLERANCE = 0.4
-LSE_TOLERANCE = 0.05  # natural-log units by which bf16 keys may raise the lse above the exact one
 
 
 def shape_of(text: str) -> Shape:
@@ -144,9 +137,9 @@ def sizes_of(options: argparse.Namespace, batch: int, length: int, heads: str, d
 def ratios(name: str, row: dict, medians: dict[str, float]) -> dict:
     """How a method stands beside what the same shape measured before it."""
     us, found = medians[name], {}
-    dense = [medians[peer.name] for peer in peers.PEERS if peer.name in medians]
-    if dense:
-        found["ratio_to_best_dense"] = round(min(dense) / us, 3)
+    dense = {peer.name: medians[peer.name] for peer in peers.PEERS if peer.name in medians}
+    if dense and name not in dense:
+        found["ratio_to_best_dense"] = round(min(dense.values()) / us, 3)
     if FA2 in medians:
         found["ratio_to_fa2"] = round(medians[FA2] / us, 3)
     family, _, plan = name.partition("_")
@@ -156,48 +149,7 @@ def ratios(name: str, row: dict, medians: dict[str, float]) -> dict:
     return found
 
 
-# Checks of results.
-
-
-def exact_check(expected: Tensor) -> Callable[[object], str | None]:
-    """Refuses an output that is not exact attention."""
-
-    def check(output: object) -> str | None:
-        out = tensors_of(output)[0].float()
-        error, limit = (out - expected).abs().max().item(), EXACT_TOLERANCE * expected.abs().max().item()
-        return None if error <= limit else f"differs from exact attention by {error:.3g}, allowed are {limit:.3g}"
-
-    return check
-
-
-def captured_mass(lse: Tensor, exact_lse: Tensor) -> float:
-    return (lse - exact_lse).exp().mean().item()
-
-
-def sparse_check(exact_lse: Tensor, top_p: float) -> Callable[[object], str | None]:
-    """Refuses an output that attention over a set of about `top_p` of the mass cannot have."""
-
-    def check(output: object) -> str | None:
-        out, lse = tensors_of(output)
-        if not out.isfinite().all():
-            return "its output is not finite"
-        if not (lse <= exact_lse + LSE_TOLERANCE).all():
-            return f"its lse exceeds the exact one by {(lse - exact_lse).max().item():.3g}"
-        mass = captured_mass(lse, exact_lse)
-        return None if mass >= top_p - MASS_TOLERANCE else f"it captures only {mass:.3f} of the attention mass"
-
-    return check
-
-
 # decode_attention: peers, a kernel that only reads, ours in one call, the Triton stages behind it.
-
-
-def peer_entries() -> list[Entry]:
-    def prepare(peer: peers.Peer, data: Workload, options: argparse.Namespace) -> Method:
-        report = {"bytes": data.sizes.kv_bytes, "kept_tokens": float(data.sizes.length), "captured_mass": 1.0}
-        return Method(peer.name, peer.calls(data), lambda: report, check=exact_check(data.expected[0]))
-
-    return [Entry(peer.name, partial(prepare, peer), peer.devices, "peer", peer.missing) for peer in peers.PEERS]
 
 
 def config_of(name: str, data: Workload, options: argparse.Namespace) -> TwilightConfig:
@@ -311,7 +263,7 @@ def decode_entries(options: argparse.Namespace) -> list[Entry]:
     configurations = {"dense": both, "quest": both, "shadow_prefix": ("cpu",), "shadow_prefix_eighth": both, "full": ("cpu",)}
     on_gpu = [name for name, devices in configurations.items() if "cuda" in devices]
     sparse = {name: partial(prunes, name) for name in on_gpu if name != "dense"}
-    found = peer_entries()
+    found = [*peers.PEERS]
     for name in on_gpu:
         wanted = {"wanted": sparse[name]} if name in sparse else {}
         found.append(Entry(f"speed_of_light_{name}", partial(light_method, name), gpu, "bound", **wanted))
@@ -391,7 +343,7 @@ def stage_options(p: argparse.ArgumentParser) -> None:
 
 
 def stage_entries(op: str, stages: Sequence[str], options: argparse.Namespace) -> list[Entry]:
-    found = peer_entries() if op == "stages" else []
+    found = [*peers.PEERS] if op == "stages" else []
     for setting in options.budgets:
         selector = setting.partition(":")[0]
         left_out = "select" if selector == "full" else "attend to all"

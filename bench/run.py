@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import rows as results
 from .timing import Method, Timing, measure, output_of
 
 DEVICES = ("cpu", "cuda")
+
+
+class LeftOut(Exception):
+    """A shape is not measured."""
 
 
 class DeviceLost(Exception):
@@ -188,9 +191,9 @@ def usable(op: Op, options: argparse.Namespace, console: Console) -> list[Entry]
     return found
 
 
-def console_of(width: int, soft_wrap: bool = True, quiet: bool = False) -> Console:
-    """A console as wide as the terminal, or, where there is none, so many columns: tables stay whole in a log."""
-    return Console(width=None if sys.stdout.isatty() else width, soft_wrap=soft_wrap, quiet=quiet)
+def console_of(**options: bool) -> Console:
+    """A console as wide as the terminal, or, where there is none, 200 columns: tables stay whole in a log."""
+    return Console(width=None if sys.stdout.isatty() else 200, quiet=results.RANK > 0, **options)
 
 
 def show(console: Console, title: str, columns: str, rows: Sequence[dict]) -> None:
@@ -217,15 +220,6 @@ def reason(error: BaseException) -> str:
 
 
 @dataclass
-class Cell:
-    """What is known of one shape so far."""
-
-    cell: Any
-    medians: dict[str, float]  # microseconds by method
-    rows: list[dict] = field(default_factory=list)
-
-
-@dataclass
 class Run:
     """State of the whole run."""
 
@@ -233,23 +227,25 @@ class Run:
     options: argparse.Namespace
     console: Console
     where: dict[str, object]
-    progress: Progress
-    earlier: list[dict] = field(default_factory=list)  # rows of the run that this one continues
+    earlier: list[dict]  # rows of the run that this one continues
     spent: Counter = field(default_factory=Counter)  # seconds by method
     started: float = field(default_factory=time.monotonic)
     failed: bool = False
+    head: dict = field(default_factory=dict)  # of the present shape, with its rows and microseconds by method
+    rows: list[dict] = field(default_factory=list)
+    medians: dict[str, float] = field(default_factory=dict)
 
     @property
     def out_of_time(self) -> bool:
         return time.monotonic() - self.started > self.options.time_limit
 
-    def write(self, cell: Cell, rows: Sequence[dict]) -> None:
-        rows = [row | self.where for row in rows]
-        cell.rows += rows
+    def write(self, method: str, columns: dict) -> None:
+        row = self.head | {"method": method} | columns | self.where
+        self.rows.append(row)
         if self.options.json is not None and results.RANK == 0:
-            results.write(self.options.json, rows)
+            results.write(self.options.json, [row])
 
-    def attempt(self, cell: Cell, names: Sequence[str], work: Callable[[], Any]) -> Any:
+    def attempt(self, names: Sequence[str], work: Callable[[], Any]) -> Any:
         """`work()`, or None and rows that say why not; its wall time counts for the methods it is about."""
         start = time.monotonic()
         try:
@@ -260,7 +256,8 @@ class Run:
             for name in names:
                 self.spent[name] += (time.monotonic() - start) / len(names)
         self.failed = True
-        self.write(cell, [self.op.head(cell.cell, self.options) | {"method": name, "error": why} for name in names])
+        for name in names:
+            self.write(name, {"error": why})
         self.console.print(f"[red]{', '.join(names)}: {why}", highlight=False)
         if self.options.device == "cuda":
             try:
@@ -269,60 +266,38 @@ class Run:
                 raise DeviceLost(why) from lost
         return None
 
-    def groups(self, entries: Sequence[Entry], data: Any, done: set[str]) -> Iterator[list[Entry]]:
-        """Methods to be timed together."""
-        entries = [e for e in entries if e.name not in done and e.wanted(data, self.options)]
-        yield from [[e] for e in entries] if self.options.device in self.op.alone else [entries]
-
     def within_time(self, entry: Entry) -> bool:
         if self.spent[entry.name] <= self.options.method_time_limit:
             return True
         self.console.print(f"{entry.name}: left out, it has used {self.spent[entry.name]:.0f} s of this run")
         return False
 
-    def measure_group(self, cell: Cell, data: Any, group: Sequence[Entry]) -> list[tuple[Method, Timing]]:
-        prepared = [self.attempt(cell, [entry.name], partial(checked, entry, data, self.options)) for entry in group]
+    def measure_group(self, cell: Any, data: Any, group: Sequence[Entry]) -> None:
+        """Times methods in turns and writes their rows; nothing of them is left when it returns."""
+        prepared = [self.attempt([entry.name], partial(checked, entry, data, self.options)) for entry in group]
         methods = [method for method in prepared if method is not None]
-        if not methods:
-            return []
-        timings = self.attempt(cell, [m.name for m in methods], partial(measure, methods, self.options.device, self.options.seconds))
-        return [] if timings is None else [(method, timings[method.name]) for method in methods]
+        timings = self.attempt([m.name for m in methods], partial(measure, methods, self.options.device, self.options.seconds)) or {}
+        self.medians |= {name: timing.median_us for name, timing in timings.items()}
+        for method in (method for method in methods if method.name in timings):
+            columns = self.attempt([method.name], partial(self.op.row, cell, self.options, method, timings[method.name], self.medians))
+            if columns is not None:
+                self.write(method.name, columns)
 
-    def measure_cell(self, shape: Any, entries: Sequence[Entry]) -> Cell:
-        head = self.op.head(shape, self.options)
-        done = [row for row in self.earlier if all(row.get(key) == value for key, value in head.items())]
-        cell = Cell(shape, {row["method"]: row["median_us"] for row in done if "median_us" in row})
+    def measure_cell(self, cell: Any, entries: Sequence[Entry]) -> None:
+        self.head, self.rows = self.op.head(cell, self.options), []
+        done = [row for row in self.earlier if all(row.get(key) == value for key, value in self.head.items())]
+        self.medians = {row["method"]: row["median_us"] for row in done if "median_us" in row}
         start = time.monotonic()
-        data = self.op.open(shape, self.options)
+        data = self.op.open(cell, self.options)
         if self.options.device == "cuda":
             torch.cuda.synchronize()
         self.console.print(f"{data.describe()}; built in {time.monotonic() - start:.1f} s", highlight=False)
-        peers = {entry.name for entry in entries if entry.kind == "peer"}
-        waiting: list[tuple[Method, Timing]] = []  # dense peers, until the best of them is known
-        try:
-            for group in self.groups(entries, data, {row["method"] for row in done}):
-                group = [entry for entry in group if self.within_time(entry)]
-                if self.out_of_time or not group:
-                    continue
-                self.progress.update(0, description=f"{shape}: {group[0].name if len(group) == 1 else 'all methods'}")
-                for method, timing in self.measure_group(cell, data, group):
-                    cell.medians[method.name] = timing.median_us
-                    waiting.append((method, timing))
-                if not all(method.name in peers for method, _ in waiting) or self.options.device not in self.op.alone:
-                    self.finish(cell, waiting)
+        wanted = [e for e in entries if e.name not in {row["method"] for row in done} and e.wanted(data, self.options)]
+        for group in [[e] for e in wanted] if self.options.device in self.op.alone else [wanted]:
+            group = [entry for entry in group if not self.out_of_time and self.within_time(entry)]
+            if group:
+                self.measure_group(cell, data, group)
                 self.op.release(self.options.device)
-        finally:
-            self.finish(cell, waiting)
-        return cell
-
-    def finish(self, cell: Cell, waiting: list[tuple[Method, Timing]]) -> None:
-        """Rows of what was timed."""
-        for method, timing in waiting:
-            head = self.op.head(cell.cell, self.options) | {"method": method.name}
-            columns = self.attempt(cell, [method.name], partial(self.op.row, cell.cell, self.options, method, timing, cell.medians))
-            if columns is not None:
-                self.write(cell, [head | columns])
-        waiting.clear()
 
 
 def checked(entry: Entry, data: Any, options: argparse.Namespace) -> Method:
@@ -335,21 +310,19 @@ def checked(entry: Entry, data: Any, options: argparse.Namespace) -> Method:
     return method
 
 
-def announce(op: Op, options: argparse.Namespace) -> tuple[Console, dict[str, object]]:
-    """Prints where and on what data the figures are taken; returns the console and the environment."""
-    console = console_of(160, quiet=results.RANK > 0)
-    where = op.environment(options)
+def announce(console: Console, op: Op, options: argparse.Namespace, where: dict) -> None:
+    """Prints where and on what data the figures are taken."""
     console.print(f"{where['machine']}, {where['threads']} threads, torch {where['torch']}, {where['backend']}, commit {where['commit']}")
     for text in (op.assumptions(options), op.notes):
         if text:
             console.print(text)
-    return console, where
 
 
 def main(op: Op, options: argparse.Namespace) -> int:
     """Measures every shape and method. Exit status: 0, 1 where a method failed, 3 where the device was lost and --resume is to continue."""
     op.start(options)
-    console, where = announce(op, options)
+    console, where = console_of(), op.environment(options)
+    announce(console, op, options, where)
     entries = usable(op, options, console)
     earlier: list[dict] = []
     if options.json is not None and options.json.exists():
@@ -357,28 +330,22 @@ def main(op: Op, options: argparse.Namespace) -> int:
             earlier = results.read(options.json)
         elif not options.append and results.RANK == 0:
             options.json.unlink()
-    cells = op.cells(options)
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, console=console, disable=not console.is_terminal) as progress, op.grad_mode():
-        progress.add_task("shapes", total=len(cells))
-        run = Run(op, options, console, where, progress, earlier)
-        for shape in cells:
-            if run.out_of_time:
-                console.print(f"{shape}: left out, the time limit of {options.time_limit:.0f} s has passed")
-            else:
-                try:
-                    cell = run.measure_cell(shape, entries)
-                except MemoryError as error:
-                    console.print(f"left out: {error}")
-                except DeviceLost as error:
-                    console.print(f"[red]the device is lost after {error}; repeat with --resume to go on without that method")
-                    return 3
-                else:
-                    if cell.rows:
-                        show(console_of(200, soft_wrap=False, quiet=results.RANK > 0), str(shape), op.columns, op.compared(cell.rows))
-                    del cell
+    run = Run(op, options, console, where, earlier)
+    with op.grad_mode(), console.status(op.name) as status:
+        for cell in op.cells(options):
+            status.update(f"{op.name}: {cell}")
+            try:
+                if run.out_of_time:
+                    raise LeftOut(f"{cell}: the time limit of {options.time_limit:.0f} s has passed")
+                run.measure_cell(cell, entries)
+                if run.rows:
+                    show(console, str(cell), op.columns, op.compared(run.rows))
+            except (LeftOut, MemoryError) as error:
+                console.print(f"left out: {error}")
+            except DeviceLost as error:
+                console.print(f"[red]the device is lost after {error}; repeat with --resume to go on without that method")
+                return 3
             op.release(options.device)
-            progress.advance(0)
     took = time.monotonic() - run.started
     console.print(f"{took:.0f} s; by method: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in run.spent.most_common()))
     return 1 if run.failed else 0

@@ -125,9 +125,10 @@ def measure(methods: Sequence[Method], device: str, seconds: float) -> dict[str,
     """Times every method of a group in turns, so that a slow minute of the machine hits all of them."""
     samplers = {method.name: method.sampler(device) for method in methods}
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    for _ in range(ROUNDS[device]):
+    rounds = ROUNDS[device] if len(methods) > 1 else 1
+    for _ in range(rounds):
         for name, sample in samplers.items():
-            samples[name] += sample(seconds / ROUNDS[device])
+            samples[name] += sample(seconds / rounds)
     return {name: Timing.of(values) for name, values in samples.items()}
 
 

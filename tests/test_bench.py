@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import twilight_ops  # noqa: E402
-from bench import base, peers, phases, registry, rows, run, speed_of_light, timing, workload  # noqa: E402
+from bench import base, checks, peers, phases, registry, rows, run, speed_of_light, timing, workload  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.workload import Sizes, buffer_sets  # noqa: E402
 from twilight_ops import Quest, ShadowPrefix, TwilightConfig, kernels  # noqa: E402
@@ -202,16 +202,17 @@ def test_ratios_are_to_what_the_same_cell_measured():
     medians |= {"twilight_quest": 10.0, "twilight_dense": 40.0}
     sparse = registry.ratios("twilight_quest", {"takes_dense_path": False}, medians)
     dense = registry.ratios("twilight_dense", {"takes_dense_path": True}, medians)
+    assert "ratio_to_best_dense" not in registry.ratios("torch_fa2", {}, medians)  # another peer may follow
     assert sparse == {"ratio_to_best_dense": 4.0, "ratio_to_fa2": 5.0, "share_of_speed_of_light": 0.5}
     assert dense == {"ratio_to_best_dense": 1.0, "ratio_to_fa2": 1.25, "share_of_speed_of_light": 0.8}
 
 
 def test_wrong_results_are_refused(data):
     exact, lse = data.exact(0)
-    assert registry.exact_check(exact)(exact) is None
-    assert "differs" in registry.exact_check(exact)(exact * 1.1)
-    assert "differs" in registry.exact_check(exact)(torch.full_like(exact, torch.nan))
-    check = registry.sparse_check(lse, 0.85)
+    assert checks.exact_check(exact)(exact) is None
+    assert "differs" in checks.exact_check(exact)(exact * 1.1)
+    assert "differs" in checks.exact_check(exact)(torch.full_like(exact, torch.nan))
+    check = checks.sparse_check(lse, 0.85)
     assert check((exact, lse - 0.15)) is None
     assert "not finite" in check((torch.full_like(exact, torch.nan), lse))
     assert "exceeds" in check((exact, lse + 0.1))
@@ -260,11 +261,11 @@ def gpu_stand_ins(monkeypatch):
         raise RuntimeError("no kernel\nand a long trace")
 
     found = (
-        peers.Peer("cudnn_sdpa", ("cuda",), peers.contiguous(peers.sdpa_gqa)),
-        peers.Peer(peers.FA2, ("cuda",), peers.contiguous(peers.sdpa_folded)),
-        peers.Peer("flex_attention", ("cuda",), peers.contiguous(lambda q, k, v, scale: 2 * peers.sdpa_gqa(q, k, v, scale))),
-        peers.Peer("flashinfer", ("cuda",), fails),
-        peers.Peer("flashinfer_tensor_cores", ("cuda",), fails, lambda: "not installed"),
+        peers.peer("cudnn_sdpa", "cuda", peers.contiguous(peers.sdpa_gqa)),
+        peers.peer(peers.FA2, "cuda", peers.contiguous(peers.sdpa_folded)),
+        peers.peer("flex_attention", "cuda", peers.contiguous(lambda q, k, v, scale: 2 * peers.sdpa_gqa(q, k, v, scale))),
+        peers.peer("flashinfer", "cuda", fails),
+        peers.peer("flashinfer_tensor_cores", "cuda", fails, lambda: "not installed"),
     )
     monkeypatch.setattr(peers, "PEERS", found)
 
@@ -337,7 +338,7 @@ def test_a_lost_device_ends_the_run_and_leaves_its_reason(gpu_stand_ins, tmp_pat
         synchronize()
 
     monkeypatch.setattr(torch.cuda, "synchronize", raise_when_lost)
-    monkeypatch.setattr(peers, "PEERS", (peers.PEERS[0], peers.Peer("flex_attention", ("cuda",), breaks), peers.PEERS[1]))
+    monkeypatch.setattr(peers, "PEERS", (peers.PEERS[0], peers.peer("flex_attention", "cuda", breaks), peers.PEERS[1]))
     assert main([*CELL, "--json", str(path)]) == 3
     found = {r["method"]: r for r in rows.read(path)}
     assert set(found) == {"cudnn_sdpa", "flex_attention"} and "illegal memory access" in found["flex_attention"]["error"]
@@ -460,8 +461,7 @@ def same_package(tmp_path):
 BASE = [*DECODE, "--shapes", "1:512:4/2", "--head-dim", "64", "--dtype", "fp32", "--seconds", "0.001", "--sets", "2", "--rounds", "2"]
 
 
-def test_a_base_is_measured_in_turns_on_equal_data(same_package, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(base, "ROOT", ROOT)
+def test_a_base_is_measured_in_turns_on_equal_data(same_package, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     methods = ["--methods", "sdpa_gqa", "twilight_dense", "twilight_quest", "--dense-below", "0"]
     assert main([*BASE, *methods, "--base", str(same_package), "--json", str(path)]) == 0
