@@ -15,8 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from .run import Op, announce, checked, console_of, parse, reason, show, usable
 from .timing import output_of, tensors_of
 
 BUILT = ROOT / "build" / "base"
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "integration", "twilight_ops", "bench")
+SOURCES = ("setup.py", "pyproject.toml", "csrc", "integration", "twilight_ops", "bench")  # what an installed folder depends on
 COLUMNS = "method base_us new_us new_over_base spread equal_bits error"
 
 
@@ -97,44 +97,35 @@ def digest(output: object) -> str:
 
 
 class Worker:
-    """The other end of `worker`."""
+    """The other end of `worker`: imports `bench` from `folder`, and `twilight_ops` from `site` or as this process does."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]):
+    def __init__(self, folder: Path, site: Path | None):
+        environment = os.environ | ({} if site is None else {"PYTHONPATH": str(site)})
         command = [sys.executable, "-m", "bench", "worker"]
         self.process = subprocess.Popen(command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, do: str, **arguments: object) -> dict:
         """Raises RuntimeError where the request failed."""
-        try:
+        with suppress(BrokenPipeError):
             print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"the process ended with status {self.process.wait()}"}
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
 
-
-@contextmanager
-def running(folder: Path, site: Path | None) -> Iterator[Worker]:
-    """A worker that imports `bench` from `folder`, and `twilight_ops` from `site` or as this process does."""
-    worker = Worker(folder, os.environ | ({} if site is None else {"PYTHONPATH": str(site)}))
-    try:
-        yield worker
-    finally:
-        worker.process.stdin.close()
-        worker.process.wait()
+    def end(self) -> None:
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 def sources(base: str, target: Path) -> str:
     """Copies what is built of a folder or a commit; returns its name."""
     if Path(base).is_dir():
-        found = [name for name in SOURCES if (Path(base) / name).exists()]
-        for name in found:
-            ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
-            copy = shutil.copytree if (Path(base) / name).is_dir() else shutil.copy2
-            copy(Path(base) / name, target / name, **({"ignore": ignore} if copy is shutil.copytree else {}))
+        ignore = shutil.ignore_patterns(".*", "build", "results", "__pycache__", "*.so")
+        shutil.copytree(base, target, ignore=ignore, dirs_exist_ok=True)
         return str(base)
     found = [git("rev-parse", "--show-toplevel"), git("rev-parse", "--short", f"{base}^{{commit}}")]
     if any(done.returncode for done in found):
@@ -156,7 +147,7 @@ def installed(base: str, workspace: Path) -> tuple[str, Path]:
     source.mkdir()
     name = sources(base, source)
     built = hashlib.sha256(f"{sys.version} {torch.__version__} {os.environ.get('TWILIGHT_NATIVE', '')}".encode())
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+    for path in sorted(path for name in SOURCES for path in (source / name, *(source / name).rglob("*")) if path.is_file()):
         built.update(str(path.relative_to(source)).encode() + path.read_bytes())
     site = BUILT / built.hexdigest()[:16]
     if not site.exists():
@@ -208,10 +199,10 @@ def main(op: Op, options: argparse.Namespace, arguments: Sequence[str]) -> int:
         own = (site / "bench" / "__main__.py").exists()
         if not own:
             shutil.copytree(ROOT / "bench", workspace / "bench", ignore=shutil.ignore_patterns("results"))
-        folders = {"base": (site if own else workspace, site), "new": (ROOT, None)}
-        workers = {side: stack.enter_context(running(*found)) for side, found in folders.items()}
+        workers = {"base": Worker(site if own else workspace, site), "new": Worker(ROOT, None)}
         told = {}
         for side, worker in workers.items():
+            stack.callback(worker.end)
             try:
                 told[side] = worker.ask("start", op=op.name, arguments=list(arguments), talks=side == "new")
             except RuntimeError as error:

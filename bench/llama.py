@@ -196,42 +196,26 @@ def forget_peak(device: torch.device) -> None:
 
 
 @dataclass
-class Loaded:
-    """A model and what is measured of it once."""
-
-    model: PreTrainedModel
-    shape: str
-    bandwidth: float  # bytes a second of streamed reads: the floor's denominator
-    weight_bytes: int
-    query_rms: Tensor
-
-    @property
-    def read_bytes(self) -> int:
-        """Weights that a step reads: of an embedding that is not the head too, only a row a sequence."""
-        embedding = local(self.model.get_input_embeddings().weight).nbytes
-        return self.weight_bytes - (0 if self.model.config.tie_word_embeddings else embedding)
-
-
-@dataclass
 class Decoding:
     """One cell: a batch of sequences with so many cached tokens each."""
 
-    loaded: Loaded
+    model: PreTrainedModel
+    weight_bytes: int
     batch: int
     context: Context
     room: int  # positions to decode
     sets: int = 1
 
     def describe(self) -> str:
-        return f"{self.loaded.shape}, {self.batch} sequences of {self.context.length} tokens"
+        return f"{self.batch} sequences of {self.context.length} tokens"
 
     @property
     def fingerprint(self) -> list[float]:
-        return [self.loaded.query_rms.double().sum().item(), *(t.double().sum().item() for t in next(self.context.chunks(1))[2:])]
+        return [self.context.query_rms.double().sum().item(), *(t.double().sum().item() for t in next(self.context.chunks(1))[2:])]
 
     @property
     def kv_bytes(self) -> int:
-        return cached_bytes(self.loaded.model.config, self.context.length) * self.batch // WORLD_SIZE
+        return cached_bytes(self.model.config, self.context.length) * self.batch // WORLD_SIZE
 
 
 def attention_ms(cache: TwilightCache, context: Context, batch: int, steps: int) -> float:
@@ -257,7 +241,7 @@ def attention_ms(cache: TwilightCache, context: Context, batch: int, steps: int)
 
 def hf_static_step(data: Decoding, options: argparse.Namespace) -> Callable[[], None]:
     """What a user has today: StaticCache, sdpa, torch.compile(mode="reduce-overhead"), greedy."""
-    model, batch, context = data.loaded.model, data.batch, data.context
+    model, batch, context = data.model, data.batch, data.context
     device, config = model.device, model.config
     model.set_attn_implementation("sdpa")
     cache = StaticCache(config=config, max_cache_len=context.length + data.room)
@@ -281,7 +265,7 @@ def hf_static_step(data: Decoding, options: argparse.Namespace) -> Callable[[], 
 
 def twilight_decoder(method: str, data: Decoding, options: argparse.Namespace) -> tuple[TwilightCache, Decoder]:
     """Our decoder: the compiled step recorded as one CUDA graph, sampling included."""
-    model, batch, context = data.loaded.model, data.batch, data.context
+    model, batch, context = data.model, data.batch, data.context
     config = model.config
     model.set_attn_implementation("twilight")
     plan = twilight_config(method, context.length, config.head_dim, options)
@@ -313,7 +297,7 @@ def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Met
                 columns |= {"live": budget.live, "candidates": budget.candidates.mean, "kept": budget.kept.mean}
                 columns["captured_mass"] = budget.captured_mass
         if options.device == "cuda" and WORLD_SIZE == 1:  # shards of the random layers share one layer's memory
-            columns["peak_over_kv"] = (torch.cuda.max_memory_allocated() - data.loaded.weight_bytes - data.kv_bytes) / data.kv_bytes
+            columns["peak_over_kv"] = (torch.cuda.max_memory_allocated() - data.weight_bytes - data.kv_bytes) / data.kv_bytes
         return columns | {"setup_s": round(time.perf_counter() - started, 1)}
 
     return Method(name, [], report, sampled=lambda seconds: step_us(step, options.steps, options.device))
@@ -321,7 +305,7 @@ def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Met
 
 def prefill_method(name: str, data: Decoding, options: argparse.Namespace) -> Method:
     """One prompt of random tokens through the first layers."""
-    model, length = data.loaded.model, data.context.length
+    model, length = data.model, data.context.length
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     columns: dict[str, float] = {}
     model.set_attn_implementation("sdpa" if name == HF_DYNAMIC else "twilight")
@@ -453,48 +437,50 @@ class ModelOp(Op):
     def start(self, options: argparse.Namespace) -> None:
         if WORLD_SIZE > 1 and (options.model not in SHAPES or self.kind == "prefill" or options.base is not None):
             options.error("torchrun: expected decode steps of a random model and no --base")
-        model, shape = make_model(options)
+        self.model, self.shape = make_model(options)
         if options.join_linears:
-            join_linears(model)
-        with torch.no_grad():
-            rms = measured_query_rms(model)
-        self.loaded = Loaded(model, shape, read_bandwidth(options.device), sum(local(p).nbytes for p in model.parameters()), rms)
+            join_linears(self.model)
+        self.bandwidth = read_bandwidth(options.device)  # bytes a second: the floor's denominator
+        self.weight_bytes = sum(local(p).nbytes for p in self.model.parameters())
+        # Of an embedding that is not the head too, a step reads only a row a sequence.
+        unread = 0 if self.model.config.tie_word_embeddings else local(self.model.get_input_embeddings().weight).nbytes
+        self.read_bytes = self.weight_bytes - unread
+        self.query_rms = measured_query_rms(self.model)
         self.release(options.device)
 
     def cells(self, options: argparse.Namespace) -> list[tuple[int, int]]:
-        config, weights, device = self.loaded.model.config, self.loaded.weight_bytes, self.loaded.model.device
-        return [(largest_batch(config, n, weights, device) if batch == "max" else int(batch), n) for batch, n in options.shapes]
+        config, device = self.model.config, self.model.device
+        return [(largest_batch(config, n, self.weight_bytes, device) if batch == "max" else int(batch), n) for batch, n in options.shapes]
 
     def open(self, cell: tuple[int, int], options: argparse.Namespace, sets: int | None = None, memory_share: float = 1.0) -> Decoding:
-        heads = self.loaded.model.config.num_key_value_heads // WORLD_SIZE
+        heads = self.model.config.num_key_value_heads // WORLD_SIZE
         samples = 1 if options.base is None else 2 * options.rounds
-        context = Context.of(self.loaded.query_rms, heads, cell[1], options.spread)
-        return Decoding(self.loaded, cell[0], context, options.warmup + options.steps * samples + 8)
+        context = Context.of(self.query_rms, heads, cell[1], options.spread)
+        return Decoding(self.model, self.weight_bytes, cell[0], context, options.warmup + options.steps * samples + 8)
 
     def head(self, cell: tuple[int, int], options: argparse.Namespace) -> dict:
-        layers = self.loaded.model.config.num_hidden_layers
-        head = {"shape": self.loaded.shape, "gpus": WORLD_SIZE, "kind": self.kind, "context": cell[1], "batch": cell[0]}
+        layers = self.model.config.num_hidden_layers
+        head = {"shape": self.shape, "gpus": WORLD_SIZE, "kind": self.kind, "context": cell[1], "batch": cell[0]}
         if self.kind == "prefill":
             return head | {"layers": min(layers, options.prefill_layers), "dense_layers": 0}
         head |= {"layers": layers, "dense_layers": options.dense_layers, "dense_below": options.dense_below}
         return head | {"joined": options.join_linears, "top_p": options.top_p, "spread": options.spread}
 
     def environment(self, options: argparse.Namespace) -> dict:
-        return super().environment(options) | {"read_bandwidth": self.loaded.bandwidth}
+        return super().environment(options) | {"read_bandwidth": self.bandwidth}
 
     def assumptions(self, options: argparse.Namespace) -> str:
-        size, bandwidth = self.loaded.weight_bytes / 1e9, self.loaded.bandwidth / 1e12
-        what = f"{self.loaded.shape}: {size:.1f} GB of weights, read bandwidth {bandwidth:.2f} TB/s"
+        what = f"{self.shape}: {self.weight_bytes / 1e9:.1f} GB of weights, read bandwidth {self.bandwidth / 1e12:.2f} TB/s"
         return f"{what}, logits of standard deviation {options.spread}"
 
     def row(self, cell: tuple[int, int], options: argparse.Namespace, method: Method, timing: Timing, medians: dict[str, float]) -> dict:
         ms = timing.median_us / 1e3
         row: dict[str, object] = {"ms": ms, "p10_ms": timing.p10_us / 1e3, "p90_ms": timing.p90_us / 1e3}
         if self.kind == "decode":
-            cached = cached_bytes(self.loaded.model.config, cell[1]) * cell[0] // WORLD_SIZE
-            floors = {"floor_ms": self.loaded.read_bytes + cached, "weights_floor_ms": self.loaded.read_bytes}
+            cached = cached_bytes(self.model.config, cell[1]) * cell[0] // WORLD_SIZE
             row["tokens_per_s"] = cell[0] / ms * 1e3
-            row |= {name: moved / self.loaded.bandwidth * 1e3 for name, moved in floors.items()}
+            row["floor_ms"] = (self.read_bytes + cached) / self.bandwidth * 1e3
+            row["weights_floor_ms"] = self.read_bytes / self.bandwidth * 1e3
         row |= method.report()
         if "attention_ms" in row:
             row["attention_share"] = row["attention_ms"] / ms
