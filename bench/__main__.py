@@ -64,7 +64,9 @@ def run(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where something could not be measured or drawn, 2 for a malformed command, 3 where the device was lost."""
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help") or (
+        command == "run" and not any(argument.startswith("--op") for argument in rest) and {"-h", "--help"} & set(rest)
+    ):
         print(USAGE, end="")
     elif command == "list":
         listing()

@@ -146,7 +146,8 @@ def installed(base: str, workspace: Path) -> tuple[str, Path]:
     source = workspace / "source"
     source.mkdir()
     name = sources(base, source)
-    built = hashlib.sha256(f"{sys.version} {torch.__version__} {os.environ.get('TWILIGHT_NATIVE', '')}".encode())
+    asked = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TWILIGHT_")}
+    built = hashlib.sha256(f"{sys.version} {torch.__version__} {asked}".encode())
     for path in sorted(path for name in SOURCES for path in (source / name, *(source / name).rglob("*")) if path.is_file()):
         built.update(str(path.relative_to(source)).encode() + path.read_bytes())
     site = BUILT / built.hexdigest()[:16]

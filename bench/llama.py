@@ -411,17 +411,18 @@ class ModelOp(Op):
     alone = ("cpu", "cuda")
     devices = ("cuda", "cpu")
     grad_mode = torch.no_grad
+    shape_help = "batch:context such as 4:32k, or max:32k for the largest batch that fits"
 
-    def add_options(self, p: argparse.ArgumentParser) -> None:
+    def add_options(self, p: argparse._ArgumentGroup) -> None:
         p.add_argument("--model", default="llama31-8b", help=f"{', '.join(SHAPES)} (random weights), or the path of a model")
-        p.add_argument("--layers", type=int, help="fewer layers than the model has, for a quick look")
-        p.add_argument("--prefill-layers", type=int, default=4, help="first layers that a prompt goes through")
-        p.add_argument("--top-p", type=float, default=0.85)
-        p.add_argument("--spread", type=float, default=SPREAD, help="standard deviation of the logits")
-        p.add_argument("--dense-layers", type=int, default=2, help="first layers that attend to everything")
-        p.add_argument("--dense-below", type=int, help="tokens up to which sparse methods attend to everything too; default: as shipped")
-        p.add_argument("--warmup", type=int, default=8)
-        p.add_argument("--steps", type=int, default=64)
+        p.add_argument("--layers", type=int, metavar="N", help="fewer layers than the model has, for a quick look")
+        p.add_argument("--prefill-layers", type=int, default=4, metavar="N", help="first layers that a prompt goes through; default: 4")
+        p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="default: 0.85")
+        p.add_argument("--spread", type=float, default=SPREAD, metavar="STD", help="of the logits; default: 3.7")
+        p.add_argument("--dense-layers", type=int, default=2, metavar="N", help="first layers that attend to everything; default: 2")
+        p.add_argument("--dense-below", type=int, metavar="N", help="tokens up to which all attend to everything; default: as shipped")
+        p.add_argument("--warmup", type=int, default=8, metavar="N", help="steps before the timed ones; default: 8")
+        p.add_argument("--steps", type=int, default=64, metavar="N", help="default: 64")
         p.add_argument("--join-linears", action="store_true", help="query, key and value in one product, gate and up in one")
         p.add_argument("--eager", action="store_true", help="compile and record nothing: for tests, not for figures")
 

@@ -158,7 +158,7 @@ class Phases(LayerOp):
         return [row | {"phases": ", ".join(f"{name} {us:.1f}" for name, us in row.get("phase_us", {}).items())} for row in rows]
 
 
-def options(p: argparse.ArgumentParser) -> None:
+def options(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--library", type=Path, help="the compiled copy: used where it exists, else kept there")
     p.add_argument("--compile-only", action="store_true", help="make --library, for which no GPU is needed")
 

@@ -70,24 +70,23 @@ class LayerOp(Op):
     notes: str = ""
     devices: tuple[str, ...] = DEVICES
     time_limits: dict = field(default_factory=dict)
-    extra: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    extra: Callable[[argparse._ArgumentGroup], None] = lambda parser: None
     columns = (
         "method median_us spread bytes gb_per_s share_of_read_bandwidth ratio_to_best_dense ratio_to_fa2 share_of_speed_of_light "
         "candidates kept_tokens captured_mass estimated_mass served_by error"
     )
 
-    def add_options(self, p: argparse.ArgumentParser) -> None:
+    def add_options(self, p: argparse._ArgumentGroup) -> None:
         p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16, and fp32 on a CPU")
-        p.add_argument("--head-dim", type=int, default=128)
-        p.add_argument("--page-size", type=int, default=16)
-        p.add_argument("--query-tokens", type=int, default=1, help="of a sequence; dense peers and stages take 1")
-        p.add_argument(
-            "--token-budget", type=int, default=8192, help="candidates of Quest in tokens, on a GPU at most a quarter of the length"
-        )
-        p.add_argument("--top-p", type=float, default=0.85)
+        p.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: 128")
+        p.add_argument("--page-size", type=int, default=16, metavar="S", help="default: 16")
+        p.add_argument("--query-tokens", type=int, default=1, metavar="T", help="of a sequence; dense peers take 1")
+        p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="default: 0.85")
         p.add_argument("--page-order", choices=workload.PAGE_ORDERS, default="shuffled", help="where a sequence's pages lie in the pool")
-        p.add_argument("--spread", type=float, default=workload.SPREAD, help="standard deviation of the logits, natural-log units")
-        p.add_argument("--sets", type=int, help="buffer sets to rotate; default: 1 GiB of K and V, or 512 MiB of what a GPU call reads")
+        p.add_argument("--spread", type=float, default=workload.SPREAD, metavar="STD", help="of the logits; default: 3.7")
+        p.add_argument(
+            "--sets", type=int, metavar="N", help="buffer sets in turn; default: 1 GiB of K and V, or 512 MiB of what a GPU call reads"
+        )
         self.extra(p)
 
     def shapes(self, text: str) -> list[Shape]:
@@ -272,9 +271,16 @@ def decode_entries(options: argparse.Namespace) -> list[Entry]:
     return found
 
 
-def decode_options(p: argparse.ArgumentParser) -> None:
+def decode_options(p: argparse._ArgumentGroup) -> None:
+    p.add_argument(
+        "--token-budget",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="candidates; of Quest on a GPU at most a quarter of the length; default: 8192",
+    )
     shipped = "default: as shipped, the break-even in twilight_ops/config.py"
-    p.add_argument("--dense-below", type=int, help=f"tokens up to which Twilight attends to everything; {shipped}")
+    p.add_argument("--dense-below", type=int, metavar="N", help=f"tokens up to which Twilight attends to everything; {shipped}")
 
 
 # Stages: each operator on what the one before it gave.
@@ -336,7 +342,7 @@ def setting_of(text: str) -> str:
 BUDGETS = ["full", "quest:8192", "shadow_prefix:8192", "shadow_prefix:4096"]
 
 
-def stage_options(p: argparse.ArgumentParser) -> None:
+def stage_options(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--budgets", nargs="+", type=setting_of, default=BUDGETS, metavar="SELECTOR:TOKENS", help=f"default: {' '.join(BUDGETS)}"
     )
@@ -369,8 +375,8 @@ def append_entries(options: argparse.Namespace) -> list[Entry]:
     return [Entry(name, partial(prepare, tokens, name)) for tokens, name in names.items()]
 
 
-def append_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--chunk", type=int, default=2048, help="tokens of the prompt chunk")
+def append_options(p: argparse._ArgumentGroup) -> None:
+    p.add_argument("--chunk", type=int, default=2048, metavar="N", help="tokens of the prompt chunk; default: 2048")
 
 
 LONG = {"cpu": "one", "cuda": "two-batches"}

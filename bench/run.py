@@ -63,9 +63,10 @@ class Op:
     time_limits: dict[str, tuple[float, float]] = {}  # seconds for a run and for a method over all shapes, by device
     grad_mode: Callable = torch.inference_mode
     needs_device = True  # to do anything at all
+    shape_help = "batch:length:heads such as 64:32k:32/8, or grids by name"
     alone: tuple[str, ...] = ("cuda",)  # devices on which methods are prepared and timed one after the other, which needs less memory
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
+    def add_options(self, group: argparse._ArgumentGroup) -> None:
         """Options of its own."""
 
     def shapes(self, text: str) -> list:
@@ -127,31 +128,28 @@ def jsonl(text: str) -> Path:
 
 
 def parser(op: Op) -> argparse.ArgumentParser:
+    command = f"python -m bench run --op {op.name}"
     p = argparse.ArgumentParser(
-        prog=f"python -m bench run --op {op.name}", description=op.about, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command, usage=f"{command} [options]", description=op.about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--op", help=argparse.SUPPRESS)
-    p.add_argument("--device", choices=op.devices, default=op.devices[0], help=f"default: {op.devices[0]}")
-    p.add_argument(
-        "--shapes",
-        nargs="+",
-        type=op.shapes,
-        metavar="SHAPE",
-        help="such as 64:32k:32/8 (batch:length:heads), or grids by name; see `list`",
-    )
-    p.add_argument("--methods", nargs="+", default=["*"], metavar="NAME", help="by name or pattern such as 'twilight_*'; see `list`")
-    p.add_argument("--seconds", type=float, help="sampling time a method and shape; default: 2, or 0.15 on a GPU")
-    p.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
-    p.add_argument("--json", type=jsonl, metavar="FILE.jsonl", help="write one row a line, as they are measured")
-    p.add_argument("--append", action="store_true", help="keep the rows that --json has")
-    p.add_argument("--resume", action="store_true", help="keep the rows that --json has and measure what is missing")
-    p.add_argument("--time-limit", type=float, help="seconds for the whole run, shapes beyond it are left out aloud")
-    p.add_argument("--method-time-limit", type=float, help="seconds for one method over all shapes, compilation included")
-    p.add_argument(
-        "--base", metavar="COMMIT", help="compare our methods with another commit, checkout or installed folder, in turns on this machine"
-    )
-    p.add_argument("--rounds", type=int, default=6, help="turns of --base, each in the order base, new, new, base; default: 6")
-    op.add_options(p)
+    what = p.add_argument_group("what to measure (python -m bench list)")
+    what.add_argument("--device", choices=op.devices, default=op.devices[0], help=f"default: {op.devices[0]}")
+    what.add_argument("--shapes", nargs="+", type=op.shapes, metavar="SHAPE", help=op.shape_help)
+    what.add_argument("--methods", nargs="+", default=["*"], metavar="NAME", help="by name or pattern such as 'twilight_*'")
+    op.add_options(p.add_argument_group("on what data"))
+    how = p.add_argument_group("how")
+    how.add_argument("--seconds", type=float, metavar="S", help="sampling time a method and shape; default: 2, or 0.15 on a GPU")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
+    how.add_argument("--time-limit", type=float, metavar="S", help="for the whole run; shapes beyond it are left out aloud")
+    how.add_argument("--method-time-limit", type=float, metavar="S", help="for one method over all shapes, compilation included")
+    rows = p.add_argument_group("results")
+    rows.add_argument("--json", type=jsonl, metavar="FILE.jsonl", help="write one row a line, as they are measured")
+    rows.add_argument("--append", action="store_true", help="keep the rows that --json has")
+    rows.add_argument("--resume", action="store_true", help="keep the rows that --json has and measure what is missing")
+    base = p.add_argument_group("comparison")
+    base.add_argument("--base", metavar="REV", help="another commit, checkout or installed folder to compare our methods with, in turns")
+    base.add_argument("--rounds", type=int, default=6, metavar="N", help="turns, each in the order base, new, new, base; default: 6")
     return p
 
 
@@ -348,4 +346,6 @@ def main(op: Op, options: argparse.Namespace) -> int:
             op.release(options.device)
     took = time.monotonic() - run.started
     console.print(f"{took:.0f} s; by method: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in run.spent.most_common()))
+    if results.WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()
     return 1 if run.failed else 0
