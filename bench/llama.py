@@ -433,7 +433,11 @@ class ModelOp(Op):
         return "1:32k"
 
     def entries(self, options: argparse.Namespace) -> list[Entry]:
-        return [Entry(name, partial(self.method, name), kind="peer" if name == self.peer else "ours") for name in (self.peer, *OURS)]
+        return [Entry(name, partial(self.prepare, name), kind="peer" if name == self.peer else "ours") for name in (self.peer, *OURS)]
+
+    def prepare(self, name: str, data: Decoding, options: argparse.Namespace) -> Method:
+        self.release(options.device)  # each method has the whole device
+        return self.method(name, data, options)
 
     def start(self, options: argparse.Namespace) -> None:
         if WORLD_SIZE > 1 and (options.model not in SHAPES or self.kind == "prefill" or options.base is not None):
@@ -493,7 +497,7 @@ class ModelOp(Op):
         return [row | ratios | floor for row, ratios, floor in zip(rows, beside, floors, strict=True)]
 
     def release(self, device: str) -> None:
-        """Drops compiled graphs and their pools, so that each method has the whole device."""
+        """Drops compiled graphs and their pools too."""
         torch.compiler.reset()
         if device == "cuda":
             from torch._inductor.cudagraph_trees import reset_cudagraph_trees

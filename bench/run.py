@@ -109,7 +109,7 @@ class Op:
         return list(rows)
 
     def release(self, device: str) -> None:
-        """Frees what one method left behind."""
+        """Frees what a shape left behind."""
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -295,7 +295,6 @@ class Run:
             group = [entry for entry in group if not self.out_of_time and self.within_time(entry)]
             if group:
                 self.measure_group(cell, data, group)
-                self.op.release(self.options.device)
 
 
 def checked(entry: Entry, data: Any, options: argparse.Namespace) -> Method:
