@@ -139,7 +139,9 @@ def parser(op: Op) -> argparse.ArgumentParser:
     what.add_argument("--methods", nargs="+", default=["*"], metavar="NAME", help="by name or pattern such as 'twilight_*'")
     op.add_options(p.add_argument_group("on what data"))
     how = p.add_argument_group("how")
-    how.add_argument("--seconds", type=float, metavar="S", help="sampling time a method and shape; default: 2, or 0.15 on a GPU")
+    how.add_argument(
+        "--seconds", type=float, metavar="S", help="sampling time a method and shape; default: 2, or 0.15 on a GPU, of --base an eighth"
+    )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
     how.add_argument("--time-limit", type=float, metavar="S", help="for the whole run; shapes beyond it are left out aloud")
     how.add_argument("--method-time-limit", type=float, metavar="S", help="for one method over all shapes, compilation included")
@@ -165,7 +167,8 @@ def parse(op: Op, arguments: Sequence[str]) -> argparse.Namespace:
     if options.device == "cuda" and op.needs_device and not torch.cuda.is_available():
         cli.error("--device: expected cpu, because this machine has no usable GPU, got cuda")
     options.shapes = [cell for found in options.shapes or [op.shapes(op.default_shapes(options.device))] for cell in found]
-    options.seconds = op.seconds[options.device] if options.seconds is None else options.seconds
+    if options.seconds is None:
+        options.seconds = op.seconds[options.device] / (1 if options.base is None else 8)  # a comparison takes many samples
     limits = op.time_limits.get(options.device, (float("inf"), float("inf")))
     options.time_limit = limits[0] if options.time_limit is None else options.time_limit
     options.method_time_limit = limits[1] if options.method_time_limit is None else options.method_time_limit
