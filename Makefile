@@ -4,7 +4,7 @@
 # test-matrix   the installed wheel from another folder: avx2 and default, 1 and 2 threads, random order, 40 and 200 columns
 # coverage      all tests, with the share of lines they ran by file
 # demo, demo-tp a real model on one process, on two
-# bench-cpu     bench/results/cpu_decode_attention.json
+# bench-cpu     bench/results/cpu_decode_attention.jsonl; bench-base BASE=COMMIT compares this checkout with another
 # On an sm_90 machine whose GPU_PYTHON holds a CUDA build of PyTorch: gpu-install, gpu-test, gpu-sanitize, gpu-bench
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py)
 CPP_SOURCES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) csrc/*/*/*.$(ending)) tests/emulator/*)
 
-.PHONY: venv test demo demo-tp lint format bench-cpu clean gpu-install gpu-test gpu-sanitize gpu-bench
+.PHONY: venv test demo demo-tp lint format bench-cpu bench-base clean gpu-install gpu-test gpu-sanitize gpu-bench
 
 venv: $(VENV)/.installed
 
@@ -86,7 +86,11 @@ format: venv
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 bench-cpu: venv
-	$(PY) bench/bench_decode_attention.py --device cpu --json bench/results/cpu_decode_attention.json
+	$(PY) -m bench run --op decode_attention --json bench/results/cpu_decode_attention.jsonl
+
+BASE ?= HEAD~1
+bench-base: venv
+	$(PY) -m bench run --op decode_attention --base $(BASE)
 
 GPU_PYTHON ?= python3
 GPU_WORKERS ?= 8
@@ -106,11 +110,11 @@ gpu-sanitize:
 	done
 
 gpu-bench:
-	$(GPU_PYTHON) bench/bench_stages.py --json $(GPU_RESULTS)/h200_stages.json
-	$(GPU_PYTHON) bench/bench_decode_attention.py --device cuda --json $(GPU_RESULTS)/h200_decode_attention.json
-	$(GPU_PYTHON) bench/bench_fused_phases.py --json $(GPU_RESULTS)/h200_fused_phases.json
-	$(GPU_PYTHON) bench/plot_decode_attention.py $(GPU_RESULTS)/h200_decode_attention.json $(GPU_RESULTS)/h200_stages.json \
-		$(GPU_RESULTS)/h200_fused_phases.json -o $(GPU_RESULTS)
+	$(GPU_PYTHON) -m bench run --op stages --device cuda --json $(GPU_RESULTS)/h200_stages.jsonl
+	$(GPU_PYTHON) -m bench run --op decode_attention --device cuda --json $(GPU_RESULTS)/h200_decode_attention.jsonl
+	$(GPU_PYTHON) -m bench run --op phases --json $(GPU_RESULTS)/h200_fused_phases.jsonl
+	$(GPU_PYTHON) -m bench plot $(addprefix $(GPU_RESULTS)/h200_,$(addsuffix .jsonl,decode_attention stages fused_phases)) \
+		-o $(GPU_RESULTS) --prefix h200_
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info twilight_ops/*.so .pytest_cache .ruff_cache .hypothesis

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-if TYPE_CHECKING:
-    from workload import Workload
+from .checks import exact_check
+from .run import Entry
+from .timing import Method
+from .workload import Workload
 
 # The paper's baseline: every speed-up of its Figure 7 is over this one.
 FA2 = "torch_fa2"
@@ -24,19 +25,16 @@ FA2 = "torch_fa2"
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """One dense implementation and the devices it is a fair peer on.
+def peer(
+    name: str, device: str, calls: Callable[[Workload], list[Callable[[], Tensor]]], missing: Callable[[], str | None] = lambda: None
+) -> Entry:
+    """One dense implementation and the device it is a fair peer on; `calls` gives one call a buffer set."""
 
-    Args:
-        calls: one call a buffer set.
-        missing: why it cannot run here, or None.
-    """
+    def prepare(data: Workload, options: argparse.Namespace) -> Method:
+        report = {"bytes": data.sizes.kv_bytes, "kept_tokens": float(data.sizes.length), "captured_mass": 1.0}
+        return Method(name, calls(data), lambda: report, check=exact_check(data.expected[0]))
 
-    name: str
-    devices: tuple[str, ...]
-    calls: Callable[[Workload], list[Callable[[], Tensor]]]
-    missing: Callable[[], str | None] = lambda: None
+    return Entry(name, prepare, (device,), "peer", missing)
 
 
 def contiguous(attend: Attention) -> Callable[[Workload], list[Callable[[], Tensor]]]:
@@ -113,23 +111,29 @@ def flashinfer_calls(data: Workload, use_tensor_cores: bool) -> list[Callable[[]
     def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         return wrapper.run(q[:, 0], (k_cache, v_cache))[:, None]
 
-    return [partial(attend, q, layer.k_cache, layer.v_cache) for q, layer in zip(data.queries, data.cache.layers, strict=True)]
+    return [partial(attend, q, *layer.kv) for q, layer in zip(data.queries, data.cache.layers, strict=True)]
 
 
-def flashinfer_missing() -> str | None:
-    return None if importlib.util.find_spec("flashinfer") is not None else "flashinfer is not installed"
+def fa3(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
+    """FlashAttention 3, from the wheel fa3-fwd; `k` and `v` are read where they lie, by their strides."""
+    from fa3_fwd_interface import flash_attn_with_kvcache
+
+    out = flash_attn_with_kvcache(q, k.transpose(1, 2), v.transpose(1, 2), softmax_scale=sm_scale)
+    return out[0] if isinstance(out, tuple) else out
 
 
+def needs(module: str, package: str) -> Callable[[], str | None]:
+    return lambda: None if importlib.util.find_spec(module) is not None else f"{package} is not installed"
+
+
+FLASHINFER = needs("flashinfer", "flashinfer")
 PEERS = (
-    Peer("sdpa_gqa", ("cpu",), contiguous(sdpa_gqa)),
-    Peer("sdpa_folded", ("cpu",), contiguous(sdpa_folded)),
-    Peer("cudnn_sdpa", ("cuda",), contiguous(sdpa_backend(SDPBackend.CUDNN_ATTENTION))),
-    Peer(FA2, ("cuda",), contiguous(sdpa_backend(SDPBackend.FLASH_ATTENTION))),
-    Peer("flashinfer", ("cuda",), partial(flashinfer_calls, use_tensor_cores=False), flashinfer_missing),
-    Peer("flashinfer_tensor_cores", ("cuda",), partial(flashinfer_calls, use_tensor_cores=True), flashinfer_missing),
-    Peer("flex_attention", ("cuda",), flex_calls),
+    peer("sdpa_gqa", "cpu", contiguous(sdpa_gqa)),
+    peer("sdpa_folded", "cpu", contiguous(sdpa_folded)),
+    peer("cudnn_sdpa", "cuda", contiguous(sdpa_backend(SDPBackend.CUDNN_ATTENTION))),
+    peer(FA2, "cuda", contiguous(sdpa_backend(SDPBackend.FLASH_ATTENTION))),
+    peer("fa3", "cuda", contiguous(fa3), needs("fa3_fwd_interface", "fa3-fwd")),
+    peer("flashinfer", "cuda", partial(flashinfer_calls, use_tensor_cores=False), FLASHINFER),
+    peer("flashinfer_tensor_cores", "cuda", partial(flashinfer_calls, use_tensor_cores=True), FLASHINFER),
+    peer("flex_attention", "cuda", flex_calls),
 )
-
-
-def peers_on(device: str) -> list[Peer]:
-    return [peer for peer in PEERS if device in peer.devices]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "csrc"))
-import toolchain  # noqa: E402
+from .rows import ROOT
 
 SOURCE = Path(__file__).with_name("speed_of_light.cu")
 MAX_STREAMS = 8
@@ -72,13 +73,19 @@ class Chunks:
         return 0 if vectors == 1 else -(-(2**32) // vectors)
 
 
+def toolchain() -> ModuleType:
+    """csrc/toolchain.py, which knows how CUDA sources are compiled."""
+    sys.path.append(str(ROOT / "csrc"))
+    return importlib.import_module("toolchain")
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     target = Path(tempfile.mkdtemp()) / "speed_of_light.so"
-    nvcc = toolchain.find_nvcc()
-    if problem := toolchain.nvcc_problem(nvcc):
+    nvcc = toolchain().find_nvcc()
+    if problem := toolchain().nvcc_problem(nvcc):
         raise RuntimeError(problem)
-    subprocess.run(toolchain.library_command(nvcc, SOURCE, target), check=True)
+    subprocess.run(toolchain().library_command(nvcc, SOURCE, target), check=True)
     library = ctypes.CDLL(str(target))
     if library.streams_bytes() != ctypes.sizeof(_Streams):
         raise RuntimeError(f"speed_of_light: Streams: expected {ctypes.sizeof(_Streams)} bytes, got {library.streams_bytes()}")

@@ -1,16 +1,17 @@
-"""Synthetic layers whose attention is as concentrated as a trained model's."""
+"""Synthetic layers whose attention is as concentrated as a trained model's, and calls of the operators on them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
-from timing import RESERVED_BYTES, Sizes, buffer_sets
 from torch import Tensor
 
-from twilight_ops import PagedKVCache, PagedKVLayer, Quest, TwilightConfig, decode_step, ops
+from twilight_ops import Explanation, PagedKVCache, PagedKVLayer, Quest, TwilightConfig, decode_step, explain
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
+from twilight_ops.ops import operator as twilight_operator
 
 # Standard deviation of the logits, natural-log units. At p = 0.85 the lognormal's quantiles leave 128 of 32768 tokens a query head; a
 # sample of that size, which lacks the far tail, keeps 209 on average (4.0 leaves about 120).
@@ -22,10 +23,17 @@ PAGE_COHERENCE = 0.5
 ENERGY_DECAY = 0.25
 # Tokens filled in one append_kv call.
 FILL_CHUNK = 4096
-
-
 # Where a sequence's pages lie: at random in the whole pool, as in a server that has run for long, or as a fresh cache hands them out.
 PAGE_ORDERS = {"shuffled": "shuffled pages", "allocated": "pages in the order of allocation"}
+SELECT_OPS = {"quest": "select_pages", "shadow_prefix": "select_tokens"}
+EVERYTHING = {"indices": None, "counts": None, "tokens_per_index": 1}  # a list of every token
+# Buffers of one rotation together: beyond what a core keeps between two uses of the same buffer.
+COLD_BYTES = 1 << 30
+# On a GPU it is the bytes a sparse call touches that must not stay: together nine times the 60 MB of an H200's L2.
+COLD_TOUCHED_BYTES = 1 << 29
+MIN_SETS, MAX_SETS = 4, 64
+# Data made for one sequence, the exact attention in fp32 and what the methods allocate for themselves.
+RESERVED_BYTES = 8 << 30
 
 
 def assumptions(spread: float = SPREAD, page_order: str = "shuffled") -> str:
@@ -36,7 +44,119 @@ def assumptions(spread: float = SPREAD, page_order: str = "shuffled") -> str:
     )
 
 
-ASSUMPTIONS = assumptions()
+def sets_for_cold_cache(bytes_per_set: int, cold_bytes: int = COLD_BYTES, least: int = MIN_SETS) -> int:
+    """How many buffer sets to rotate, as many layers of a model would: `cold_bytes` together, 4 to 64 sets."""
+    return min(MAX_SETS, max(least, -(-cold_bytes // bytes_per_set)))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One layer's decode call."""
+
+    batch: int
+    query_tokens: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    length: int  # live tokens a sequence, this step's included
+    dtype: torch.dtype
+
+    @property
+    def lists(self) -> int:
+        """Candidate lists: one a (sequence, KV head)."""
+        return self.batch * self.num_kv_heads
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V of all live tokens: what dense attention reads."""
+        return self.lists * self.length * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token of one KV head."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def shadow_token_bytes(self) -> int:
+        """4-bit codes, scale and zero of one token of one KV head."""
+        return self.head_dim // 2 + 4
+
+    def prefix_bytes(self, prefix_channels: int) -> int:
+        """The leading channels' codes of every live token, with scale and zero."""
+        return self.lists * self.length * (prefix_channels // 2 + 4)
+
+    def bounds_bytes(self, bytes_per_bound: int = 1) -> int:
+        """Page bounds of every live page; 8-bit bounds have a scale and zero of 4 bytes a page."""
+        pages = -(-self.length // self.page_size)
+        return self.lists * pages * (2 * self.head_dim * bytes_per_bound + (4 if bytes_per_bound == 1 else 0))
+
+    @property
+    def paged_bytes(self) -> int:
+        """One layer of the paged cache: K and V in whole pages, shadow, 8-bit bounds."""
+        pages = -(-self.length // self.page_size)
+        return self.lists * pages * self.page_size * (self.token_bytes + self.shadow_token_bytes) + self.bounds_bytes()
+
+    @property
+    def touched_bytes(self) -> int:
+        """About the least that any method timed here reads a call, attended rows left out."""
+        quest = decode_bytes(self, "quest", candidate_budget("quest", self.length), 0, 0, True)
+        prefix = decode_bytes(self, "shadow_prefix", candidate_budget("shadow_prefix", self.length), 0, self.head_dim // 4, True)
+        return min(self.kv_bytes, quest, prefix)
+
+    def describe(self) -> dict[str, int]:
+        return {
+            "B": self.batch,
+            "T": self.query_tokens,
+            "Hq": self.num_qo_heads,
+            "Hkv": self.num_kv_heads,
+            "D": self.head_dim,
+            "S": self.page_size,
+            "L": self.length,
+        }
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        heads = f"{self.num_qo_heads}/{self.num_kv_heads}"
+        return f"B{self.batch} T{self.query_tokens} heads {heads} D{self.head_dim} S{self.page_size} L{self.length} {dtype}"
+
+
+def candidate_budget(selector: str, length: int) -> int:
+    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter, and the shadow prefix an eighth."""
+    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 0}[selector]
+
+
+def decode_bytes(sizes: Sizes, selector: str, candidates: float, kept: float, prefix_channels: int, prunes: bool) -> int:
+    """Least bytes a decode call must read: selector metadata, shadow of I0, K and V of I1 (means a KV head)."""
+    attended = sizes.lists * kept * sizes.token_bytes
+    if selector == "dense":
+        return round(attended)
+    estimated = sizes.lists * candidates * sizes.shadow_token_bytes if prunes else 0.0
+    if selector == "quest":
+        return round(sizes.bounds_bytes() + estimated + attended)
+    if selector == "shadow_prefix":
+        # The prefix scan has read a candidate's leading codes, scale and zero already.
+        tail = sizes.lists * candidates * (sizes.head_dim - prefix_channels) // 2 if prunes else 0.0
+        return round(sizes.prefix_bytes(prefix_channels) + tail + attended)
+    return round(estimated + attended)
+
+
+def buffer_sets(sizes: Sizes, device: str, available_bytes: int | None = None) -> tuple[int, int]:
+    """How many paged layers and how many contiguous copies of K and V to rotate.
+
+    On a GPU the paged layers are at least two while memory lasts; dense peers share copies, each of which flushes the L2 by itself where
+    there are fewer copies than layers. (0, 0) where not even one of each fits into `available_bytes`.
+    """
+    if device == "cpu":
+        sets = sets_for_cold_cache(sizes.kv_bytes)
+        return sets, sets
+    paged = sets_for_cold_cache(sizes.touched_bytes, COLD_TOUCHED_BYTES, 2)
+    dense = sets_for_cold_cache(sizes.kv_bytes, COLD_BYTES, 1)
+    if available_bytes is not None:
+        room = available_bytes - RESERVED_BYTES
+        dense = min(dense, max(1, (room - 2 * sizes.paged_bytes) // sizes.kv_bytes))
+        paged = min(paged, (room - dense * sizes.kv_bytes) // sizes.paged_bytes)
+    return (paged, min(dense, paged)) if paged >= 1 else (0, 0)
 
 
 @dataclass
@@ -50,6 +170,7 @@ class Workload:
     values: Tensor
     prefix_channels: int
     copies: int  # of K and V, contiguous, for dense peers
+    pipelines: dict = field(default_factory=dict)  # what `pipeline` keeps
 
     @property
     def sm_scale(self) -> float:
@@ -59,15 +180,29 @@ class Workload:
     def paging(self) -> tuple[Tensor, Tensor]:
         return self.cache.page_table, self.cache.seq_lens
 
+    @property
+    def sets(self) -> int:
+        return len(self.queries)
+
+    @property
+    def fingerprint(self) -> list[float]:
+        """Equal for equal data."""
+        return [t[0].double().sum().item() for t in (self.queries[0], self.keys, self.values)]
+
+    def describe(self) -> str:
+        total = len(self.queries) * self.sizes.kv_bytes / 2**20
+        shared = f", {self.copies} contiguous copies for dense peers" if self.copies != len(self.queries) else ""
+        return f"{len(self.queries)} buffer sets in turn, {total:,.0f} MiB of K and V{shared}"
+
     def layers(self, config: TwilightConfig) -> list[PagedKVLayer]:
         """The same memory under another configuration, with counters of its own."""
         device = self.keys.device
-        return [
-            replace(
-                layer, plan=config.layer_plan(i, device.type, self.sizes.lists), budget_counters=torch.zeros_like(layer.budget_counters)
-            )
-            for i, layer in enumerate(self.cache.layers)
-        ]
+        found = []
+        for i, layer in enumerate(self.cache.layers):
+            plan = config.layer_plan(i, device.type, self.sizes.lists)
+            policy = plan.policy(self.cache.max_cache_len, self.sizes.num_qo_heads, self.sizes.num_kv_heads, device)
+            found.append(replace(layer, plan=plan, policy=policy, budget_counters=torch.zeros_like(layer.budget_counters)))
+        return found
 
     @cached_property
     def contiguous_kv(self) -> list[tuple[Tensor, Tensor]]:
@@ -78,6 +213,11 @@ class Workload:
     def dense_copies(self) -> list[tuple[Tensor, Tensor]]:
         """K and V of every set, contiguous: the layout that dense peers like best. Sets take the copies in turn."""
         return [self.contiguous_kv[i % self.copies] for i in range(len(self.queries))]
+
+    @cached_property
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """`exact` of the first query set."""
+        return self.exact(0)
 
     def exact(self, index: int) -> tuple[Tensor, Tensor]:
         """Attention of query set `index` over every token, in fp32: out [B, T, Hq, D] and lse [B, T, Hq]."""
@@ -96,41 +236,86 @@ class Workload:
         return torch.stack(out), torch.stack(lse)
 
 
-def decode_arguments(q: Tensor, layer: PagedKVLayer, paging: tuple[Tensor, Tensor], sm_scale: float) -> dict[str, object]:
-    """`decode_attention`'s arguments by name, as `decode_step.attend` passes them; selectors with a kernel of their own only."""
-    plan, tensors = layer.plan, ("k_cache", "v_cache", "k_quant", "k_scale", "page_bounds", "bounds_scale")
+def call_arguments(op: str, data: Workload, index: int, layer: PagedKVLayer | None = None, **given: object) -> dict[str, object]:
+    """Arguments by name of `torch.ops.twilight.<op>` on buffer set `index`: what its schema asks for, of the layer, its plan and `given`.
+
+    Only here does the bench know what operators call their arguments. No sinks and no newest tokens but the step's own are asked for.
+    """
+    layer = data.cache.layers[index] if layer is None else layer
+    plan = layer.plan
     selector = plan.selector
-    return {
-        "q": q,
-        **{name: getattr(layer, name) for name in (*tensors, "channel_order", "prefix_channels")},
-        "page_table": paging[0],
-        "seq_lens": paging[1],
+    known = {name: tensor for group in (layer.kv, layer.shadow, layer.bounds) for name, tensor in group._asdict().items()} | {
+        "q": data.queries[index],
+        "page_table": data.cache.page_table,
+        "seq_lens": data.cache.seq_lens,
+        "page_size": data.sizes.page_size,
+        "num_kv_heads": data.sizes.num_kv_heads,
+        "sm_scale": data.sm_scale,
+        "head_token_budget": None,
+        "head_top_p": None,
+        "sink_tokens": 0,
+        "recent_tokens": 0,
+        "budget_fraction": 0.0 if selector is None else selector.budget_fraction,
         "selector": "dense" if selector is None else selector.kernel,
         "token_budget": 1 if selector is None else selector.token_budget,
-        "budget_fraction": 0.0 if selector is None else selector.budget_fraction,
         "top_p": plan.top_p,
-        "sm_scale": sm_scale,
         "dense_below": plan.dense_below,
         "budget_counters": layer.budget_counters,
     }
+    known |= given
+    return {a.name: known[a.name] for a in operator(op)._schema.arguments if a.name in known}
 
 
-def shadow_of(layer: PagedKVLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tensors of the 4-bit shadow, in the operators' order."""
-    return layer.k_quant, layer.k_scale, layer.channel_order, layer.prefix_channels
+def operator(op: str) -> Callable:
+    return getattr(torch.ops.twilight, op).default
 
 
-def candidate_lists(data: Workload, token_budget: int) -> dict[str, list[tuple[Tensor | None, Tensor | None, int]]]:
-    """(indices, counts, tokens_per_index) of every buffer set, from each kind of selector."""
-    lists: dict[str, list] = {"every token": [], "pages": [], "tokens": []}
-    page_size = data.sizes.page_size
-    for q, layer in zip(data.queries, data.cache.layers, strict=True):
-        budget = (token_budget, 0.0, data.sm_scale)
-        lists["every token"].append((None, None, 1))
-        pages = ops.select_pages(q, layer.page_bounds, layer.bounds_scale, *data.paging, page_size, *budget)
-        lists["pages"].append((*pages, page_size))
-        lists["tokens"].append((*ops.select_tokens(q, *shadow_of(layer), *data.paging, *budget), 1))
-    return lists
+def call(op: str, data: Workload, index: int, **given: object) -> Callable:
+    return partial(operator(op), **call_arguments(op, data, index, **given))
+
+
+def explained(arguments: dict[str, object]) -> Explanation:
+    """Which kernel serves a call of `decode_attention`."""
+    decode_attention = twilight_operator("decode_attention")
+    return explain(*decode_attention.groups(decode_attention.values((), dict(arguments))))
+
+
+@dataclass
+class Pipeline:
+    """What each stage of one selector gives to the next, by buffer set."""
+
+    listed: list[dict[str, object]]  # indices, counts, tokens_per_index as arguments
+    weights: list[Tensor]
+    pruned: list[dict[str, object]]
+    candidates: float  # mean tokens a KV head
+    kept: float
+    mass: float  # estimated
+
+
+def select_call(data: Workload, selector: str, budget: int, index: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    return call(SELECT_OPS[selector], data, index, token_budget=budget, budget_fraction=0.0)
+
+
+def pipeline(data: Workload, selector: str, budget: int, top_p: float) -> Pipeline:
+    """Runs the stages of `selector` ("full" has none to select with) on every buffer set; the latest one is kept."""
+    key = (selector, budget, top_p)
+    if data.pipelines.get("key") != key:
+        data.pipelines.clear()
+        listed, weights, pruned, masses = [], [], [], []
+        unit = data.sizes.page_size if selector == "quest" else 1
+        for i in range(len(data.queries)):
+            indices, counts = (None, None) if selector == "full" else select_call(data, selector, budget, i)()
+            listed.append({"indices": indices, "counts": counts, "tokens_per_index": unit})
+            weights.append(call("estimate_weights", data, i, **listed[i])())
+            indices, counts, mass = call("prune_top_p", data, i, weights=weights[i], top_p=top_p, **listed[i])()
+            pruned.append({"indices": indices, "counts": counts, "tokens_per_index": 1})
+            masses.append(mass.mean().item())
+        sets = len(data.queries)
+        live = data.sizes.length
+        found = sum(live if x["counts"] is None else min(live, x["counts"].float().mean().item() * unit) for x in listed)
+        kept = sum(x["counts"].float().mean().item() for x in pruned)
+        data.pipelines |= {"key": key, "found": Pipeline(listed, weights, pruned, found / sets, kept / sets, sum(masses) / sets)}
+    return data.pipelines["found"]
 
 
 def budget_means(layers: list[PagedKVLayer]) -> tuple[float, float]:
@@ -141,14 +326,22 @@ def budget_means(layers: list[PagedKVLayer]) -> tuple[float, float]:
 
 
 def build(
-    sizes: Sizes, device: str, sets: int | None = None, seed: int = 0, spread: float = SPREAD, page_order: str = "shuffled"
+    sizes: Sizes,
+    device: str,
+    sets: int | None = None,
+    seed: int = 0,
+    spread: float = SPREAD,
+    page_order: str = "shuffled",
+    memory_share: float = 1.0,
 ) -> Workload:
-    """Allocates and fills the buffer sets; `sets` None rotates enough of them for cold caches, or what the device's memory holds.
+    """Allocates and fills the buffer sets.
+
+    `sets` None rotates enough of them for cold caches, or what `memory_share` of the device's free memory holds.
 
     Raises:
         MemoryError: the device cannot hold one set and one contiguous copy.
     """
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else None
+    free = round(torch.cuda.mem_get_info()[0] * memory_share) if device == "cuda" else None
     paged, copies = buffer_sets(sizes, device, free)
     if paged == 0:
         need = (sizes.paged_bytes + sizes.kv_bytes + RESERVED_BYTES) / 2**30
@@ -181,14 +374,14 @@ def build(
         del pages
     queries = [query() for _ in range(sets)]
 
-    config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_layers=0)
+    config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_layers=0, dense_below=0)
     cache = PagedKVCache(config, sets, sizes.num_qo_heads, kv_heads, dim, batch, length, sizes.dtype, device)
     if page_order == "shuffled":
         cache.page_table.copy_(torch.randperm(cache.page_table.numel(), generator=rng, device=device).view_as(cache.page_table))
     prefix = max(8, dim // 4 // 8 * 8)
     first = cache.layers[0]
-    first.channel_order.copy_(profile.argsort(dim=-1, descending=True))
-    first.prefix_channels.fill_(prefix)
+    first.shadow.channel_order.copy_(profile.argsort(dim=-1, descending=True))
+    first.shadow.prefix_channels.fill_(prefix)
     for start in range(0, length, FILL_CHUNK):
         stop = min(length, start + FILL_CHUNK)
         cache.seq_lens.fill_(stop)

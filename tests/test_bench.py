@@ -1,28 +1,24 @@
-"""The benches' own parts: what is built, counted, checked and plotted. The GPU's flow runs on stand-ins of what only a GPU has."""
+"""The bench's own parts: what is built, counted, checked, compared and drawn. The GPU's flow runs on stand-ins of what only a GPU has."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+pytest.importorskip("rich")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT))
 
-import bench_decode_attention as bench  # noqa: E402
-import bench_fused_phases as fused_phases  # noqa: E402
-import peers  # noqa: E402
-import plot_decode_attention as plots  # noqa: E402
-import runner  # noqa: E402
-import speed_of_light  # noqa: E402
-import timing  # noqa: E402
-import workload  # noqa: E402
-from timing import Sizes, buffer_sets  # noqa: E402
-
-from twilight_ops import Quest, ShadowPrefix, TwilightConfig, kernels, ops  # noqa: E402
+import twilight_ops  # noqa: E402
+from bench import base, checks, peers, phases, registry, rows, run, speed_of_light, timing, workload  # noqa: E402
+from bench.__main__ import main  # noqa: E402
+from bench.workload import Sizes, buffer_sets  # noqa: E402
+from twilight_ops import Quest, ShadowPrefix, TwilightConfig, kernels  # noqa: E402
 
 SMALL = Sizes(2, 1, 8, 2, 128, 16, 1024, torch.float32)
 GIB = 2**30
@@ -36,7 +32,7 @@ def data():
 
 def configured(data, selector) -> dict:
     layer = data.layers(TwilightConfig(selector=selector, top_p=0.85, dense_layers=0, dense_below=0))[1]
-    return workload.decode_arguments(data.queries[1], layer, data.paging, data.sm_scale)
+    return workload.call_arguments("decode_attention", data, 1, layer)
 
 
 def kept_of(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +40,7 @@ def kept_of(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
     _, kv_heads, page_size, _ = arguments["k_cache"].shape
     kept = torch.empty(batch, kv_heads, max_pages * page_size, dtype=torch.int32)
     counts = torch.empty(batch, kv_heads, dtype=torch.int32)
-    ops.decode_attention(**arguments, kept_indices=kept, kept_counts=counts)
+    workload.operator("decode_attention")(**arguments, kept_indices=kept, kept_counts=counts)
     return kept, counts
 
 
@@ -83,8 +79,8 @@ def test_exact_is_sdpa(data):
     out, lse = data.exact(1)
     k, v = data.dense_copies()[1]
     torch.testing.assert_close(out, peers.sdpa_gqa(data.queries[1], k, v, data.sm_scale))
-    config = TwilightConfig(dense_layers=2)
-    ours, our_lse = ops.decode_attention(**workload.decode_arguments(data.queries[1], data.layers(config)[1], data.paging, data.sm_scale))
+    layer = data.layers(TwilightConfig(dense_layers=2))[1]
+    ours, our_lse = workload.call("decode_attention", data, 1, layer=layer)()
     torch.testing.assert_close(ours, out)
     torch.testing.assert_close(our_lse, lse)
 
@@ -98,17 +94,17 @@ def test_a_spread_of_logits_is_the_one_asked_for():
 @pytest.mark.parametrize("memory", [None, 150 * 10**9, 141 * 10**9, 80 * 10**9])
 @pytest.mark.parametrize("heads", [8, 32])
 def test_buffer_sets_fit_the_memory_and_empty_the_l2(heads, memory):
-    for batch, length, _ in bench.GPU_CELLS:
+    for batch, length, _ in registry.GRIDS["all"]:
         sizes = Sizes(batch, 1, 32, heads, 128, 16, length, torch.bfloat16)
         paged, dense = buffer_sets(sizes, "cuda", memory)
         used = paged * sizes.paged_bytes + dense * sizes.kv_bytes
         if memory is not None:
             assert used <= memory
         if paged == 0:
-            assert dense == 0 and sizes.paged_bytes + sizes.kv_bytes + timing.RESERVED_BYTES > memory
+            assert dense == 0 and sizes.paged_bytes + sizes.kv_bytes + workload.RESERVED_BYTES > memory
         elif memory is None:
             assert paged >= 2 and paged * sizes.kv_bytes > 4 * 60e6  # four times an H200's L2
-            assert paged == timing.MAX_SETS or paged * sizes.touched_bytes >= min(timing.COLD_TOUCHED_BYTES, 2 * sizes.touched_bytes)
+            assert paged == workload.MAX_SETS or paged * sizes.touched_bytes >= min(workload.COLD_TOUCHED_BYTES, 2 * sizes.touched_bytes)
             assert dense >= 1 and dense * sizes.kv_bytes >= min(GIB, paged * sizes.kv_bytes)
 
 
@@ -125,9 +121,9 @@ def test_a_cell_that_does_not_fit_says_what_it_needs(monkeypatch):
 
 
 def test_the_grid_has_every_cell_once_and_the_targets_first():
-    assert len(bench.GPU_CELLS) == len(set(bench.GPU_CELLS)) == 32
-    assert tuple(bench.GPU_CELLS[: len(bench.GPU_FIRST)]) == bench.GPU_FIRST
-    assert set(bench.GPU_FIRST) <= set(bench.GPU_GRID)
+    every = registry.GRIDS["all"]
+    assert len(every) == len(set(every)) == 32
+    assert every[: len(registry.TARGETS)] == registry.TARGETS and set(registry.TARGETS) <= set(registry.GRID)
 
 
 def test_speed_of_light_reads_the_kept_rows_of_k_and_v(data):
@@ -145,9 +141,7 @@ def test_speed_of_light_reads_the_kept_rows_of_k_and_v(data):
 
 def test_speed_of_light_reads_whole_pages_bounds_and_shadow_for_quest(data):
     arguments = configured(data, Quest(token_budget=256))
-    pages, counts = ops.select_pages(
-        arguments["q"], arguments["page_bounds"], arguments["bounds_scale"], *data.paging, 16, 256, 0.0, data.sm_scale
-    )
+    pages, counts = workload.select_call(data, "quest", 256, 1)()
     bounds, bounds_scale, codes, scales, *_ = speed_of_light.decode_chunks(arguments, (pages, counts), kept_of(arguments))
     table = data.cache.page_table.long()
     for unit in range(SMALL.lists):
@@ -204,38 +198,36 @@ def row(method: str, us: float, batch: int = 1, length: int = 32768, heads: tupl
 
 
 def test_ratios_are_to_what_the_same_cell_measured():
-    cell = bench.Cell(SMALL, {"torch_fa2": 50.0, "cudnn_sdpa": 40.0, "speed_of_light_quest": 5.0, "speed_of_light_dense": 32.0})
-    cell.dense_peers = ("torch_fa2", "cudnn_sdpa", "flex_attention")
-    assert cell.best_dense == 40.0
-    cell.medians |= {"twilight_quest": 10.0, "twilight_dense": 40.0}
-    sparse, dense = row("twilight_quest", 10.0, takes_dense_path=False), row("twilight_dense", 40.0, takes_dense_path=True)
-    bench.compare(cell, sparse)
-    bench.compare(cell, dense)
-    assert sparse["ratio_to_fa2"] == 5.0 and sparse["share_of_speed_of_light"] == 0.5
-    assert dense["ratio_to_fa2"] == 1.25 and dense["share_of_speed_of_light"] == 0.8
+    medians = {"torch_fa2": 50.0, "cudnn_sdpa": 40.0, "speed_of_light_quest": 5.0, "speed_of_light_dense": 32.0}
+    medians |= {"twilight_quest": 10.0, "twilight_dense": 40.0}
+    sparse = registry.ratios("twilight_quest", {"takes_dense_path": False}, medians)
+    dense = registry.ratios("twilight_dense", {"takes_dense_path": True}, medians)
+    assert "ratio_to_best_dense" not in registry.ratios("torch_fa2", {}, medians)  # another peer may follow
+    assert sparse == {"ratio_to_best_dense": 4.0, "ratio_to_fa2": 5.0, "share_of_speed_of_light": 0.5}
+    assert dense == {"ratio_to_best_dense": 1.0, "ratio_to_fa2": 1.25, "share_of_speed_of_light": 0.8}
 
 
 def test_wrong_results_are_refused(data):
     exact, lse = data.exact(0)
-    assert bench.exact_check(exact)(exact) is None
-    assert "differs" in bench.exact_check(exact)(exact * 1.1)
-    assert "differs" in bench.exact_check(exact)(torch.full_like(exact, torch.nan))
-    check = bench.sparse_check(lse, 0.85)
+    assert checks.exact_check(exact)(exact) is None
+    assert "differs" in checks.exact_check(exact)(exact * 1.1)
+    assert "differs" in checks.exact_check(exact)(torch.full_like(exact, torch.nan))
+    check = checks.sparse_check(lse, 0.85)
     assert check((exact, lse - 0.15)) is None
     assert "not finite" in check((torch.full_like(exact, torch.nan), lse))
     assert "exceeds" in check((exact, lse + 0.1))
     assert "captures only" in check((exact, lse - 1.0))
 
 
-@pytest.mark.parametrize("text", ["64:32k", "64:32k:32", "a:32k:32/8", "64:32k:32/5", "0:1k:32/8", "::"])
-def test_a_malformed_cell_is_refused(text):
+@pytest.mark.parametrize("text", ["64:32k", "64:32k:32", "a:32k:32/8", "64:32k:32/5", "0:1k:32/8", "::", "every"])
+def test_a_malformed_shape_is_refused(text):
     with pytest.raises(Exception, match="expected batch:length:heads"):
-        bench.cell_of(text)
+        registry.shape_of(text)
 
 
-def test_a_cell_is_batch_length_and_heads():
-    assert bench.cell_of("64:32k:32/8") == (64, 32768, "32/8")
-    assert bench.cell_of("1:1000:32/32") == (1, 1000, "32/32")
+def test_a_shape_is_batch_length_and_heads():
+    assert registry.shape_of("64:32k:32/8") == (64, 32768, "32/8")
+    assert registry.shape_of("1:1000:32/32") == (1, 1000, "32/32")
 
 
 class Replayed:
@@ -258,33 +250,35 @@ def gpu_stand_ins(monkeypatch):
     """What the GPU's flow touches of a GPU. Peers: one right, one wrong, one that fails, one that is not installed."""
     build = workload.build
     monkeypatch.setattr(workload, "build", lambda sizes, device, sets=None, **named: build(sizes, "cpu", sets or 2, **named))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(timing, "Replay", Replayed)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
-    monkeypatch.setattr(kernels, "STAGES", {"decode_attention": ops.decode_attention})
+    monkeypatch.setattr(kernels, "STAGES", {"decode_attention": workload.operator("decode_attention")})
     monkeypatch.setattr(speed_of_light, "reader", lambda chunks, cluster_size: lambda: [chunk_bytes(c) for c in chunks] and None)
 
     def fails(data):
         raise RuntimeError("no kernel\nand a long trace")
 
     found = (
-        peers.Peer("cudnn_sdpa", ("cuda",), peers.contiguous(peers.sdpa_gqa)),
-        peers.Peer(peers.FA2, ("cuda",), peers.contiguous(peers.sdpa_folded)),
-        peers.Peer("flex_attention", ("cuda",), peers.contiguous(lambda q, k, v, scale: 2 * peers.sdpa_gqa(q, k, v, scale))),
-        peers.Peer("flashinfer", ("cuda",), fails),
-        peers.Peer("flashinfer_tensor_cores", ("cuda",), fails, lambda: "not installed"),
+        peers.peer("cudnn_sdpa", "cuda", peers.contiguous(peers.sdpa_gqa)),
+        peers.peer(peers.FA2, "cuda", peers.contiguous(peers.sdpa_folded)),
+        peers.peer("flex_attention", "cuda", peers.contiguous(lambda q, k, v, scale: 2 * peers.sdpa_gqa(q, k, v, scale))),
+        peers.peer("flashinfer", "cuda", fails),
+        peers.peer("flashinfer_tensor_cores", "cuda", fails, lambda: "not installed"),
     )
     monkeypatch.setattr(peers, "PEERS", found)
 
 
-CELL = ["--device", "cuda", "--cells", "2:1k:8/2", "--head-dim", "64", "--dtype", "bf16", "--seconds", "0.001"]
+DECODE = ["run", "--op", "decode_attention"]
+CELL = [*DECODE, "--device", "cuda", "--shapes", "2:1k:8/2", "--head-dim", "64", "--dtype", "bf16", "--seconds", "0.001"]
 
 
 def test_the_gpu_flow_measures_every_method_and_explains_the_others(gpu_stand_ins, tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    assert bench.main([*CELL, "--dense-below", "512", "--json", str(path)]) == 1  # 1: some methods failed
-    rows = {r["method"]: r for r in timing.read_rows(path)}
-    assert set(rows) == {
+    path = tmp_path / "rows.jsonl"
+    assert main([*CELL, "--dense-below", "512", "--json", str(path)]) == 1  # 1: some methods failed
+    found = {r["method"]: r for r in rows.read(path)}
+    assert set(found) == {
         "cudnn_sdpa",
         "torch_fa2",
         "flex_attention",
@@ -292,46 +286,46 @@ def test_the_gpu_flow_measures_every_method_and_explains_the_others(gpu_stand_in
         *(f"{family}_{name}" for family in ("twilight", "speed_of_light") for name in ("dense", "quest", "shadow_prefix_eighth")),
         *(f"stages_{name}" for name in ("quest", "shadow_prefix_eighth")),
     }
-    assert "differs from exact attention" in rows["flex_attention"]["error"]
-    assert rows["flashinfer"]["error"] == "RuntimeError: no kernel"
+    assert "differs from exact attention" in found["flex_attention"]["error"]
+    assert found["flashinfer"]["error"] == "RuntimeError: no kernel"
     assert "flashinfer_tensor_cores: left out, not installed" in capsys.readouterr().out
-    quest = rows["twilight_quest"]
+    quest = found["twilight_quest"]
     assert quest["token_budget"] == 256 and quest["candidates"] == 256 and not quest["takes_dense_path"]
     assert 0.5 < quest["captured_mass"] <= 1 and 1 < quest["kept_tokens"] <= 256
     assert {"ratio_to_best_dense", "ratio_to_fa2", "share_of_speed_of_light", "served_by", "bytes", "spread"} <= set(quest)
-    assert quest["kept_tokens"] == rows["stages_quest"]["kept_tokens"]
-    assert rows["speed_of_light_quest"]["us_by_cluster_size"].keys() == {"1", "2", "4", "8", "16"}
-    assert rows["twilight_dense"]["takes_dense_path"] and rows["twilight_dense"]["captured_mass"] == pytest.approx(1, abs=0.01)
-    sizes = runner.sizes_of(bench.parser().parse_args(CELL), 2, 1024, "8/2", "bf16")
-    assert rows["cudnn_sdpa"]["bytes"] == rows["speed_of_light_dense"]["bytes"] == sizes.kv_bytes
+    assert quest["kept_tokens"] == found["stages_quest"]["kept_tokens"]
+    assert found["speed_of_light_quest"]["us_by_cluster_size"].keys() == {"1", "2", "4", "8", "16"}
+    assert found["twilight_dense"]["takes_dense_path"] and found["twilight_dense"]["captured_mass"] == pytest.approx(1, abs=0.01)
+    sizes = Sizes(2, 1, 8, 2, 64, 16, 1024, torch.bfloat16)
+    assert found["cudnn_sdpa"]["bytes"] == found["speed_of_light_dense"]["bytes"] == sizes.kv_bytes
     # The reader's windows of 16 bytes around scales of 4 make it read somewhat more than the least.
-    assert 1 <= rows["speed_of_light_quest"]["bytes"] / quest["bytes"] < 1.2
+    assert 1 <= found["speed_of_light_quest"]["bytes"] / quest["bytes"] < 1.2
 
 
 def test_a_call_on_the_dense_path_is_checked_and_compared_as_one(gpu_stand_ins, tmp_path):
-    path = tmp_path / "rows.json"
-    bench.main([*CELL, "--dense-below", "4096", "--methods", "torch_fa2", "twilight_quest", "speed_of_light_*", "--json", str(path)])
-    rows = {r["method"]: r for r in timing.read_rows(path)}
-    assert set(rows) == {"torch_fa2", "twilight_quest", "speed_of_light_dense"}
-    assert rows["twilight_quest"]["takes_dense_path"] and "share_of_speed_of_light" in rows["twilight_quest"]
+    path = tmp_path / "rows.jsonl"
+    main([*CELL, "--dense-below", "4096", "--methods", "torch_fa2", "twilight_quest", "speed_of_light_*", "--json", str(path)])
+    found = {r["method"]: r for r in rows.read(path)}
+    assert set(found) == {"torch_fa2", "twilight_quest", "speed_of_light_dense"}
+    assert found["twilight_quest"]["takes_dense_path"] and "share_of_speed_of_light" in found["twilight_quest"]
 
 
 def test_a_resumed_run_measures_what_is_missing_against_what_is_there(gpu_stand_ins, tmp_path):
-    path = tmp_path / "rows.json"
-    bench.main([*CELL, "--methods", "torch_fa2", "cudnn_sdpa", "--json", str(path)])
+    path = tmp_path / "rows.jsonl"
+    main([*CELL, "--methods", "torch_fa2", "cudnn_sdpa", "--json", str(path)])
     lines = path.read_text().splitlines()
     known = json.loads(lines[0]) | {"median_us": 1000.0}
     path.write_text(json.dumps(known) + "\n")
-    assert bench.main([*CELL, "--methods", "torch_fa2", "cudnn_sdpa", "twilight_dense", "--resume", "--json", str(path)]) == 0
-    rows = timing.read_rows(path)
-    assert [r["method"] for r in rows] == ["cudnn_sdpa", "torch_fa2", "twilight_dense"]
-    assert rows[0] == known
+    assert main([*CELL, "--methods", "torch_fa2", "cudnn_sdpa", "twilight_dense", "--resume", "--json", str(path)]) == 0
+    found = rows.read(path)
+    assert [r["method"] for r in found] == ["cudnn_sdpa", "torch_fa2", "twilight_dense"]
+    assert found[0] == known
     # 1000 us of the first run is the slower of the two dense peers.
-    assert rows[2]["ratio_to_best_dense"] == pytest.approx(rows[1]["median_us"] / rows[2]["median_us"], rel=1e-3)
+    assert found[2]["ratio_to_best_dense"] == pytest.approx(found[1]["median_us"] / found[2]["median_us"], rel=1e-3)
 
 
 def test_a_lost_device_ends_the_run_and_leaves_its_reason(gpu_stand_ins, tmp_path, monkeypatch):
-    path, synchronize = tmp_path / "rows.json", torch.cuda.synchronize
+    path, synchronize = tmp_path / "rows.jsonl", torch.cuda.synchronize
     lost = []
 
     def breaks(data):
@@ -344,26 +338,26 @@ def test_a_lost_device_ends_the_run_and_leaves_its_reason(gpu_stand_ins, tmp_pat
         synchronize()
 
     monkeypatch.setattr(torch.cuda, "synchronize", raise_when_lost)
-    monkeypatch.setattr(peers, "PEERS", (peers.PEERS[0], peers.Peer("flex_attention", ("cuda",), breaks), peers.PEERS[1]))
-    assert bench.main([*CELL, "--json", str(path)]) == 3
-    rows = {r["method"]: r for r in timing.read_rows(path)}
-    assert set(rows) == {"cudnn_sdpa", "flex_attention"} and "illegal memory access" in rows["flex_attention"]["error"]
+    monkeypatch.setattr(peers, "PEERS", (peers.PEERS[0], peers.peer("flex_attention", "cuda", breaks), peers.PEERS[1]))
+    assert main([*CELL, "--json", str(path)]) == 3
+    found = {r["method"]: r for r in rows.read(path)}
+    assert set(found) == {"cudnn_sdpa", "flex_attention"} and "illegal memory access" in found["flex_attention"]["error"]
     lost.clear()
-    assert bench.main([*CELL, "--methods", "torch_fa2", "flex_attention", "--resume", "--json", str(path)]) == 0
-    assert [r["method"] for r in timing.read_rows(path)][-1] == "torch_fa2"
+    assert main([*CELL, "--methods", "torch_fa2", "flex_attention", "--resume", "--json", str(path)]) == 0
+    assert [r["method"] for r in rows.read(path)][-1] == "torch_fa2"
 
 
 def test_time_limits_leave_methods_and_cells_out_aloud(gpu_stand_ins, tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    two = ["--device", "cuda", "--cells", "1:1k:8/2", "2:1k:8/2", "--head-dim", "64", "--seconds", "0.001", "--methods", "torch_fa2"]
-    assert bench.main([*two, "--method-time-limit", "0", "--json", str(path)]) == 0
-    assert len(timing.read_rows(path)) == 1 and "torch_fa2: left out, it has used" in capsys.readouterr().out
-    assert bench.main([*two, "--time-limit", "-1", "--json", str(path)]) == 0
+    path = tmp_path / "rows.jsonl"
+    two = [*CELL, "--shapes", "1:1k:8/2", "2:1k:8/2", "--methods", "torch_fa2"]
+    assert main([*two, "--method-time-limit", "0", "--json", str(path)]) == 0
+    assert len(rows.read(path)) == 1 and "torch_fa2: left out, it has used" in capsys.readouterr().out
+    assert main([*two, "--time-limit", "-1", "--json", str(path)]) == 0
     assert not path.exists() and capsys.readouterr().out.count("the time limit of -1 s has passed") == 2
 
 
 def test_served_by_names_the_stages_where_no_fused_kernel_serves(data):
-    assert bench.served_by(configured(data, Quest(token_budget=256))) == "stages"
+    assert registry.served_by(configured(data, Quest(token_budget=256))) == "stages"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -371,6 +365,137 @@ def test_flex_attention_agrees_with_sdpa_uncompiled(data, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     calls = peers.flex_calls(data)
     torch.testing.assert_close(calls[1](), data.exact(1)[0])
+
+
+def test_flash_attention_3_is_given_what_it_takes(data, monkeypatch):
+    def with_kvcache(q, k_cache, v_cache, softmax_scale):
+        k, v = (t.transpose(1, 2) for t in (k_cache, v_cache))  # [B, L, Hkv, D]
+        return peers.sdpa_gqa(q, k, v, softmax_scale)
+
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", type(sys)("fa3_fwd_interface"))
+    sys.modules["fa3_fwd_interface"].flash_attn_with_kvcache = with_kvcache
+    torch.testing.assert_close(peers.contiguous(peers.fa3)(data)[1](), data.exact(1)[0])
+
+
+@pytest.mark.parametrize("op", [op.name for op in registry.LAYER_OPS])
+def test_every_operator_is_measured_on_a_cpu(op, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    small = ["--shapes", "1:512:4/2", "--head-dim", "64", "--dtype", "fp32", "--sets", "2", "--seconds", "0.001"]
+    budgets = ["--budgets", "full", "quest:128", "shadow_prefix:64"] if op in registry.STAGE_OPS_OF else []
+    assert main(["run", "--op", op, *small, *budgets, "--json", str(path)]) == 0
+    found = rows.read(path)
+    parsed = run.parse(registry.find(op), [*small, *budgets])
+    assert [row["method"] for row in found] == [e.name for e in registry.find(op).entries(parsed) if "cpu" in e.devices]
+    for row in found:
+        assert row["median_us"] > 0 and row["bytes"] > 0 and row["torch"] == torch.__version__ and "commit" in row
+    for row in found:
+        if row.get("selector", "").startswith("shadow_prefix"):
+            assert row["candidates"] == 64 and 0 < row["kept_tokens"] <= 64
+
+
+def test_stages_give_each_other_what_decode_attention_attends_to(data):
+    found = workload.pipeline(data, "quest", 256, 0.85)
+    kept, counts = kept_of(configured(data, Quest(token_budget=256)))
+    listed = found.pruned[1]
+    assert torch.equal(listed["counts"], counts)
+    for ours, theirs, count in zip(listed["indices"].flatten(0, 1), kept.flatten(0, 1), counts.flatten(), strict=True):
+        assert torch.equal(ours[:count], theirs[:count])
+    assert workload.pipeline(data, "quest", 256, 0.85) is found
+
+
+def test_the_list_names_every_operator_method_and_shape(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for word in (*registry.NAMES, *registry.GRIDS, *(peer.name for peer in peers.PEERS), "twilight_quest", "prune quest:8192"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "nothing"], "invalid choice: 'nothing'"),
+        ([*DECODE[1:], "--methods", "dreamt"], "--methods: expected some of this operator's on cpu, got dreamt"),
+        ([*DECODE[1:], "--json", "rows.json"], "expected a name that ends in .jsonl, got 'rows.json'"),
+        ([*DECODE[1:], "--resume"], "expected --json FILE.jsonl"),
+        ([*DECODE[1:], "--query-tokens", "2"], "--query-tokens: dense peers attend with one query token"),
+        (["--op", "prune_top_p", "--budgets", "quest"], "expected full, quest:TOKENS or shadow_prefix:TOKENS, got 'quest'"),
+        ([*DECODE[1:], "--base", "no-such-commit"], "--base: expected a commit, a checkout or a folder"),
+    ],
+)
+def test_a_malformed_command_says_what_was_expected(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(rows.RESULTS.glob("*.json*")), ids=lambda path: path.name)
+def test_every_result_file_is_what_its_name_says(path):
+    if path.suffix == ".json":
+        assert isinstance(json.loads(path.read_text()), (dict, list))
+    else:
+        found = rows.read(path)
+        assert found and all(isinstance(row, dict) for row in found)
+
+
+def test_rows_are_added_or_put_in_place_of_what_was_there(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    rows.write(path, [{"a": 1}])
+    rows.write(path, [{"a": 2}])
+    assert rows.read(path) == [{"a": 1}, {"a": 2}]
+    rows.write(path, [{"a": 3}], append=False)
+    assert rows.read(path) == [{"a": 3}]
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.jsonl, got"):
+        rows.write(tmp_path / "rows.json", [])
+
+
+@pytest.fixture
+def same_package(tmp_path):
+    """A folder in which the package of this process is installed once more."""
+    package = Path(twilight_ops.__file__).parent
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "twilight_ops").symlink_to(package)
+    return site
+
+
+BASE = [*DECODE, "--shapes", "1:512:4/2", "--head-dim", "64", "--dtype", "fp32", "--seconds", "0.001", "--sets", "2", "--rounds", "2"]
+
+
+def test_a_base_is_measured_in_turns_on_equal_data(same_package, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    methods = ["--methods", "sdpa_gqa", "twilight_dense", "twilight_quest", "--dense-below", "0"]
+    assert main([*BASE, *methods, "--base", str(same_package), "--json", str(path)]) == 0
+    found = rows.read(path)
+    assert [row["method"] for row in found] == ["twilight_dense", "twilight_quest"]
+    for row in found:
+        assert row["equal_bits"] and len(row["by_turn"]) == 2 and row["base"] == str(same_package)
+        assert row["new_over_base"] == pytest.approx(row["new_us"] / row["base_us"], rel=1)
+    assert "measured by the bench of this checkout" in capsys.readouterr().out
+
+
+def test_a_base_that_cannot_be_loaded_says_so(tmp_path, capsys):
+    (tmp_path / "twilight_ops").mkdir()
+    (tmp_path / "twilight_ops" / "__init__.py").write_text("raise ImportError('broken')")
+    with pytest.raises(SystemExit, match="2"):
+        main([*BASE, "--base", str(tmp_path)])
+    assert "--base: base: ImportError: broken" in capsys.readouterr().err
+
+
+def test_a_commit_is_installed_once_for_equal_sources(tmp_path, monkeypatch):
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("this folder has no git history")
+    monkeypatch.setattr(base, "BUILT", tmp_path / "built")
+    monkeypatch.setenv("TWILIGHT_NATIVE", "0")  # the Python files alone: what is compiled is `make`'s to test
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    name, site = base.installed("HEAD", tmp_path / "first")
+    assert name == subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (site / "twilight_ops" / "integration" / "__init__.py").exists() and (site / "bench" / "__main__.py").exists()
+    monkeypatch.setattr(base.shutil, "move", lambda *found: pytest.fail("built again"))
+    assert base.installed("HEAD", tmp_path / "second") == (name, site)
+
+
+plots = pytest.importorskip("bench.plots", reason="needs matplotlib")
 
 
 def example_rows() -> list[dict]:
@@ -388,10 +513,9 @@ def example_rows() -> list[dict]:
 
 
 def stage_rows() -> list[dict]:
+    shared = {key: value for key, value in row("", 1.0).items() if key != "method"} | {"selector": "quest:8192"}
     parts = zip(plots.STAGES, (30.0, 40.0, 20.0, 10.0), strict=True)
-    found = [{k: v for k, v in row("", us).items() if k != "method"} | {"stage": stage, "selector": "quest:8192"} for stage, us in parts]
-    dense = {k: v for k, v in row("", 99.0).items() if k != "method"} | {"stage": "dense: torch FA2", "selector": ""}
-    return [*found, dense]
+    return [*(shared | {"stage": stage, "median_us": us} for stage, us in parts), shared | {"stage": "prune", "selector": "full"}]
 
 
 def test_speedups_are_over_fa2_of_the_same_cell():
@@ -400,53 +524,46 @@ def test_speedups_are_over_fa2_of_the_same_cell():
     assert found[64, 32, 8, 32768] == {"cudnn_sdpa": 2.0, "twilight_quest": 8.0, "stages_quest": 4.0}
 
 
-def test_the_breakdown_pairs_stages_with_the_call_of_the_same_budget():
+def test_stages_stand_beside_the_call_of_the_same_budget():
     other = row("twilight_shadow_prefix_eighth", 7.0, token_budget=512, budget_fraction=0.125, takes_dense_path=False)
-    ((label, parts, whole),) = plots.breakdown([*example_rows(), other, *stage_rows()])
+    ((label, parts, whole),) = plots.stages([*example_rows(), other, *stage_rows()])
     assert "quest, 8192 of 32k" in label and sum(parts.values()) == 100.0
     assert whole == 32768 / 100 * 0.25
-    assert plots.breakdown(stage_rows()[:3]) == []
+    assert plots.stages(stage_rows()[:3]) == []
 
 
-def test_plots_show_a_bar_a_method_and_cell(tmp_path):
-    figure = plots.plot_speedup(example_rows())
-    panels = [ax for ax in figure.axes if ax.get_title()]
+def test_plots_show_a_bar_a_method_and_cell():
+    panels = [ax for ax in plots.draw_speedup(example_rows()).axes if ax.get_title()]
     assert len(panels) == 4
     for ax in panels:
-        heights = sorted(round(p.get_height(), 3) for p in ax.patches)
-        assert heights == [2.0, 2.0, 4.0, 4.0, 8.0, 8.0]
-    (ax,) = [ax for ax in plots.plot_breakdown([*example_rows(), *stage_rows()]).axes if ax.get_visible()]
-    assert sorted(round(p.get_height(), 2) for p in ax.patches) == [10.0, 20.0, 30.0, 40.0, 81.92]
+        assert sorted(round(bar.get_height(), 3) for bar in ax.patches) == [2.0, 2.0, 4.0, 4.0, 8.0, 8.0]
+    (ax,) = plots.draw_stages([*example_rows(), *stage_rows()]).axes
+    assert sorted(round(bar.get_width(), 2) for bar in ax.patches) == [10.0, 20.0, 30.0, 40.0, 81.92]
 
 
 def test_the_plot_command_writes_what_the_rows_suffice_for(tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    path.write_text("".join(json.dumps(r) + "\n" for r in example_rows()))
-    assert plots.main([str(path), "-o", str(tmp_path)]) == 1
-    assert (tmp_path / plots.SPEEDUP).stat().st_size > 10_000 and not (tmp_path / plots.BREAKDOWN).exists()
-    assert f"{plots.BREAKDOWN}: not written" in capsys.readouterr().out
-    stages = tmp_path / "stages.json"
-    stages.write_text("".join(json.dumps(r) + "\n" for r in stage_rows()))
-    assert plots.main([str(path), str(stages), "-o", str(tmp_path)]) == 0
-    assert (tmp_path / plots.BREAKDOWN).stat().st_size > 5_000 and not (tmp_path / plots.PHASES).exists()
-    phases = tmp_path / "phases.json"
-    phases.write_text(json.dumps(phase_row()) + "\n")
-    assert plots.main([str(path), str(stages), str(phases), "-o", str(tmp_path)]) == 0
-    assert (tmp_path / plots.PHASES).stat().st_size > 5_000
-    empty = tmp_path / "empty.json"
-    empty.write_text("")
-    assert plots.main([str(empty), "-o", str(tmp_path)]) == 1
+    path = tmp_path / "rows.jsonl"
+    rows.write(path, example_rows())
+    assert main(["plot", str(path), "-o", str(tmp_path), "--prefix", "h200_"]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'h200_decode_attention_speedup.png'}" in out and "h200_llama.png: not drawn, expected decode steps" in out
+    assert [path.name for path in tmp_path.glob("*.png")] == ["h200_decode_attention_speedup.png"]
+    rows.write(path, [*stage_rows(), phase_row()])
+    assert main(["plot", str(path), "-o", str(tmp_path)]) == 0
+    assert all((tmp_path / f"decode_attention_{name}.png").stat().st_size > 5_000 for name in ("speedup", "stages", "phases"))
+    rows.write(path, [], append=False)
+    assert main(["plot", str(path), "-o", str(tmp_path)]) == 1
 
 
-def phase_row(**phases) -> dict:
+def phase_row(**more) -> dict:
     shape = {"B": 64, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "S": 16, "L": 32768}
     scored = {"query read": 2.0, "candidates scored": 20.0, "bin found": 1.0, "boundary settled": 3.0}
-    phases = scored | {"weights estimated": 10.0, "attended": 4.0} | phases
-    return {"shape": shape, "device": "cuda", "stage": "fused phases", "selector": "quest", "cluster_size": 2, "phase_us": phases}
+    timed = scored | {"weights estimated": 10.0, "attended": 4.0} | more
+    return {"shape": shape, "device": "cuda", "stage": "fused phases", "selector": "quest", "cluster_size": 2, "phase_us": timed}
 
 
 def test_phases_add_up_by_what_they_are_for():
-    ((label, parts),) = plots.phases([*example_rows(), phase_row()])
+    ((label, parts, _),) = plots.phases([*example_rows(), phase_row()])
     assert label == "quest\n32/8, batch 64, 32k, 2 blocks"
     assert parts["candidates chosen"] == 4.0 and sum(parts.values()) == 40.0
     with pytest.raises(ValueError, match="got dreamt"):
@@ -454,13 +571,13 @@ def test_phases_add_up_by_what_they_are_for():
 
 
 def test_every_phase_that_the_sources_mark_is_timed_and_drawn():
-    names = fused_phases.phases_of(ROOT / "csrc")
-    assert sorted(names) == sorted([fused_phases.START, *(name for group in plots.PHASES_OF.values() for name in group)])
+    names = phases.phases_of(ROOT / "csrc")
+    assert sorted(names) == sorted([phases.START, *(name for group in plots.PHASES_OF.values() for name in group)])
 
 
 def test_phases_last_from_mark_to_mark_and_those_not_passed_are_left_out():
     clock = [(0, 0), (1000, 5000), (3000, 6000), (4000, 6500)]
-    times = fused_phases.durations(clock, ["dreamt", "start", "candidates scored", "attended"])
+    times = phases.durations(clock, ["dreamt", "start", "candidates scored", "attended"])
     assert times == {"candidates scored": 1.0, "attended": 0.5}
     with pytest.raises(ValueError, match="expected `start` first"):
-        fused_phases.durations([(5, 5), (1, 1)], ["start", "attended"])
+        phases.durations([(5, 5), (1, 1)], ["start", "attended"])

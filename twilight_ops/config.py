@@ -85,7 +85,7 @@ class TwilightConfig:
         top_p: estimated attention weight to keep, 0 < p <= 1; 1 switches the pruner off and attends to all candidates.
         page_size: tokens a page: 16, 32 or 64.
         dense_layers: the first layers attend to everything. Quest and Twilight publish with 2; on SmolLM2 pruning those too costs 0.0004 of
-            KL to dense and saves a third of the bytes (bench/results/accuracy_smollm2.md), so the default is none.
+            KL to dense and saves a third of the bytes (docs/accuracy-smollm2.md), so the default is none.
         dense_below: sequences no longer than this, in tokens, attend to everything; None takes the measured break-even of the device, the
             batch size and the KV heads.
         sink_tokens: the first tokens of a sequence, always candidates and always kept; None takes one page, 0 is none.
@@ -202,7 +202,7 @@ class BreakEven:
 
 
 BREAK_EVEN: Mapping[str, BreakEven] = {
-    "cpu": BreakEven(512, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.json)"),
+    "cpu": BreakEven(512, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.jsonl)"),
     "cuda": BreakEven(
         512,
         320_000,

@@ -23,7 +23,7 @@ CUDA_MODULE = "_C_cuda"
 RECORD = "native_build.json"
 EVERY = "every module"
 
-# A token of a small model on two cores; layer calls of bench/results/h200_decode_attention.json.
+# A token of a small model on two cores; layer calls of bench/results/h200_decode_attention.jsonl.
 COSTS = {
     "cpu": "CPU calls run on plain PyTorch: about 16 times a token was measured",
     "cuda": "calls on sm_90 GPUs run on Triton stages: 1.2 to 2.4 times a layer call was measured",

@@ -19,7 +19,7 @@ class Quest(Selector):
     Args:
         token_budget, budget_fraction: see `Selector`; the paper's settings are 8192 tokens or a quarter of the context.
         bounds_dtype: "int8" (codes with a scale and zero a page) or "model" (K's dtype). The codes cost no attention mass: SmolLM2, 4,096
-            tokens, .7057 / .8165 / .9106 in 1/16, 1/8, 1/4 of the tokens against .7058 / .8163 / .9106 (bench/bounds_mass.py).
+            tokens, .7057 / .8165 / .9106 in 1/16, 1/8, 1/4 of the tokens against .7058 / .8163 / .9106 (docs/accuracy-smollm2.md).
 
     Source: Quest, arXiv 2406.10774.
     """

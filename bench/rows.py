@@ -1,0 +1,88 @@
+"""Result files: `.jsonl` with one row a line, `.json` with one document, and what every row says about where it was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))  # as torchrun sets them
+
+
+def write(path: Path, rows: Sequence[dict], append: bool = True) -> None:
+    """Adds rows to a `.jsonl` file, or puts them in place of what it held; a run that is interrupted later leaves them behind.
+
+    Raises:
+        ValueError: the name says that the file holds something else.
+    """
+    require_jsonl(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a" if append else "w") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a `.jsonl` file."""
+    require_jsonl(path)
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def require_jsonl(path: Path) -> None:
+    if path.suffix != ".jsonl":
+        raise ValueError(f"rows: path: expected a name that ends in .jsonl, got {str(path)!r}")
+
+
+def latest(rows: Sequence[dict], kind: str) -> list[dict]:
+    """A model's rows of one kind without those measured again later, in order of their first appearance."""
+    keys = ("shape", "layers", "context", "batch", "method", "dense_layers", "dense_below", "joined", "top_p", "gpus")
+    return list({str([row.get(key) for key in keys]): row for row in rows if row.get("kind") == kind}.values())
+
+
+def speed_up(row: dict, rows: Sequence[dict], peer: str) -> float | None:
+    """How many times as fast as `peer` in the same cell."""
+    cell = ("shape", "layers", "context", "batch", "gpus")
+    found = [other for other in rows if other["method"] == peer and all(other[key] == row[key] for key in cell) and "ms" in other]
+    return found[-1]["ms"] / row["ms"] if found and "ms" in row else None
+
+
+def environment(device: str) -> dict[str, object]:
+    """Versions, commit and machine: what a row needs to be believed later."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    from twilight_ops import backends
+
+    backend = backends.CPU if device == "cpu" else backends.CUDA
+    versions = {} if device == "cpu" else {"triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") or "none",
+        "modified": bool(git("status", "--porcelain")),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **versions,
+        "machine": cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "backend": f"{backend.name} ({backend.detail})",
+    }
+
+
+def cpu_name() -> str:
+    """Model and instruction set of the processor."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0] if models else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
