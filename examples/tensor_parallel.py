@@ -15,43 +15,34 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from twilight_ops import TwilightConfig
-from twilight_ops.integration import Generation, generate
+from twilight_ops.integration import generate
 
 
-def load(path: str, dtype: torch.dtype):
-    """The model, sharded over the processes that torchrun started."""
+def run(args: argparse.Namespace) -> None:
     sharded = {"distributed_config": DistributedConfig(tp_plan="auto")} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="twilight", **sharded).eval()
-    return model.cuda() if torch.cuda.is_available() and model.device.type != "cuda" else model
-
-
-def run(args: argparse.Namespace) -> Generation:
-    model = load(args.model, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="twilight", **sharded).eval()
+    if torch.cuda.is_available() and model.device.type != "cuda":
+        model = model.cuda()
     # Random tokens, the same in every process; a tokenizer's would be as good.
-    ids = torch.randint(3, model.config.vocab_size, (args.batch, args.prompt_tokens), generator=torch.Generator().manual_seed(1))
-    config = TwilightConfig(top_p=args.top_p, dense_below=0)  # prunes at every length
-    return generate(model, ids.to(model.device), config, max_new_tokens=args.new_tokens, eos_token_ids=())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a Llama-family model; its KV heads must be divisible by the processes")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt-tokens", type=int, default=300)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    generation = run(parser.parse_args())
+    ids = torch.randint(3, model.config.vocab_size, (1, args.prompt_tokens), generator=torch.Generator().manual_seed(1))
+    config = TwilightConfig(dense_below=0)  # prunes at every length
+    generation = generate(model, ids.to(model.device), config, max_new_tokens=args.new_tokens, eos_token_ids=())
     if os.environ.get("RANK", "0") == "0":
         print(generation.tokens.tolist())
         print(f"{generation.ms_per_token:.2f} ms a step, {generation.capture}, {generation.graphs} graph")
         print(generation.budget)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a Llama-family model; its KV heads must be divisible by the processes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--prompt-tokens", type=int, default=300)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    run(parser.parse_args())
     # Recorded graphs hold collectives, which must go before their group; compiled steps hold the graphs.
     torch.compiler.reset()
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

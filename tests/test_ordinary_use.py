@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -204,6 +206,19 @@ def test_streamed_tokens_stop_where_the_returned_ones_do(model):
         result = decoder.generate(ids, None, 40, on_tokens=parts.append, steps_between_checks=every)
         assert torch.equal(torch.cat(parts, 1), result.tokens)
         assert all(part.shape[1] > 0 for part in parts)
+
+
+def test_transformers_is_imported_and_extended_only_for_those_who_use_it():
+    """Importing any name of `twilight_ops.integration` registers the attention; what serves every engine does without."""
+    script = (
+        "import sys, twilight_ops.integration.compile\n"
+        "assert 'transformers' not in sys.modules\n"
+        "from twilight_ops.integration import TwilightCache\n"
+        "from transformers import AttentionInterface\n"
+        "assert 'twilight' in AttentionInterface().valid_keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_another_attention_names_twilight(dense):

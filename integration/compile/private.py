@@ -4,6 +4,7 @@ Without a name of the first block the package cannot be imported, and the error 
 compiled whole instead of in pieces: `MISSING` is the reason, which `compile_regions` warns with.
 """
 
+# ruff: noqa: F401
 import torch
 
 try:
@@ -14,10 +15,7 @@ try:
     from torch._dynamo.exc import TorchDynamoException  # a step that cannot be traced is decoded eagerly
     from torch._dynamo.utils import counters  # graph breaks, for `Generation`
     from torch._ops import OpOverload  # operators whose schema says what they write to
-    from torch.utils._python_dispatch import (  # writes; tensors of sharded, quantised weights
-        TorchDispatchMode,
-        is_traceable_wrapper_subclass,
-    )
+    from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # writes; sharded and quantised tensors
 except ImportError as error:
     raise ImportError(
         f"twilight_ops.integration: torch: expected a version with the names that {__name__} imports, got {torch.__version__}: {error}"
@@ -39,22 +37,3 @@ def symmetric_memory():
     from torch.distributed import _symmetric_memory
 
     return _symmetric_memory
-
-
-__all__ = [
-    "MISSING",
-    "FakeTensorMode",
-    "OpOverload",
-    "ShapeEnv",
-    "TorchDispatchMode",
-    "TorchDynamoException",
-    "TracingContext",
-    "assert_async",
-    "counters",
-    "is_traceable_wrapper_subclass",
-    "lookup_backend",
-    "mark_static_address",
-    "set_grad_enabled",
-    "symmetric_memory",
-    "tracing",
-]

@@ -218,9 +218,6 @@ class TwilightCache(Cache):
         """Bytes of plain K and V, and of everything kept beside them."""
         return self.paged.nbytes()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("TwilightCache: reorder_cache: beam search is not supported; use greedy decoding or sampling")
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise NotImplementedError("TwilightCache: batch_repeat_interleave: repeating sequences is not supported")
 

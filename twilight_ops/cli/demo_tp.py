@@ -82,16 +82,6 @@ def generate_in_rank(model: str, output: str, selector: str, new_tokens: int, ti
     torch.save(result, Path(output, f"rank{os.environ.get('RANK', '0')}.pt"))
 
 
-def end_rank() -> None:
-    """Recorded graphs hold collectives, which must go before their group; compiled steps hold the graphs."""
-    import torch
-
-    torch.compiler.reset()
-    gc.collect()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def generate_with(processes: int, model: str, output: Path, selector: str, new_tokens: int, timed_steps: int = 0) -> list[dict]:
     """What each rank wrote, by rank."""
     import torch
@@ -164,5 +154,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    import torch
+
     generate_in_rank(*sys.argv[1:4], new_tokens=int(sys.argv[4]), timed_steps=int(sys.argv[5]))
-    end_rank()
+    # Recorded graphs hold collectives, which must go before their group; compiled steps hold the graphs.
+    torch.compiler.reset()
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
