@@ -57,11 +57,11 @@ def chunk_bytes(chunk: speed_of_light.Chunks) -> list[torch.Tensor]:
 
 def test_buffer_sets_share_layers_and_leave_the_data_as_it_was(data):
     first, second = data.cache.layers
-    assert first.k_cache.data_ptr() != second.k_cache.data_ptr()
+    assert first.kv.k_cache.data_ptr() != second.kv.k_cache.data_ptr()
     for a, b in zip(first.tensors(), second.tensors(), strict=True):
         assert torch.equal(a, b)
     pages = data.cache.page_table[1].long()
-    keys = first.k_cache[pages].transpose(1, 2).flatten(0, 1)  # [M * S, Hkv, D]
+    keys = first.kv.k_cache[pages].transpose(1, 2).flatten(0, 1)  # [M * S, Hkv, D]
     assert torch.equal(keys[: SMALL.length], data.keys[1])
     assert not torch.equal(data.queries[0], data.queries[1])
 
@@ -254,7 +254,7 @@ def gpu_stand_ins(monkeypatch):
     monkeypatch.setattr(timing, "Replay", Replayed)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
-    monkeypatch.setattr(kernels, "STAGES", {"decode_attention": workload.operator("decode_attention")})
+    monkeypatch.setattr(kernels, "stage", workload.operator)
     monkeypatch.setattr(speed_of_light, "reader", lambda chunks, cluster_size: lambda: [chunk_bytes(c) for c in chunks] and None)
 
     def fails(data):
