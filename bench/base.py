@@ -63,13 +63,13 @@ class Side:
         self.mode = self.op.grad_mode()
         self.mode.__enter__()  # for as long as this process lives
         where = self.op.environment(self.options)
-        if talks:
-            announce(Console(stderr=True), self.op, self.options, where)
+        console = console_of(stderr=True) if talks else Console(quiet=True)
+        announce(console, self.op, self.options, where)
         return {
             "package": str(Path(twilight_ops.__file__).resolve().parent),
             "environment": where,
             "cells": [[str(cell), self.op.head(cell, self.options)] for cell in self.cells],
-            "methods": [e.name for e in usable(self.op, self.options, Console(stderr=True, quiet=not talks)) if e.kind == "ours"],
+            "methods": [e.name for e in usable(self.op, self.options, console) if e.kind == "ours"],
         }
 
     def open(self, cell: int, sets: int | None, memory_share: float) -> dict:

@@ -145,8 +145,8 @@ class Context:
         """Writes the context through append_kv, as a prefill would."""
         device = self.key_std.device
         for layer in cache.layers:
-            if layer.paged.channel_order is not None:
-                layer.paged.channel_order.copy_(self.channel_order)
+            if layer.paged.shadow is not None:
+                layer.paged.shadow.channel_order.copy_(self.channel_order)
         cache.sequences.begin(batch, self.length)
         for b, start, k, v in self.chunks(batch):
             lens = torch.tensor([start + k.shape[1]], dtype=torch.int32, device=device)
