@@ -443,12 +443,15 @@ __device__ Run choose_candidates(const C& c, const Scorer& scorer, int wanted, i
     } else {
       choose_tokens(scorer, wanted, storage, candidates);
     }
-    if (c.p.evens_out) {
-      c.cluster.sync("candidates dealt");
-    } else {
+    if (!c.p.evens_out) {
       const int* first = storage.state.rank_first;
       own.first = first[c.cluster.rank];
       own.count = (c.cluster.rank + 1 < c.cluster.size ? first[c.cluster.rank + 1] : wanted) - own.first;
+    }
+    // Attention writes over boundary keys that other blocks may still read; thresholds wait for them before.
+    if (c.p.evens_out || !c.p.prunes) {
+      c.cluster.sync("candidates dealt");
+    } else {
       sync_block("candidates kept");
     }
   } else if (C::kByPage) {
