@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twilight_ops import Quest, TwilightConfig, ops
 from twilight_ops.cli.models import add_model_arguments, load_model
-from twilight_ops.evaluation.mass import exact_weights, probing
+from twilight_ops.evaluation.mass import exact_weights
 from twilight_ops.evaluation.prefill import cache_of, record
 from twilight_ops.integration.hf.generate import cache_argument
 
@@ -33,13 +33,16 @@ def page_bounds(layer, page_table: Tensor, seq_lens: Tensor) -> Tensor:
 
 
 class BoundsProbe:
-    """Sums of captured mass by (share, kind of bounds), one row a query head, layer and step."""
+    """Sums of captured mass by (share, kind of bounds), one row a query head, sparse layer and step."""
 
     def __init__(self) -> None:
         self.mass: Counter[tuple[int, str]] = Counter()
         self.rows = 0
 
     def look(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> None:
+        """A cache's recorder."""
+        if layer.plan.selector is None:
+            return
         page_size, kv_heads = layer.k_cache.shape[2], layer.k_cache.shape[1]
         true = exact_weights(q, layer, page_table, seq_lens, sm_scale).unflatten(1, (kv_heads, -1))  # [1, Hkv, G, N]
         kinds = {"8-bit": (layer.page_bounds, layer.bounds_scale), "K's type": (page_bounds(layer, page_table, seq_lens), None)}
@@ -67,9 +70,9 @@ def main() -> None:
         ids = torch.tensor(tokenizer(document.read_text())["input_ids"])
         # The bounds are kept, but every step is short enough to be dense: what is measured does not change what is computed.
         config = TwilightConfig(selector=Quest(), top_p=1.0, dense_layers=2, dense_below=1 << 30)
-        cache = cache_of(model, config, [record(model, ids[: options.length])], options.steps)
+        cache = cache_of(model, config, [record(model, ids[: options.length])], options.steps, probe.look)
         position = cache.live_seq_lens.long()[:, None].clone()
-        with torch.no_grad(), probing(model, probe):
+        with torch.no_grad():
             for t in range(options.steps):
                 token = ids[None, options.length + t, None]
                 model(input_ids=token, position_ids=position + t, use_cache=True, **{cache_argument(model): cache})
