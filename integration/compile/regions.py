@@ -8,8 +8,8 @@ parameter and keeps none: every call computes on the tensors that it is given.
 
 PyTorch has no public way to compile a part of a traced graph, so this rests on private ones; `private` imports them all. A FakeTensorMode
 runs the step without computing, and a TorchDispatchMode watches it, to know shapes, aliases and writes before anything is cut. A
-TracingContext of its own keeps the guards of a piece apart from those of the step. Where one of these is missing, or does something else
-than it did, every step is compiled as one, with the warning; results stay what they were. Two conventions of Dynamo have no name to import:
+TracingContext of its own keeps the guards of a piece apart from those of the step. Where the first or the last is missing, or any of this
+fails, the step is compiled as one, with the warning; results stay what they were. Two conventions of Dynamo have no name to import:
 `node.meta["example_value"]` is a node's fake value, `node.meta["grapharg"]` holds the example input and is dropped.
 """
 
