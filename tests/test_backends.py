@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Runs in a process of its own: the backend is chosen once, at import.
 REPORT = """
 import json, torch, twilight_ops
-from twilight_ops import backends
+from twilight_ops import Candidates, Pruning, backends
 weights = torch.tensor([0.6, 0.3, 0.1, 0.0]).view(1, 1, 1, 4)
-indices, counts, mass = twilight_ops.prune_top_p(weights, torch.tensor([5], dtype=torch.int32), None, None, 1, 1, 0.85)
+indices, counts, mass = twilight_ops.prune_top_p(weights, torch.tensor([5], dtype=torch.int32), Candidates(), 1, Pruning(0.85))
 try:
-    twilight_ops.prune_top_p(weights, torch.tensor([4], dtype=torch.int32), None, None, 1, 1, 2.0)
+    twilight_ops.prune_top_p(weights, torch.tensor([4], dtype=torch.int32), Candidates(), 1, Pruning(2.0))
     refused = ""
 except RuntimeError as error:
     refused = str(error)

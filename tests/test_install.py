@@ -377,16 +377,16 @@ import json, os, sys, warnings
 warnings.simplefilter("always")
 with warnings.catch_warnings(record=True) as at_import:
     import torch, twilight_ops
-    from twilight_ops import backends
+    from twilight_ops import Budget, Candidates, PageBounds, Paging, Pruning, backends
 calls = dict(weights=torch.rand(1, 1, 1, 4), counts=torch.tensor([4], dtype=torch.int32))
 def call(weights, counts):
-    return twilight_ops.prune_top_p(weights, counts, None, None, 1, 1, 0.85)[1]
+    return twilight_ops.prune_top_p(weights, counts, Candidates(), 1, Pruning(0.85))[1]
 with warnings.catch_warnings(record=True) as called:
     if "compiled" in sys.argv:
         torch.compile(call, fullgraph=True, backend="eager")(**calls)
     call(**calls)
-    twilight_ops.select_pages(torch.rand(1, 1, 2, 64), torch.rand(2, 1, 2, 64), None, torch.zeros(1, 2, dtype=torch.int32),
-                              torch.tensor([20], dtype=torch.int32), 16, 16, 0.0, 0.1)
+    paging = Paging(torch.zeros(1, 2, dtype=torch.int32), torch.tensor([20], dtype=torch.int32))
+    twilight_ops.select_pages(torch.rand(1, 1, 2, 64), PageBounds(torch.rand(2, 1, 2, 64)), paging, 16, Budget(16), 0.1)
 ours = lambda found: [str(w.message) for w in found if "twilight_ops" in str(w.message)]
 print(json.dumps({"at_import": ours(at_import), "called": ours(called), "name": backends.CPU.name, "detail": backends.CPU.detail,
                   "serving": {op: backends.serving(op, "cpu") for op in backends.OPS}}))

@@ -114,5 +114,7 @@ def _load_cuda() -> Backend:
     return Backend("cuda", kernels.register(allow_native))
 
 
+for op in OPS:
+    operator(op)  # its schema is there before any kernel is
 CPU = _load_cpu()
 CUDA = _load_cuda()
