@@ -87,7 +87,7 @@ def test_append_kv_writes_what_the_reference_writes(shape, bounds_dtype):
     prompt = blank(x)
     for start, arguments in ((x, {"k": rows[0], "v": rows[1]}), (prompt, {"positions": left_aligned(x), "k": x.keys, "v": x.values})):
         got, want = start.clone(), start.clone()
-        kernels.append_kv(**got.arguments("append_kv", **arguments))
+        STAGES.append_kv(**got.arguments("append_kv", **arguments))
         reference.append_kv(**want.arguments("append_kv", **arguments))
         assert_same_state(got, want)
 
