@@ -315,6 +315,7 @@ def test_a_file_that_is_no_text_is_named_before_anything_is_loaded(capsys, tmp_p
 @pytest.mark.parametrize("command", ["generate", "calibrate", "demo", "eval"])
 def test_a_folder_without_a_tokenizer_is_named(capsys, prose, tmp_path, command):
     models.random_tiny(torch.device("cpu"), torch.float32, "sdpa").save_pretrained(tmp_path / "model")
+    capsys.readouterr()  # transformers shows its progress, unless something before switched that off
     more = {
         "generate": ["--prompt-file", prose],
         "calibrate": ["--text", prose, "--out", tmp_path / "out"],
