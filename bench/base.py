@@ -100,8 +100,8 @@ class Worker:
     """The other end of `worker`: imports `bench` from `folder`, and `twilight_ops` from `site` or as this process does."""
 
     def __init__(self, folder: Path, site: Path | None):
-        paths = [str(site), os.environ.get("PYTHONPATH")] if site is not None else [os.environ.get("PYTHONPATH")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        paths = filter(None, (site, os.environ.get("PYTHONPATH")))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
         command = [sys.executable, "-m", "bench", "worker"]
         self.process = subprocess.Popen(command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

@@ -6,6 +6,7 @@ import argparse
 import gc
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Entry:
     wanted: Callable[[Any, argparse.Namespace], bool] = lambda data, options: True
 
 
-class Op:
+class Op(ABC):
     """Something to measure; `registry.OPS` has one of each. Cells are its shapes, data is what one of them is measured on."""
 
     name: str
@@ -66,32 +67,32 @@ class Op:
     shape_help = "batch:length:heads such as 64:32k:32/8, or grids by name"
     alone: tuple[str, ...] = ("cuda",)  # devices on which methods are prepared and timed one after the other, which needs less memory
 
-    def add_options(self, group: argparse._ArgumentGroup) -> None:
+    def add_options(self, group: argparse._ArgumentGroup) -> None:  # noqa: B027 -- most have none
         """Options of its own."""
 
+    @abstractmethod
     def shapes(self, text: str) -> list:
         """The shapes that one value of --shapes means."""
-        raise NotImplementedError
 
-    def default_shapes(self, device: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def default_shapes(self, device: str) -> str: ...
 
-    def entries(self, options: argparse.Namespace) -> list[Entry]:
-        raise NotImplementedError
+    @abstractmethod
+    def entries(self, options: argparse.Namespace) -> list[Entry]: ...
 
-    def start(self, options: argparse.Namespace) -> None:
+    def start(self, options: argparse.Namespace) -> None:  # noqa: B027 -- most need nothing
         """Before anything else happens: checks options, loads what has to come first."""
 
     def cells(self, options: argparse.Namespace) -> list:
         return options.shapes
 
+    @abstractmethod
     def open(self, cell: Any, options: argparse.Namespace, sets: int | None = None, memory_share: float = 1.0) -> Any:
         """The data of one cell. Raises MemoryError where the device cannot hold it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, cell: Any, options: argparse.Namespace) -> dict:
         """What says which measurement a row is, but for its method."""
-        raise NotImplementedError
 
     def environment(self, options: argparse.Namespace) -> dict:
         """Printed first, and part of every row."""
@@ -100,9 +101,9 @@ class Op:
     def assumptions(self, options: argparse.Namespace) -> str:
         return ""
 
+    @abstractmethod
     def row(self, cell: Any, options: argparse.Namespace, method: Method, timing: Timing, medians: dict[str, float]) -> dict:
         """The columns of a timed method; `medians` has microseconds by method of what was timed on this cell before it."""
-        raise NotImplementedError
 
     def compared(self, rows: Sequence[dict]) -> list[dict]:
         """Rows as they are printed, with what only all of a shape's together say."""

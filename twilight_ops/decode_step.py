@@ -55,7 +55,8 @@ def decode_step_by_stage(
     append(k, v, layer, page_table, seq_lens)
     selector, policy, paging = layer.plan.selector, layer.policy, Paging(page_table, seq_lens)
     candidates = Candidates() if selector is None else selector.select(q, layer, page_table, seq_lens, sm_scale)
-    if policy.prunes and layer.shadow is not None:
+    if policy.prunes:
+        assert layer.shadow is not None  # every layer that prunes has one
         weights = estimate_weights(q, layer.shadow, paging, candidates, sm_scale)
         indices, counts, _ = prune_top_p(weights, seq_lens, candidates, layer.num_kv_heads, policy.pruning, policy.always)
         candidates = Candidates(indices, counts)

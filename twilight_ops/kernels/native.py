@@ -12,9 +12,9 @@ from ..ops.decode_attention import OPERATOR as DECODE_ATTENTION
 from .append_kv import append_kv as staged_append_kv
 from .decode_attention import decode_attention as staged_decode_attention
 
-LIBRARY.define(f"_fused_append_kv{APPEND_KV.schema}")
+LIBRARY.define(f"_fused_append_kv({APPEND_KV.arguments}) -> {APPEND_KV.returns}")
 # With as many blocks a KV head as the plan says, unless cluster_size is given.
-LIBRARY.define(f"_fused_decode_attention{DECODE_ATTENTION.schema.replace(') -> (', ', int cluster_size=0) -> (')}")
+LIBRARY.define(f"_fused_decode_attention({DECODE_ATTENTION.arguments}, int cluster_size=0) -> {DECODE_ATTENTION.returns}")
 
 
 @functools.cache

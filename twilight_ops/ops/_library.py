@@ -84,12 +84,12 @@ class Operator:
         self.nodes = [_node(parameter.name, hints[parameter.name], parameter.default) for parameter in parameters]
         self.leaves = [leaf for node in self.nodes for leaf in node.leaves]
         self.widths = tuple(len(node.leaves) for node in self.nodes)
-        self.schema = f"{self._flat_schema(mutates)} -> {returns}"
-        LIBRARY.define(f"{self.name}{self.schema}", tags=_TAGS)
+        self.arguments, self.returns = self._flat_arguments(mutates), returns
+        LIBRARY.define(f"{self.name}({self.arguments}) -> {returns}", tags=_TAGS)
         torch.library.register_fake(f"twilight::{self.name}", self.flat(self._fake), lib=LIBRARY)
         self.overload = getattr(torch.ops.twilight, self.name).default
 
-    def _flat_schema(self, mutates: Sequence[str]) -> str:
+    def _flat_arguments(self, mutates: Sequence[str]) -> str:
         """The argument list of the schema; only what nothing without a default follows may have one."""
         arguments: list[str] = []
         optional = True
@@ -99,7 +99,7 @@ class Operator:
             if leaf.name in mutates:
                 kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + mutates.index(leaf.name))}!)")
             arguments.append(f"{kind} {leaf.name}" + (f"={leaf.default}" if optional else ""))
-        return f"({', '.join(reversed(arguments))})"
+        return ", ".join(reversed(arguments))
 
     def _fake(self, *groups: Any) -> Any:
         self.check(*groups)
@@ -161,10 +161,8 @@ def flatten(widths: Sequence[int], groups: Sequence[Any]) -> list[Any]:
     for width, group in zip(widths, groups, strict=True):
         if group is None:
             flat.extend([None] * width)
-        elif isinstance(group, tuple):
-            _extend(flat, group)
         else:
-            flat.append(group)
+            _extend(flat, (group,))
     return flat
 
 
