@@ -122,8 +122,8 @@ class Sizes:
 
 
 def candidate_budget(selector: str, length: int) -> int:
-    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter, and the shadow prefix an eighth."""
-    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 0}[selector]
+    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter, the shadow prefix an eighth; 1 stands for none."""
+    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 1}[selector]
 
 
 def decode_bytes(sizes: Sizes, selector: str, candidates: float, kept: float, prefix_channels: int, prunes: bool) -> int:

@@ -575,6 +575,13 @@ def test_every_phase_that_the_sources_mark_is_timed_and_drawn():
     assert sorted(names) == sorted([phases.START, *(name for group in plots.PHASES_OF.values() for name in group)])
 
 
+@pytest.mark.parametrize("selector", phases.SELECTORS)
+def test_the_call_that_phases_are_read_in_is_a_valid_one(data, selector):
+    budget = workload.candidate_budget(selector, data.sizes.length)
+    workload.call_arguments("decode_attention", data, 0, selector=selector, token_budget=budget, dense_below=0)
+    workload.call("decode_attention", data, 0, selector=selector, token_budget=budget, dense_below=0)()
+
+
 def test_phases_last_from_mark_to_mark_and_those_not_passed_are_left_out():
     clock = [(0, 0), (1000, 5000), (3000, 6000), (4000, 6500)]
     times = phases.durations(clock, ["dreamt", "start", "candidates scored", "attended"])
