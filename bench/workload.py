@@ -122,7 +122,7 @@ class Sizes:
 
 
 def candidate_budget(selector: str, length: int) -> int:
-    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter, the shadow prefix an eighth; 1 stands for none."""
+    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter; the shadow prefix an eighth; 1 is none."""
     return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 1}[selector]
 
 

@@ -32,6 +32,7 @@ struct AppendCall {
   uint8_t* k_quant;  // null: no shadow
   uint32_t* k_scale;
   const int32_t *channel_order, *prefix_channels;
+  const float* k_center;   // null: zeros
   char* page_bounds;       // null: no bounds
   uint32_t* bounds_scale;  // null unless the bounds are 8-bit codes
   const int32_t* seq_lens;
@@ -107,7 +108,10 @@ void write_shadow(const AppendCall& call, const TouchedPage& page, int64_t h, in
   uint8_t packed[128];
   load_row<E>(key, dim, x);
   Extent extent;
-  for (int64_t d = 0; d < dim; d += kLanes) extent.add(load(x + d));
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    if (call.k_center != nullptr) store(x + d, load(x + d) - load(call.k_center + h * dim + d));
+    extent.add(load(x + d));
+  }
   const Quantiser quantiser = extent.quantiser(15);
   for (int64_t j = 0; j < dim; j += kLanes) {
     const VecF ordered = (VecF)gather(reinterpret_cast<const uint32_t*>(x), load<VecI>(order + j));
@@ -225,8 +229,9 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   check.cache(k_cache, v_cache);
   check.geometry();
   check.paging(page_table, seq_lens);
-  if (k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value())
-    check.shadow(k_quant, k_scale, channel_order, prefix_channels);
+  if (k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value() ||
+      k_center.has_value())
+    check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
   if (page_bounds.has_value()) {
     check.bounds(*page_bounds, bounds_scale);
   } else {
@@ -248,6 +253,7 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
                         reinterpret_cast<uint32_t*>(pointer(k_scale)),
                         channel_order.has_value() ? channel_order->const_data_ptr<int32_t>() : nullptr,
                         prefix_channels.has_value() ? prefix_channels->const_data_ptr<int32_t>() : nullptr,
+                        k_center.has_value() ? k_center->const_data_ptr<float>() : nullptr,
                         pointer(page_bounds),
                         reinterpret_cast<uint32_t*>(pointer(bounds_scale)),
                         paging.seq_lens,

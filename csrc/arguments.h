@@ -5,8 +5,8 @@
 #define TWILIGHT_APPEND_KV_ARGUMENTS                                                                                  \
   const Tensor &k, const Tensor &v, Tensor k_cache, Tensor v_cache, const Tensor &page_table, const Tensor &seq_lens, \
       const OptionalTensor &positions, OptionalTensor k_quant, OptionalTensor k_scale,                                \
-      const OptionalTensor &channel_order, const OptionalTensor &prefix_channels, OptionalTensor page_bounds,         \
-      OptionalTensor bounds_scale
+      const OptionalTensor &channel_order, const OptionalTensor &prefix_channels, const OptionalTensor &k_center,     \
+      OptionalTensor page_bounds, OptionalTensor bounds_scale
 
 #define TWILIGHT_DECODE_ATTENTION_ARGUMENTS                                                                         \
   const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &page_table, const Tensor &seq_lens,  \
@@ -14,6 +14,6 @@
       const OptionalTensor &head_token_budget, double top_p, const OptionalTensor &head_top_p, int64_t sink_tokens, \
       int64_t recent_tokens, int64_t dense_below, double sm_scale, const OptionalTensor &k_quant,                   \
       const OptionalTensor &k_scale, const OptionalTensor &channel_order, const OptionalTensor &prefix_channels,    \
-      const OptionalTensor &page_bounds, const OptionalTensor &bounds_scale, const OptionalTensor &indices,         \
-      const OptionalTensor &counts, int64_t tokens_per_index, OptionalTensor budget_counters,                       \
-      OptionalTensor kept_indices, OptionalTensor kept_counts
+      const OptionalTensor &k_center, const OptionalTensor &page_bounds, const OptionalTensor &bounds_scale,        \
+      const OptionalTensor &indices, const OptionalTensor &counts, int64_t tokens_per_index,                        \
+      OptionalTensor budget_counters, OptionalTensor kept_indices, OptionalTensor kept_counts

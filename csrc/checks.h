@@ -213,7 +213,7 @@ class Checker {
   }
 
   void shadow(const OptionalTensor& k_quant, const OptionalTensor& k_scale, const OptionalTensor& channel_order,
-              const OptionalTensor& prefix_channels) {
+              const OptionalTensor& prefix_channels, const OptionalTensor& k_center) {
     const char* expected = "a tensor (k_quant, k_scale, channel_order and prefix_channels come together)";
     given("k_quant", k_quant, expected);
     given("k_scale", k_scale, expected);
@@ -223,6 +223,7 @@ class Checker {
     tensor("channel_order", *channel_order, {"Hkv", "D"}, {ScalarType::Int});
     tensor("prefix_channels", *prefix_channels, {"Hkv"}, {ScalarType::Int});
     tensor("k_quant", *k_quant, {"P", "Hkv", size("S") * size("D") / 2}, {ScalarType::Byte});
+    if (k_center.has_value()) tensor("k_center", *k_center, {"Hkv", "D"}, {ScalarType::Float});
   }
 
   void bounds(const Tensor& page_bounds, const OptionalTensor& bounds_scale) {

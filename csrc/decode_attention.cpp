@@ -208,10 +208,10 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   check.scale(sm_scale);
   check.at_least("dense_below", dense_below, 0);
   const bool prunes = selector != Selector::kDense && (top_p < 1.0 || head_top_p.has_value());
-  const bool has_shadow =
-      k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value();
+  const bool has_shadow = k_quant.has_value() || k_scale.has_value() || channel_order.has_value() ||
+                          prefix_channels.has_value() || k_center.has_value();
   if (prunes || selector == Selector::kShadowPrefix || has_shadow)
-    check.shadow(k_quant, k_scale, channel_order, prefix_channels);
+    check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
   if (selector == Selector::kQuest) check.given("page_bounds", page_bounds, "a tensor, because selector is \"quest\"");
   if (page_bounds.has_value()) {
     check.bounds(*page_bounds, bounds_scale);

@@ -111,12 +111,12 @@ class EstimateOpRow : public EstimateRow {
 };
 
 Tensor estimate_weights(const Tensor& q, const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order,
-                        const Tensor& prefix_channels, const Tensor& page_table, const Tensor& seq_lens,
-                        const OptionalTensor& indices, const OptionalTensor& counts, int64_t tokens_per_index,
-                        double sm_scale) {
+                        const Tensor& prefix_channels, const OptionalTensor& k_center, const Tensor& page_table,
+                        const Tensor& seq_lens, const OptionalTensor& indices, const OptionalTensor& counts,
+                        int64_t tokens_per_index, double sm_scale) {
   Checker check("estimate_weights", q);
   check.query(q);
-  check.shadow(k_quant, k_scale, channel_order, prefix_channels);
+  check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
   check.geometry();
   check.paging(page_table, seq_lens);
   check.candidates(indices, counts, tokens_per_index, k_scale.size(2));

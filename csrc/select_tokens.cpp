@@ -90,12 +90,13 @@ class SelectTokensRow : public SelectionRow {
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant, const Tensor& k_scale,
                                          const Tensor& channel_order, const Tensor& prefix_channels,
-                                         const Tensor& page_table, const Tensor& seq_lens, int64_t token_budget,
-                                         double budget_fraction, const OptionalTensor& head_token_budget,
-                                         double sm_scale, int64_t sink_tokens, int64_t recent_tokens) {
+                                         const OptionalTensor& k_center, const Tensor& page_table,
+                                         const Tensor& seq_lens, int64_t token_budget, double budget_fraction,
+                                         const OptionalTensor& head_token_budget, double sm_scale, int64_t sink_tokens,
+                                         int64_t recent_tokens) {
   Checker check("select_tokens", q);
   check.query(q);
-  check.shadow(k_quant, k_scale, channel_order, prefix_channels);
+  check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
   check.geometry();
   check.paging(page_table, seq_lens);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);

@@ -78,6 +78,7 @@ class DecodeInputs:
     bounds_scale: Tensor | None  # [P, Hkv, 2] bf16
     channel_order: Tensor  # [Hkv, D] int32
     prefix_channels: Tensor  # [Hkv] int32
+    k_center: Tensor | None  # [Hkv, D] fp32
     page_table: Tensor  # [B, M] int32
     seq_lens: Tensor  # [B] int32
     sm_scale: float
@@ -214,6 +215,7 @@ def _host_inputs(shape: Shape, seed: int, spread: float, bounds_dtype: str, spar
     order = torch.stack([torch.randperm(dim, generator=rng) for _ in range(kv_heads)]).int()
     # Different prefixes a head: half of the channels, the smallest, the whole row.
     prefix = torch.tensor([(dim // 2, 8, dim)[h % 3] for h in range(kv_heads)], dtype=torch.int32)
+    center = torch.randn(kv_heads, dim, generator=rng)
     host = DecodeInputs(
         q=q,
         k_cache=poison(num_pages, kv_heads, page, dim, dtype=shape.dtype),
@@ -224,6 +226,7 @@ def _host_inputs(shape: Shape, seed: int, spread: float, bounds_dtype: str, spar
         bounds_scale=poison(num_pages, kv_heads, 2, dtype=torch.bfloat16) if eight_bit else None,
         channel_order=order,
         prefix_channels=prefix,
+        k_center=center,
         page_table=page_table,
         seq_lens=lengths,
         sm_scale=dim**-0.5,

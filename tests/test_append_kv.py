@@ -9,6 +9,8 @@ from comparisons import assert_same_state
 from flat import reference
 from inputs import SHAPES, Shape, make_inputs, shadow_keys, strided
 
+from twilight_ops import Shadow
+
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((70, 0, 33), 6, 3, 64, 16, 1, torch.float32)
 
@@ -71,14 +73,18 @@ def test_append_kv_stores_rows_where_the_page_table_says(backend):
     assert x.k_cache.cpu()[~written[:, None].expand(-1, 3, -1)].isnan().all(), "nothing else is written"
 
 
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "not-centred"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_append_kv_quantises_by_the_documented_formula_and_layout(backend, dtype):
+def test_append_kv_quantises_by_the_documented_formula_and_layout(backend, dtype, centred):
     x = blank(make_inputs(replace(SMALL, dtype=dtype), device=backend.device))
+    center = x.k_center
+    if not centred:
+        x, center = replace(x, k_center=None), torch.zeros_like(center)
     append(backend, x, positions=left_aligned(x))
     for b, position in ((0, 0), (0, 15), (0, 69), (2, 16), (2, 32)):
         page, slot = locate(x, b, position)
         for head in range(3):
-            k = x.keys[b, position, head].float()
+            k = x.keys[b, position, head].float() - center[head]
             scale, zero = ((k.max() - k.min()) / 15).bfloat16(), k.min().bfloat16()
             assert torch.equal(x.k_scale[page, head, slot], torch.stack([scale, zero]))
             codes = ((k - zero.float()) / scale.float()).round().clamp(0, 15).int()[x.channel_order[head].long()].tolist()
@@ -88,7 +94,7 @@ def test_append_kv_quantises_by_the_documented_formula_and_layout(backend, dtype
 def test_append_kv_shadow_is_off_by_half_a_step_at_most(backend):
     x = blank(make_inputs(Shape((500,), 2, 2, 128, 32, 1, torch.float32), device=backend.device))
     append(backend, x, positions=left_aligned(x))
-    keys, shadow = x.k_cache, shadow_keys(x, torch.float32)
+    keys, shadow = x.k_cache - x.k_center[:, None], shadow_keys(x, torch.float32)
     scale, zero = x.k_scale.float()[..., :1], x.k_scale.float()[..., 1:]
     low, high = keys.amin(-1, keepdim=True), keys.amax(-1, keepdim=True)
     # Rounding zero and scale to bf16 may leave the ends of the range outside the codes.
@@ -206,7 +212,7 @@ def test_append_kv_eight_bit_bounds_are_off_by_half_a_step_at_most(backend):
 @pytest.mark.parametrize("without", ["shadow", "bounds", "both"])
 def test_append_kv_serves_layers_without_shadow_or_bounds(backend, without):
     x = blank(make_inputs(SMALL, device=backend.device))
-    absent = dict.fromkeys(("k_quant", "k_scale", "channel_order", "prefix_channels"), None) if without != "bounds" else {}
+    absent = dict.fromkeys(Shadow._fields, None) if without != "bounds" else {}
     absent |= {"page_bounds": None} if without != "shadow" else {}
     append(backend, x, positions=left_aligned(x), **absent)
     untouched = blank(x)
@@ -217,6 +223,7 @@ def test_append_kv_serves_layers_without_shadow_or_bounds(backend, without):
 
 def test_append_kv_quantises_a_constant_row_to_code_zero(backend):
     x = blank(make_inputs(SMALL, device=backend.device))
+    x.k_center.zero_()
     x.keys.fill_(-1.5)
     append(backend, x, positions=left_aligned(x))
     page, slot = locate(x, 0, 3)
@@ -241,10 +248,11 @@ def test_append_kv_keeps_a_broken_row_to_itself(backend, value):
 @pytest.mark.parametrize("magnitude", [6e4, 1e-6], ids=str)
 def test_append_kv_quantises_the_whole_range_of_fp16(backend, magnitude):
     x = blank(make_inputs(replace(SMALL, dtype=torch.float16), device=backend.device))
+    x.k_center.zero_()
     x.keys.copy_((x.keys.float() / x.keys.float().abs().max() * magnitude).half())
     append(backend, x, positions=left_aligned(x))
     page, slot = locate(x, 0, 3)
-    error = (shadow_keys(x, torch.float32)[page, :, slot] - x.keys[0, 3].float()).abs().max()
+    error = (shadow_keys(x, torch.float32)[page, :, slot] - (x.keys[0, 3].float() - x.k_center)).abs().max()
     assert x.k_scale[page, :, slot].isfinite().all() and error < 0.1 * magnitude
 
 

@@ -9,7 +9,18 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, calibration  # noqa: E402
+from twilight_ops import (  # noqa: E402
+    Candidates,
+    Full,
+    Paging,
+    Pruning,
+    Quest,
+    ShadowPrefix,
+    TwilightConfig,
+    calibration,
+    estimate_weights,
+    prune_top_p,
+)
 from twilight_ops.decode_step import append  # noqa: E402
 from twilight_ops.integration import TwilightCache  # noqa: E402
 from twilight_ops.layer import allocate_layer  # noqa: E402
@@ -17,6 +28,7 @@ from twilight_ops.selectors import _channels  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 SCALE = HEAD_DIM**-0.5
+NO_CENTER = torch.zeros(KV_HEADS, HEAD_DIM)
 
 
 def heavy_channels(tokens, heavy, batch=1, seed=0, spread=6.0):
@@ -56,7 +68,7 @@ def captured_mass(q, k, order, prefix, budget):
 def test_heavy_channels_lead_the_order():
     heavy = [[3, 17, 40, 63], [0, 1, 30, 31]]
     q, k = heavy_channels(300, heavy)
-    order = _channels.channel_order(q, k, None)
+    order = _channels.channel_order(q, k, None, NO_CENTER)
     assert [sorted(row[:4].tolist()) for row in order] == heavy
     assert (order.sort(-1).values == torch.arange(HEAD_DIM)).all()
 
@@ -66,15 +78,15 @@ def test_the_order_ignores_padding():
     junk_q, junk_k = heavy_channels(300, [[5], [6]], seed=1, spread=500.0)
     positions = torch.cat([torch.full((1, 100), -1), torch.arange(200)[None]], 1).int()
     live = (positions >= 0)[..., None, None]
-    mixed = _channels.channel_order(torch.where(live, q, junk_q), torch.where(live, k, junk_k), positions)
-    assert torch.equal(mixed, _channels.channel_order(q[:, 100:], k[:, 100:], None))
+    mixed = _channels.channel_order(torch.where(live, q, junk_q), torch.where(live, k, junk_k), positions, NO_CENTER)
+    assert torch.equal(mixed, _channels.channel_order(q[:, 100:], k[:, 100:], None, NO_CENTER))
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.1])
 def test_the_prefix_is_the_shortest_that_loses_at_most_tau(tau):
     q, k = heavy_channels(512, [list(range(6)), list(range(0, 60, 3))])
-    order = _channels.channel_order(q, k, None)
-    prefix = _channels.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE)
+    order = _channels.channel_order(q, k, None, NO_CENTER)
+    prefix = _channels.shortest_prefix(q, k, None, NO_CENTER, order, 512, 0.125, tau, SCALE)
     assert (prefix % 8 == 0).all() and (prefix >= 8).all()
     assert prefix[0] == 8
     assert 8 < prefix[1] <= 32
@@ -87,20 +99,28 @@ def test_the_prefix_is_the_shortest_that_loses_at_most_tau(tau):
 
 def test_a_smaller_tau_never_shortens_the_prefix():
     q, k = heavy_channels(512, [list(range(0, 40, 2)), list(range(0, 60, 3))], seed=3)
-    order = _channels.channel_order(q, k, None)
-    lengths = [_channels.shortest_prefix(q, k, None, order, 512, 0.125, tau, SCALE) for tau in (0.3, 0.1, 0.03, 0.005)]
+    order = _channels.channel_order(q, k, None, NO_CENTER)
+    lengths = [_channels.shortest_prefix(q, k, None, NO_CENTER, order, 512, 0.125, tau, SCALE) for tau in (0.3, 0.1, 0.03, 0.005)]
     assert all((a <= b).all() for a, b in zip(lengths, lengths[1:], strict=False))
     assert (lengths[0] < lengths[-1]).any()
 
 
 def test_padding_does_not_change_the_prefix_of_a_sequence():
     q, k = heavy_channels(512, [list(range(0, 40, 2)), list(range(0, 60, 3))], seed=3)
-    order = _channels.channel_order(q, k, None)
-    alone = _channels.shortest_prefix(q, k, None, order, 512, 0.125, 0.05, SCALE)
+    order = _channels.channel_order(q, k, None, NO_CENTER)
+    alone = _channels.shortest_prefix(q, k, None, NO_CENTER, order, 512, 0.125, 0.05, SCALE)
     pad = torch.nn.functional.pad
     positions = torch.cat([torch.full((1, 128), -1), torch.arange(512)[None]], 1).int()
     padded = _channels.shortest_prefix(
-        pad(q, (0, 0, 0, 0, 128, 0), value=7.0), pad(k, (0, 0, 0, 0, 128, 0), value=7.0), positions, order, 512, 0.125, 0.05, SCALE
+        pad(q, (0, 0, 0, 0, 128, 0), value=7.0),
+        pad(k, (0, 0, 0, 0, 128, 0), value=7.0),
+        positions,
+        NO_CENTER,
+        order,
+        512,
+        0.125,
+        0.05,
+        SCALE,
     )
     assert torch.equal(alone, padded)
 
@@ -108,7 +128,8 @@ def test_padding_does_not_change_the_prefix_of_a_sequence():
 def sampled_prefix(monkeypatch, sampled_tokens, q, k, positions=None, tau=0.05):
     monkeypatch.setattr(_channels, "WHOLE_TOKENS", sampled_tokens)
     monkeypatch.setattr(_channels, "SAMPLED_TOKENS", sampled_tokens)
-    return _channels.shortest_prefix(q, k, positions, _channels.channel_order(q, k, positions), 64, 0.125, tau, SCALE)
+    order = _channels.channel_order(q, k, positions, NO_CENTER)
+    return _channels.shortest_prefix(q, k, positions, NO_CENTER, order, 64, 0.125, tau, SCALE)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -246,10 +267,12 @@ def test_calibration_reads_nothing_on_the_host_and_has_fixed_shapes(model):
     q, k = heavy_channels(200, [[1, 2], [3, 4]])
     positions = torch.arange(200)[None].int()
     for given in (None, positions):
-        order = _channels.channel_order(q, k, given)
+        order = _channels.channel_order(q, k, given, NO_CENTER)
 
         def both(q, k, given=given, order=order):
-            return _channels.channel_order(q, k, given), _channels.shortest_prefix(q, k, given, order, 512, 0.125, 0.05, SCALE)
+            return _channels.channel_order(q, k, given, NO_CENTER), _channels.shortest_prefix(
+                q, k, given, NO_CENTER, order, 512, 0.125, 0.05, SCALE
+            )
 
         compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k)
         assert all(torch.equal(a, b) for a, b in zip(compiled, both(q, k), strict=True))
@@ -258,7 +281,7 @@ def test_calibration_reads_nothing_on_the_host_and_has_fixed_shapes(model):
 def test_a_file_restores_the_calibration_of_every_layer(model, tmp_path):
     path = str(tmp_path / "calibration.safetensors")
     source = calibrated(model, ShadowPrefix(tau=0.2), ids(300), dense_layers=0)
-    calibration.save([layer.paged for layer in source.layers], path, {"tau": "0.2"})
+    calibration.save([layer.paged.shadow for layer in source.layers], path, {"tau": "0.2"})
     from_file = calibrated(model, ShadowPrefix(calibration=path), ids(20), dense_layers=1)
     assert equal_settings(settings(source)[1:], settings(from_file))
     with torch.no_grad():
@@ -278,18 +301,108 @@ def test_a_bad_file_is_one_clear_error(model, tmp_path):
 
     refused(tmp_path / "missing", "expected a file written by .*, got no such file")
     (tmp_path / "text").write_text("not a tensor")
-    refused(tmp_path / "text", "expected format twilight-shadow-prefix-1, got an unreadable file")
+    refused(tmp_path / "text", "expected format twilight-shadow-2 or twilight-shadow-prefix-1, got an unreadable file")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
-    refused(tmp_path / "foreign", "expected format twilight-shadow-prefix-1, got None")
+    refused(tmp_path / "foreign", "expected format twilight-shadow-2 or twilight-shadow-prefix-1, got None")
     sparse_only = calibrated(model, ShadowPrefix(), ids(300), dense_layers=2)
-    calibration.save([layer.paged for layer in sparse_only.layers], tmp_path / "partial", {})
+    calibration.save([layer.paged.shadow for layer in sparse_only.layers], tmp_path / "partial", {})
     refused(tmp_path / "partial", "expected an entry for layer 1, got none")
     whole = calibrated(model, ShadowPrefix(), ids(300), dense_layers=0)
-    calibration.save([layer.paged for layer in whole.layers], tmp_path / "whole", {})
+    calibration.save([layer.paged.shadow for layer in whole.layers], tmp_path / "whole", {})
     refused(tmp_path / "whole", r"expected 2 KV heads of 128 channels, got \[2, 64\]", make_model(head_dim=128))
     whole.layers[1].paged.shadow.channel_order[0, 0] = whole.layers[1].paged.shadow.channel_order[0, 1]
-    calibration.save([layer.paged for layer in whole.layers], tmp_path / "broken", {})
+    calibration.save([layer.paged.shadow for layer in whole.layers], tmp_path / "broken", {})
     refused(tmp_path / "broken", "expected permutations and prefixes that are multiples of 8, got others")
+
+
+def biased(tokens, bias=60.0):
+    """q and k of heads whose keys share a large vector, as projections with a bias make them."""
+    generator = torch.Generator().manual_seed(7)
+    q, k = heavy_channels(tokens, [list(range(0, 40, 4)), list(range(1, 60, 6))])
+    direction = torch.randn(KV_HEADS, HEAD_DIM, generator=generator).sign() * torch.tensor([1.0, 0.02] * (HEAD_DIM // 2))
+    return q, k, bias * direction
+
+
+def layer_of(config, path=None):
+    plan = TwilightConfig(config, sink_tokens=0, recent_tokens=0, calibration=path).layer_plan(0, "cpu", 2)
+    return allocate_layer(plan, 32, HEADS, KV_HEADS, HEAD_DIM, 16, torch.float32, torch.device("cpu"))
+
+
+def test_the_centre_is_the_mean_of_the_keys_that_are_no_padding():
+    q, k, bias = biased(200)
+    layer = layer_of(Full())
+    layer.calibrate(q, k + bias, None, SCALE)
+    torch.testing.assert_close(layer.shadow.k_center, (k + bias)[0].mean(0))
+    positions = torch.arange(200)[None].int() - 50
+    positions[positions < 0] = -1
+    layer.calibrate(q, torch.where((positions >= 0)[..., None, None], k + bias, torch.nan), positions, SCALE)
+    torch.testing.assert_close(layer.shadow.k_center, (k + bias)[0, 50:].mean(0))
+    layer.calibrate(q, torch.where(torch.arange(HEAD_DIM) == 3, torch.inf, k), None, SCALE)
+    assert layer.shadow.k_center.isfinite().all() and (layer.shadow.k_center[:, 3] == 0).all()
+    layer.reset()
+    assert not layer.shadow.k_center.any()
+
+
+def test_what_all_keys_share_changes_neither_order_nor_prefix():
+    q, k, bias = biased(512)
+    plain, moved = layer_of(ShadowPrefix()), layer_of(ShadowPrefix())
+    plain.calibrate(q, k, None, SCALE)
+    moved.calibrate(q, k + bias, None, SCALE)
+    assert torch.equal(plain.shadow.prefix_channels, moved.shadow.prefix_channels)
+    for head in range(KV_HEADS):
+        prefix = plain.shadow.prefix_channels[head]
+        ours, theirs = (set(layer.shadow.channel_order[head, :prefix].tolist()) for layer in (plain, moved))
+        assert ours == theirs
+
+
+def test_pruning_keeps_its_mass_where_keys_share_a_large_vector():
+    """A later topic and a far longer context than the prompt that the centre came from; without a centre the codes lose the keys."""
+    tokens, p = 512, 0.95
+    q, k, bias = biased(tokens)
+    keys, table = k + bias, torch.arange(32, dtype=torch.int32)[None]
+    lens, step = torch.tensor([tokens], dtype=torch.int32), slice(tokens - 1, tokens)
+    weights = torch.einsum("hgd,nhd->hgn", q[0, -1].view(KV_HEADS, -1, HEAD_DIM).double() * SCALE, keys[0].double()).softmax(-1)
+    lowest = {}
+    for name, seen in (("first 64", 64), ("all", tokens), ("none", 0)):
+        layer = layer_of(Full())
+        if seen:
+            layer.calibrate(q[:, :seen], keys[:, :seen], None, SCALE)
+        append(keys, keys, layer, table, lens)
+        paging = Paging(table, lens)
+        estimate = estimate_weights(q[:, step], layer.shadow, paging, Candidates(), SCALE)
+        indices, _, _ = prune_top_p(estimate, lens, Candidates(), HEADS, Pruning(p))
+        kept = weights.flatten(0, 1).gather(1, indices[0].clamp(min=0).long()).masked_fill(indices[0] < 0, 0.0).sum(-1)
+        lowest[name] = kept.min().item()
+    assert lowest["all"] > p - 0.03 and lowest["first 64"] > p - 0.05 and lowest["none"] < 0.7, lowest
+
+
+def test_a_file_of_version_0_1_loads_and_the_prompt_centres_what_it_says(tmp_path):
+    from safetensors.torch import save_file
+
+    q, k, bias = biased(300)
+    source = layer_of(ShadowPrefix())
+    source.calibrate(q, k, None, SCALE)
+    order, prefix = source.shadow.channel_order, source.shadow.prefix_channels
+    path = str(tmp_path / "old")
+    save_file({"layers.0.channel_order": order, "layers.0.prefix_channels": prefix}, path, metadata={"format": calibration.WITHOUT_CENTRE})
+    for selector in (ShadowPrefix(), Full()):
+        layer = layer_of(selector, path)
+        layer.calibrate(q, k + bias, None, SCALE)
+        assert torch.equal(layer.shadow.channel_order, order) and torch.equal(layer.shadow.prefix_channels, prefix)
+        torch.testing.assert_close(layer.shadow.k_center, (k + bias)[0].mean(0))
+
+
+def test_a_centre_from_a_file_stays(tmp_path):
+    q, k, bias = biased(300)
+    source = layer_of(ShadowPrefix())
+    source.calibrate(q, k + bias, None, SCALE)
+    path = str(tmp_path / "file")
+    calibration.save([source.shadow], path, {})
+    layer = layer_of(Full(), path)
+    for _ in range(2):
+        layer.calibrate(q, k, None, SCALE)
+        assert torch.equal(layer.shadow.k_center, source.shadow.k_center)
+        layer.reset()
 
 
 def test_the_operators_select_as_calibrated(model):

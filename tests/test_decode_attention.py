@@ -16,11 +16,12 @@ from comparisons import (
 from flat import reference
 from inputs import SHAPES, Shape, break_key, make_inputs, random_candidates
 
+from twilight_ops import Shadow
 from twilight_ops.capacity import COUNTER_COLUMNS, COUNTER_DENSE, COUNTER_HEADER, HISTOGRAM_BINS, histogram_bin
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
-NO_SHADOW = dict.fromkeys(("k_quant", "k_scale", "channel_order", "prefix_channels"), None)
+NO_SHADOW = dict.fromkeys(Shadow._fields, None)
 NO_BOUNDS = {"page_bounds": None, "bounds_scale": None}
 SELECTORS = ("full", "quest", "shadow_prefix", "given")
 

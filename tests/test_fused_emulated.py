@@ -25,7 +25,7 @@ POINTERS = (
 ).split()
 
 APPEND_POINTERS = (
-    "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens positions"
+    "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels k_center page_table seq_lens positions"
 ).split()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from inputs import Shape, make_inputs, random_candidates
 
-from twilight_ops import backends
+from twilight_ops import Shadow, backends
 from twilight_ops.capacity import COUNTER_COLUMNS
 
 DEVICES = ["cpu"] + (["cuda"] if backends.CUDA.name != "none" and torch.cuda.is_available() else [])
@@ -33,7 +33,7 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
     kept = torch.zeros(3, 2, x.max_tokens, dtype=torch.int32, device=device)
     kept_counts = torch.zeros(3, 2, dtype=torch.int32, device=device)
     positions = torch.tensor([[3], [-1], [5]], dtype=torch.int32, device=device)
-    bare = {"k_quant": None, "k_scale": None, "page_bounds": None, "channel_order": None, "prefix_channels": None}
+    bare = dict.fromkeys((*Shadow._fields, "page_bounds"), None)
     return [
         ("append_kv", "everything", x.arguments("append_kv", k=x.keys[:, :2], v=x.values[:, :2])),
         ("append_kv", "positions", x.arguments("append_kv", k=x.keys[:, :1], v=x.values[:, :1], positions=positions)),

@@ -30,7 +30,8 @@ class Paging(NamedTuple):
 
 
 class Shadow(NamedTuple):
-    """The 4-bit copy of K.
+    """The 4-bit copy of K, of which `k_center` is taken off: attention weights do not change when every key moves by the same vector,
+    and what is left spans a smaller range.
 
     Args:
         k_quant: [P, Hkv, S * D / 2] uint8, two codes a byte, low nibble first, channels in `channel_order`. The leading
@@ -38,12 +39,14 @@ class Shadow(NamedTuple):
         k_scale: [P, Hkv, S, 2] bf16, (scale, zero).
         channel_order: [Hkv, D] int32, a permutation of 0..D-1 a head.
         prefix_channels: [Hkv] int32, multiples of 8 in 0..D.
+        k_center: [Hkv, D] fp32, by channel of K, the same for all tokens of a sequence; None stands for zeros.
     """
 
     k_quant: Tensor
     k_scale: Tensor
     channel_order: Tensor
     prefix_channels: Tensor
+    k_center: Tensor | None = None
 
 
 class PageBounds(NamedTuple):

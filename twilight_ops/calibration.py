@@ -1,29 +1,39 @@
-"""Calibration files: the channel order and the prefix of every layer, as safetensors."""
+"""Calibration files: the channel order, the prefix and the centre of every layer's shadow, as safetensors."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layer import PagedKVLayer
+from .arguments import Shadow
 
 PREFIX_STEP = 8  # channels; the shadow's layout wants multiples
-FORMAT = "twilight-shadow-prefix-1"
+FORMAT = "twilight-shadow-2"
+WITHOUT_CENTRE = "twilight-shadow-prefix-1"  # of version 0.1
 
 
-def save(layers: Sequence[PagedKVLayer], path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes the calibration of every layer that has one to a safetensors file."""
+class Calibration(NamedTuple):
+    """What a file says of one layer."""
+
+    channel_order: Tensor  # [Hkv, D] int32
+    prefix_channels: Tensor  # [Hkv] int32
+    k_center: Tensor | None  # [Hkv, D] fp32; None: a file of version 0.1
+
+
+def save(shadows: Sequence[Shadow | None], path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes the calibration of every layer's shadow to a safetensors file; a layer without one is left out."""
     from safetensors.torch import save_file
 
     tensors = {}
-    for index, layer in enumerate(layers):
-        if layer.shadow is not None:
-            tensors[f"layers.{index}.channel_order"] = layer.shadow.channel_order.cpu().clone()
-            tensors[f"layers.{index}.prefix_channels"] = layer.shadow.prefix_channels.cpu().clone()
+    for index, shadow in enumerate(shadows):
+        if shadow is not None:
+            for name in Calibration._fields:
+                tensors[f"layers.{index}.{name}"] = getattr(shadow, name).cpu().clone()
     save_file(tensors, path, metadata={"format": FORMAT, **metadata})
     _read.cache_clear()
 
@@ -37,28 +47,52 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get("format")
-            if found == FORMAT:
+            if found in (FORMAT, WITHOUT_CENTRE):
                 return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         found = f"an unreadable file ({error})"
-    raise ValueError(f"calibration: {path}: expected format {FORMAT}, got {found}")
+    raise ValueError(f"calibration: {path}: expected format {FORMAT} or {WITHOUT_CENTRE}, got {found}")
 
 
-def load(path: str, index: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """One layer's (channel_order [Hkv, D], prefix_channels [Hkv]); with tensor parallelism this rank's heads of them."""
+def load(path: str, index: int, kv_heads: int, head_dim: int) -> Calibration:
+    """One layer's calibration; with tensor parallelism this rank's heads of it.
+
+    Raises:
+        ValueError: a file that is missing, of another format or of another model.
+    """
     tensors = _read(str(path))
-    order, prefix = (tensors.get(f"layers.{index}.{name}") for name in ("channel_order", "prefix_channels"))
+    found = Calibration(*(tensors.get(f"layers.{index}.{name}") for name in Calibration._fields))
+    order, prefix, center = found
     if order is None or prefix is None:
         raise ValueError(f"calibration: {path}: expected an entry for layer {index}, got none")
     heads = order.shape[0]
     if order.shape[1] != head_dim or heads % kv_heads:
         raise ValueError(f"calibration: {path}: expected {kv_heads} KV heads of {head_dim} channels, got {list(order.shape)}")
-    if heads != kv_heads:
-        part = torch.distributed.get_rank() % (heads // kv_heads) * kv_heads
-        order, prefix = order[part : part + kv_heads], prefix[part : part + kv_heads]
     valid = (order.sort(-1).values == torch.arange(head_dim)).all() and (
         (prefix % PREFIX_STEP == 0) & (prefix > 0) & (prefix <= head_dim)
     ).all()
     if not valid:
         raise ValueError(f"calibration: {path}: expected permutations and prefixes that are multiples of {PREFIX_STEP}, got others")
-    return order, prefix
+    if center is not None and not (center.shape == order.shape and center.isfinite().all()):
+        raise ValueError(f"calibration: {path}: expected finite centres of shape {list(order.shape)}, got others")
+    if heads != kv_heads:
+        first = torch.distributed.get_rank() % (heads // kv_heads) * kv_heads
+        found = Calibration(*(None if tensor is None else tensor[first : first + kv_heads] for tensor in found))
+    return found
+
+
+def restore(shadow: Shadow, path: str | None, index: int) -> bool:
+    """Writes a file's calibration of layer `index` into a shadow, without a file identity and the whole row; whether the centre is known.
+
+    Raises:
+        ValueError: see `load`; the shadow is as it was.
+    """
+    kv_heads, head_dim = shadow.channel_order.shape
+    if path is None:
+        found = Calibration(torch.arange(head_dim), torch.tensor(head_dim), None)
+    else:
+        found = load(path, index, kv_heads, head_dim)
+    shadow.channel_order.copy_(found.channel_order)
+    shadow.prefix_channels.copy_(found.prefix_channels)
+    shadow.k_center.copy_(torch.zeros(()) if found.k_center is None else found.k_center)
+    return found.k_center is not None

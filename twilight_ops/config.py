@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 
-from ._settings import MOST_TOKENS, Check, each, integer, normalise, one_of, optional, refuse, share, tokens
+from ._settings import MOST_TOKENS, Check, each, integer, normalise, one_of, optional, path, refuse, share, tokens
 from .layer import LayerPlan, Selector
 from .ops._checks import PAGE_SIZES
 from .selectors import DEFAULT, Full
@@ -92,6 +92,8 @@ class TwilightConfig:
         recent_tokens: the newest tokens of a sequence, always candidates and always kept; None takes RECENT_TOKENS. A step keeps its own
             tokens whatever this says.
         overrides: what single layers do differently, by layer index.
+        calibration: path of a file of `python -m twilight_ops calibrate` for every layer that has a shadow; a selector's own comes first.
+            None takes centre and channels from the first prompt in the cache.
 
     Counts of tokens may be as large as you like: `sys.maxsize` is everything.
 
@@ -107,6 +109,7 @@ class TwilightConfig:
     sink_tokens: int | None = None
     recent_tokens: int | None = None
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         normalise(
@@ -119,6 +122,7 @@ class TwilightConfig:
             sink_tokens=optional(tokens(0)),
             recent_tokens=optional(tokens(0)),
             overrides=_overrides,
+            calibration=optional(path),
         )
 
     def check_layers(self, num_layers: int) -> None:
@@ -148,6 +152,7 @@ class TwilightConfig:
             recent_tokens=0 if selector is None else pick("recent_tokens", RECENT_TOKENS),
             head_token_budget=override.head_token_budget,
             head_top_p=override.head_top_p,
+            calibration=getattr(selector, "calibration", None) or self.calibration,
         )
 
     def never_sparse(self, num_layers: int, max_cache_len: int, device_type: str, kv_rows: int) -> str | None:

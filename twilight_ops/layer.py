@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._settings import normalise, number, of_length, tokens
 from .arguments import KV, Always, Budget, Candidates, PageBounds, Policy, Pruning, Shadow
+from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
 
 
@@ -88,6 +89,7 @@ class LayerPlan:
     recent_tokens: int
     head_token_budget: tuple[int, ...] | None
     head_top_p: tuple[float, ...] | None
+    calibration: str | None = None  # a file
 
     @property
     def prunes(self) -> bool:
@@ -125,6 +127,7 @@ class PagedKVLayer:
     budget_counters: Tensor  # [Hkv, COUNTER_COLUMNS] int64
     index: int = 0  # of the layer in its model
     shadow: Shadow | None = None
+    centred_by_file: bool = False  # else by the first prompt
     bounds: PageBounds | None = None
     selector_state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -156,15 +159,30 @@ class PagedKVLayer:
 
     @torch.no_grad()
     def calibrate(self, q: Tensor, k: Tensor, positions: Tensor | None, sm_scale: float) -> None:
-        """Calibrates in place from the prompt that first fills the cache, before that prompt is appended; see `Selector.calibrate`."""
+        """Calibrates in place from the prompt that first fills the cache, before that prompt is appended: the centre of the shadow, and
+        what the selector takes from it; see `Selector.calibrate`."""
+        if self.shadow is not None and not self.centred_by_file:
+            self.shadow.k_center.copy_(mean_key(k, positions))
         if self.plan.selector is not None:
             self.plan.selector.calibrate(q, k, self, positions, sm_scale)
 
     def reset(self) -> None:
         """Forgets the budget counters and a calibration that came from a prompt."""
         self.budget_counters.zero_()
+        if self.shadow is not None:
+            self.centred_by_file = restore(self.shadow, self.plan.calibration, self.index)
         if self.plan.selector is not None:
             self.plan.selector.reset(self)
+
+
+def mean_key(k: Tensor, positions: Tensor | None) -> Tensor:
+    """Mean of the keys k [B, T, Hkv, D] that are no padding, [Hkv, D] fp32; 0 where it is not finite. Nothing is read on the host."""
+    if positions is None:
+        center = k.sum((0, 1), dtype=torch.float32) / (k.shape[0] * k.shape[1])
+    else:
+        live = (positions >= 0)[:, :, None, None]
+        center = torch.where(live, k, 0.0).sum((0, 1), dtype=torch.float32) / live.sum().clamp(min=1)
+    return torch.where(center.isfinite(), center, 0.0)
 
 
 def allocate_layer(
@@ -178,7 +196,7 @@ def allocate_layer(
     device: torch.device,
     previous: PagedKVLayer | None = None,
 ) -> PagedKVLayer:
-    """Zeroed tensors of one layer, with an identity channel order and the whole row as prefix until something calibrates them.
+    """Zeroed tensors of one layer; the shadow is as the plan's calibration file says, without one an identity until a prompt calibrates it.
 
     `previous` is the layer below: its index counts on, and a selector may share that layer's state.
     """
@@ -200,9 +218,10 @@ def allocate_layer(
         layer.shadow = Shadow(
             zeros(num_pages, num_kv_heads, page_size * head_dim // 2, dtype=torch.uint8),
             zeros(num_pages, num_kv_heads, page_size, 2, dtype=torch.bfloat16),
-            torch.arange(head_dim, dtype=torch.int32, device=device).expand(num_kv_heads, -1).contiguous(),
-            torch.full((num_kv_heads,), head_dim, dtype=torch.int32, device=device),
+            zeros(num_kv_heads, head_dim, dtype=torch.int32),
+            zeros(num_kv_heads, dtype=torch.int32),
+            zeros(num_kv_heads, head_dim, dtype=torch.float32),
         )
     layer.selector_state = plan.selector.allocate(layer, previous)
-    plan.selector.reset(layer)
+    layer.reset()
     return layer

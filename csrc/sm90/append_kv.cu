@@ -70,6 +70,7 @@ void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   p.bounds_scale = mutable_or_null<__nv_bfloat16>(bounds_scale);
   p.channel_order = data_or_null<int>(channel_order);
   p.prefix_channels = data_or_null<int>(prefix_channels);
+  p.k_center = data_or_null<float>(k_center);
   p.page_table = static_cast<const int*>(page_table.const_data_ptr());
   p.seq_lens = static_cast<const int*>(seq_lens.const_data_ptr());
   p.positions = data_or_null<int>(positions);

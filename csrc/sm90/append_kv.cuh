@@ -25,6 +25,7 @@ struct AppendParams {
   __nv_bfloat16* bounds_scale;  // null: bounds in K's dtype
   const int* channel_order;
   const int* prefix_channels;
+  const float* k_center;  // null: zeros
   const int* page_table;
   const int* seq_lens;
   const int* positions;
@@ -81,6 +82,10 @@ struct Appender {
     return static_cast<const T*>(base) + sequence * strides[0] + token * strides[1] + head * strides[2];
   }
 
+  __device__ __forceinline__ float centred(const T* k, int d) const {
+    return to_float(k[d]) - (p.k_center == nullptr ? 0.0f : p.k_center[head * D + d]);
+  }
+
   __device__ void write_row(int token) const {
     const int position = position_of(token), page = page_of(position), lane = threadIdx.x & 31;
     if (page < 0) return;
@@ -91,11 +96,12 @@ struct Appender {
     float low = infinity(), high = -infinity();
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const T x = k[lane + 32 * i];
-      static_cast<T*>(p.k_cache)[row * D + lane + 32 * i] = x;
-      static_cast<T*>(p.v_cache)[row * D + lane + 32 * i] = v[lane + 32 * i];
-      low = lower(low, to_float(x));
-      high = higher(high, to_float(x));
+      const int d = lane + 32 * i;
+      static_cast<T*>(p.k_cache)[row * D + d] = k[d];
+      static_cast<T*>(p.v_cache)[row * D + d] = v[d];
+      const float x = centred(k, d);
+      low = lower(low, x);
+      high = higher(high, x);
     }
     if (p.k_quant == nullptr) return;
     warp_range(low, high);
@@ -110,7 +116,7 @@ struct Appender {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int channel = min(max(p.channel_order[head * D + first + i], 0), D - 1);
-      word |= quantiser.code(to_float(k[channel])) << (4 * i);
+      word |= quantiser.code(centred(k, channel)) << (4 * i);
     }
     const int offset = first < prefix ? slot * (prefix / 2) + first / 2
                                       : p.page_size * (prefix / 2) + (slot * (D - prefix) + first - prefix) / 2;

@@ -1,4 +1,4 @@
-"""`python -m twilight_ops calibrate`: writes the shadow prefix of a model to a file."""
+"""`python -m twilight_ops calibrate`: writes what the shadow of a model's keys needs to know of them to a file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..selectors._channels import MIN_TOKENS
 from .arguments import check_outputs, number, read_text, whole
 from .models import add_model_arguments, context_of, load_model
 
-HELP = "calibrate the shadow prefix of a local model on a text, and write it to a file"
+HELP = "calibrate the key shadow of a local model on a text, and write it to a file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Forwards the first --tokens tokens of a text and writes each KV head's channel order and prefix, "
-        "for ShadowPrefix(calibration=FILE) and DoubleSparsity(calibration=FILE)."
+        "Forwards the first --tokens tokens of a text and writes each KV head's mean key, channel order and prefix, "
+        "for TwilightConfig(calibration=FILE)."
     )
     add_model_arguments(parser)
     parser.add_argument("--text", type=Path, required=True, help="a text file; ordinary prose is enough")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             model(torch.tensor([ids], device=model.device), logits_to_keep=1, **{cache_argument(model): cache})
         paged = [layer.paged for layer in cache.layers]
         metadata = {"tau": str(selector.tau), "budget_fraction": str(selector.budget_fraction), "tokens": str(len(ids))}
-        calibration.save(paged, args.out, {"model_type": model.config.model_type, **metadata})
+        calibration.save([layer.shadow for layer in paged], args.out, {"model_type": model.config.model_type, **metadata})
         prefix = torch.stack([layer.shadow.prefix_channels for layer in paged]).float()
         terminal.line(
             f"{args.out}: {len(paged)} layers x {prefix.shape[1]} KV heads from {len(ids)} tokens, "

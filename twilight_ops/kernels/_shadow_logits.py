@@ -370,7 +370,7 @@ def shadow_logits(
 ) -> tuple[Tensor, Tensor, int]:
     """Fills `logits` [B, T, Hq, slots]; returns partial maxima and sums [B * T * Hq, splits], and the slots of a split."""
     batch, query_tokens, heads, head_dim = q.shape
-    k_quant, k_scale, channel_order, prefix_channels = shadow
+    k_quant, k_scale, channel_order, prefix_channels, _ = shadow
     num_pages, kv_heads, page_size, _ = k_scale.shape
     capacity, max_pages = logits.shape[3], paging.page_table.shape[1]
     rows = batch * kv_heads

@@ -26,6 +26,15 @@ def _written_page(positions, seq_lens, page_table, batch, token, inside, tokens,
 
 
 @triton.jit
+def _centred(key, k_center, channel, mask):
+    """Keys [tokens, channels] less the centre of their channels."""
+    wide = key.to(tl.float32)
+    if k_center is not None:
+        wide -= tl.load(k_center + channel, mask=mask, other=0.0)[None, :]
+    return wide
+
+
+@triton.jit
 def _codes(x, zero, scale, LEVELS: tl.constexpr):
     """clamp(round((x - zero) / scale), 0, LEVELS), ties to even; 0 where that is undefined."""
     step = tl.div_rn(x - zero, tl.where(scale > 0.0, scale, 1.0))
@@ -53,6 +62,7 @@ def write_tokens_kernel(
     k_scale,  # [P, Hkv, S, 2]
     channel_order,  # [Hkv, D]
     prefix_channels,  # [Hkv]
+    k_center,  # [Hkv, D] or None
     page_table,  # [B, M]
     seq_lens,  # [B]
     positions,  # [B, T] or None
@@ -92,7 +102,7 @@ def write_tokens_kernel(
     tl.store(v_cache + slot[:, None] * HEAD_DIM + d[None, :], value, mask=mask)
 
     if k_quant is not None:
-        wide = key.to(tl.float32)
+        wide = _centred(key, k_center, head * HEAD_DIM + d, d < HEAD_DIM)
         low = tl.min(tl.where(mask, wide, INF), 1)
         high = tl.max(tl.where(mask, wide, -INF), 1)
         nan = tl.max((mask & (wide != wide)).to(tl.int32), 1) > 0
@@ -108,8 +118,10 @@ def write_tokens_kernel(
         pairs = written[:, None] & in_row[None, :]
         scale = scale.to(tl.float32)[:, None]
         zero = zero.to(tl.float32)[:, None]
-        even_code = _codes(tl.load(k_row[:, None] + even[None, :], mask=pairs, other=0.0).to(tl.float32), zero, scale, 15)
-        odd_code = _codes(tl.load(k_row[:, None] + odd[None, :], mask=pairs, other=0.0).to(tl.float32), zero, scale, 15)
+        even_key = tl.load(k_row[:, None] + even[None, :], mask=pairs, other=0.0)
+        odd_key = tl.load(k_row[:, None] + odd[None, :], mask=pairs, other=0.0)
+        even_code = _codes(_centred(even_key, k_center, head * HEAD_DIM + even, in_row), zero, scale, 15)
+        odd_code = _codes(_centred(odd_key, k_center, head * HEAD_DIM + odd, in_row), zero, scale, 15)
         prefix = tl.minimum(tl.maximum(tl.load(prefix_channels + head), 0), HEAD_DIM) // 8 * 4
         lead = place[:, None] * prefix + byte[None, :]
         tail = prefix * (PAGE - 1) + place[:, None] * (half - prefix) + byte[None, :]
@@ -184,7 +196,7 @@ def append_kv(
         k,
         v,
         *kv,
-        *(shadow or (None, None, None, None)),
+        *(shadow or (None,) * len(Shadow._fields)),
         *paging,
         positions,
         *k.stride()[:3],

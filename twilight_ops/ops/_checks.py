@@ -125,8 +125,8 @@ class Checker:
         self.tensor("v_cache", kv.v_cache, ("P", "Hkv", "S", "D"), dtype)
 
     def shadow(self, shadow: Shadow | None) -> None:
-        """The four shadow tensors come together; `S` and `D` must already be bound or are taken from k_scale."""
-        for name in Shadow._fields:
+        """All of a shadow but its centre comes together; `S` and `D` must already be bound or are taken from k_scale."""
+        for name in Shadow._fields[:4]:
             together = "a tensor (k_quant, k_scale, channel_order and prefix_channels come together)"
             self.require(getattr(shadow, name, None) is not None, name, together, None)
         assert shadow is not None
@@ -134,6 +134,8 @@ class Checker:
         self.tensor("channel_order", shadow.channel_order, ("Hkv", "D"), torch.int32)
         self.tensor("prefix_channels", shadow.prefix_channels, ("Hkv",), torch.int32)
         self.tensor("k_quant", shadow.k_quant, ("P", "Hkv", self.sizes["S"] * self.sizes["D"] // 2), torch.uint8)
+        if shadow.k_center is not None:
+            self.tensor("k_center", shadow.k_center, ("Hkv", "D"), torch.float32)
 
     def bounds(self, bounds: PageBounds | None, dtype: torch.dtype, needed: str | None = None) -> None:
         """`needed` says why there must be some, in the words of a message."""

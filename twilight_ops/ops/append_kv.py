@@ -21,8 +21,8 @@ def append_kv(
 
     Token t of sequence b goes to position `positions[b, t]`, by default `seq_lens[b] - T + t`; a negative position skips
     the row, so a left-padded prompt needs no positions at all. The shadow of a token is
-    `code = clamp(round((k - zero) / scale), 0, 15)` with `zero = bf16(min k)`, `scale = bf16((max k - min k) / 15)` over its D
-    channels. Bounds of every page that receives a token are recomputed from the page's live tokens (position < seq_lens).
+    `code = clamp(round((x - zero) / scale), 0, 15)` with `x = k - k_center`, `zero = bf16(min x)`, `scale = bf16((max x - min x) / 15)`
+    over its D channels. Bounds of every page that receives a token are recomputed from the page's live tokens (position < seq_lens).
 
     Args:
         k, v: [B, T, Hkv, D], fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous. Any T >= 1.

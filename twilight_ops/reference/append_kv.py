@@ -30,8 +30,9 @@ def append_kv(
     v_cache[page, :, offset] = v[b, t]
 
     if shadow is not None:
-        k_quant, k_scale, channel_order, prefix_channels = shadow
-        ordered = k[b, t].gather(-1, channel_order.long().expand(len(b), -1, -1))
+        k_quant, k_scale, channel_order, prefix_channels, k_center = shadow
+        centred = k[b, t] if k_center is None else k[b, t].float() - k_center
+        ordered = centred.gather(-1, channel_order.long().expand(len(b), -1, -1))
         codes, scale = quantise(ordered, 15)
         k_scale[page, :, offset] = scale
         touched, row = page.unique(return_inverse=True)

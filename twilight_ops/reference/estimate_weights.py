@@ -10,7 +10,7 @@ from ._paging import all_tokens, candidate_tokens, compute_dtype, dequantise, ga
 
 
 def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
-    (k_quant, k_scale, channel_order, prefix_channels), (page_table, seq_lens) = shadow, paging
+    (k_quant, k_scale, channel_order, prefix_channels, _), (page_table, seq_lens) = shadow, paging
     batch, query_tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_scale.shape
     dtype = compute_dtype(q)

@@ -10,7 +10,7 @@ from ._top_k import group_scores, row_budget, take_best
 
 
 def select_tokens(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always) -> tuple[Tensor, Tensor]:
-    (k_quant, k_scale, channel_order, prefix_channels), (page_table, seq_lens) = shadow, paging
+    (k_quant, k_scale, channel_order, prefix_channels, _), (page_table, seq_lens) = shadow, paging
     batch, query_tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_scale.shape
     max_pages = page_table.shape[1]

@@ -1,4 +1,7 @@
-"""How a shadow prefix is calibrated from a prompt: which channels lead, and how many of them are enough for each KV head."""
+"""How a shadow prefix is calibrated from a prompt: which channels lead, and how many of them are enough for each KV head.
+
+Keys count as they are coded, less `center` [Hkv, D]: what all keys share decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ SINK_TOKENS = 16  # that every query may attend to, so that no sample may miss o
 MIN_TOKENS = 64
 
 
-def channel_order(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:
-    """Channels of each KV head by falling mean |q_d| mean |k_d| over the newest queries of its group and all keys, [Hkv, D]."""
+def channel_order(q: Tensor, k: Tensor, positions: Tensor | None, center: Tensor) -> Tensor:
+    """Channels of each KV head by falling mean |q_d| mean |k_d - center_d| over the newest queries of its group and all keys, [Hkv, D]."""
     batch, tokens, kv_heads, head_dim = k.shape
     recent = slice(max(0, tokens - RECENT_QUERIES), tokens)
     q_size = q[:, recent].abs().float().view(batch, -1, kv_heads, q.shape[2] // kv_heads, head_dim).sum(3)
-    k_size = k.abs()
+    k_size = (k - center.to(k.dtype)).abs()
     if positions is not None:
         live = (positions >= 0)[:, :, None, None]
         q_size, k_size = q_size * live[:, recent], torch.where(live, k_size, 0.0)
@@ -45,6 +48,7 @@ def shortest_prefix(
     q: Tensor,
     k: Tensor,
     positions: Tensor | None,
+    center: Tensor,
     order: Tensor,
     token_budget: int,
     budget_fraction: float,
@@ -67,7 +71,7 @@ def shortest_prefix(
     for b in range(min(batch, SCORED_SEQUENCES)):
         live = None if positions is None else positions[b] >= 0
         sampled, is_sink, counts = _scored_tokens(tokens, stride, live, q.device)
-        keys = k[b, sampled].transpose(0, 1).float()  # [Hkv, N, D]
+        keys = (k[b, sampled].float() - center).transpose(0, 1)  # [Hkv, N, D]
         queries = q[b, columns].view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3).float() * sm_scale  # [Hkv, G, Q, D]
         seen = (columns[:, None] >= sampled) & counts  # [Q, N]
         if live is not None:

@@ -22,8 +22,8 @@ class DoubleSparsity(Selector):
         token_budget, budget_fraction: see `Selector`; Twilight's settings are 8192 tokens or a quarter of the context.
         heavy_channels: r a KV head; the paper's is D / 8 to D / 4.
         label_dtype: "model" (K's dtype) or "int8" (with one scale a token and head).
-        calibration: path of a file written by `python -m twilight_ops calibrate`, as the paper does offline; None takes the
-            channels from the first prompt.
+        calibration: path of a file written by `python -m twilight_ops calibrate`, as the paper does offline; None takes
+            TwilightConfig's, and where it has none the channels of the first prompt.
 
     Source: Double Sparsity, arXiv 2408.07092.
     """
@@ -45,8 +45,8 @@ class DoubleSparsity(Selector):
         heavy = min(self.heavy_channels, head_dim)
         # Until the first prompt calibrates them; a file decides them for good.
         order = torch.arange(head_dim, device=device).expand(kv_heads, -1)
-        if self.calibration is not None:
-            order = calibration.load(self.calibration, layer.index, kv_heads, head_dim)[0].to(device)
+        if layer.plan.calibration is not None:
+            order = calibration.load(layer.plan.calibration, layer.index, kv_heads, head_dim).channel_order.to(device)
         int8 = self.label_dtype == "int8"
         state = {
             "heavy_channels": order[:, :heavy].int().contiguous(),  # [Hkv, r]
@@ -57,7 +57,7 @@ class DoubleSparsity(Selector):
         return state
 
     def calibrate(self, q: Tensor, k: Tensor, layer, positions: Tensor | None, sm_scale: float) -> None:
-        if self.calibration is not None:
+        if layer.plan.calibration is not None:
             return
         heavy = layer.selector_state["heavy_channels"]
         real = real_rows(k, positions)

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .. import calibration
 from .._settings import integer, normalise, number, optional, path
 from ..arguments import Candidates, Paging
 from ..layer import Selector, stored_bytes
@@ -18,15 +16,16 @@ from ._channels import MIN_TOKENS, channel_order, shortest_prefix
 class ShadowPrefix(Selector):
     """Token-granular selection that needs no metadata beyond the pruner's own shadow.
 
-    Channels are ordered by mean |q_d| |k_d| and each KV head's prefix is the shortest that loses at most `tau` of true attention
-    mass at the budget, both calibrated from the first prompt that fills the cache, or loaded from a file.
+    Channels are ordered by mean |q_d| |k_d|, keys less their centre, and each KV head's prefix is the shortest that loses at most `tau`
+    of true attention mass at the budget, both calibrated from the first prompt that fills the cache, or loaded from a file.
 
     Args:
         token_budget: floor of the budget in tokens.
         budget_fraction: candidates as a share of the live length.
         tau: largest share of attention mass that the worst query head of a KV head may lose to its prefix.
         prefix_channels: a fixed prefix for every KV head, a multiple of 8, instead of the calibrated one.
-        calibration: path of a file written by `python -m twilight_ops calibrate`; None calibrates from the prompt.
+        calibration: path of a file written by `python -m twilight_ops calibrate`; None takes TwilightConfig's, and where it has none
+            calibrates from the prompt.
     """
 
     # An eighth of a short context is too few: SmolLM2, 4k tokens, eight documents: KL .0111 and +1.7% perplexity with a floor of 512,
@@ -55,26 +54,20 @@ class ShadowPrefix(Selector):
         return {}
 
     def reset(self, layer) -> None:
-        """The order and prefix of the file, else identity and the fixed prefix or the whole row."""
-        kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
-        if self.calibration is not None:
-            order, prefix = calibration.load(self.calibration, layer.index, kv_heads, head_dim)
-        else:
-            order, prefix = torch.arange(head_dim).expand(kv_heads, -1), torch.full((kv_heads,), head_dim)
+        """The fixed prefix, where there is one, instead of a file's or the whole row."""
         if self.prefix_channels is not None:
-            prefix = torch.full_like(prefix, self.prefix_channels)
-        layer.shadow.channel_order.copy_(order)
-        layer.shadow.prefix_channels.copy_(prefix)
+            layer.shadow.prefix_channels.fill_(self.prefix_channels)
 
     def calibrate(self, q: Tensor, k: Tensor, layer, positions: Tensor | None, sm_scale: float) -> None:
         """Orders channels by mean |q_d| |k_d| and finds the shortest prefix, unless it is fixed or a file brings both."""
-        if self.calibration is not None or k.shape[1] < MIN_TOKENS:
+        if layer.plan.calibration is not None or k.shape[1] < MIN_TOKENS:
             return
-        order = channel_order(q, k, positions)
+        center = layer.shadow.k_center
+        order = channel_order(q, k, positions, center)
         layer.shadow.channel_order.copy_(order)
         if self.prefix_channels is None:
             budget = (self.token_budget, self.budget_fraction, self.tau, sm_scale)
-            layer.shadow.prefix_channels.copy_(shortest_prefix(q, k, positions, order, *budget))
+            layer.shadow.prefix_channels.copy_(shortest_prefix(q, k, positions, center, order, *budget))
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         policy = layer.policy
