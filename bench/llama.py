@@ -29,15 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    StaticCache,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.distributed import DistributedConfig
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig

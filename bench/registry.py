@@ -200,9 +200,8 @@ def twilight_method(family: str, name: str, data: Workload, options: argparse.Na
     def report() -> dict:
         candidates, kept = workload.budget_means(layers)
         _, lse = calls[0]()
-        selector = "dense" if dense else plan.selector.kernel
         columns = {
-            "bytes": workload.decode_bytes(sizes, selector, candidates, kept, data.prefix_channels, plan.prunes),
+            "bytes": sizes.kv_bytes if dense else workload.decode_bytes(sizes, layers[0], candidates, kept),
             "candidates": round(candidates, 1),
             "kept_tokens": round(kept, 1),
             "captured_mass": round(captured_mass(lse, data.expected[1]), 5),
@@ -227,7 +226,7 @@ def light_chunks(data: Workload, index: int, arguments: dict) -> list[speed_of_l
     chosen = {name: arguments[name] for name in ("token_budget", "budget_fraction")}
     op = workload.SELECT_OPS[arguments["selector"]]
     candidates = operator(op)(**call_arguments(op, data, index, **chosen))
-    max_tokens = data.paging[0].shape[1] * sizes.page_size
+    max_tokens = data.paging.page_table.shape[1] * sizes.page_size
     positions = torch.empty((sizes.batch, sizes.num_kv_heads, max_tokens), dtype=torch.int32, device=data.keys.device)
     counts = positions.new_empty((sizes.batch, sizes.num_kv_heads))
     operator("decode_attention")(**arguments | {"budget_counters": None, "kept_indices": positions, "kept_counts": counts})
@@ -242,7 +241,8 @@ def light_method(name: str, data: Workload, options: argparse.Namespace) -> Meth
     layers = data.layers(config_of(name, data, options))
     chunks = [light_chunks(data, i, call_arguments("decode_attention", data, i, layer)) for i, layer in enumerate(layers)]
     by_cluster: dict[int, float] = {}
-    for size in speed_of_light.cluster_sizes(data.sizes.lists):
+    units = data.sizes.lists
+    for size in (c for c in speed_of_light.CLUSTER_SIZES if c == 1 or units * c <= speed_of_light.MAX_BLOCKS):
         by_cluster[size] = statistics.median(timing.Replay([speed_of_light.reader(c, size) for c in chunks]).sample(3))
     best = min(by_cluster, key=by_cluster.get)
     columns = {

@@ -25,10 +25,6 @@ from .timing import Method, Timing, measure, output_of
 DEVICES = ("cpu", "cuda")
 
 
-class LeftOut(Exception):
-    """A shape is not measured."""
-
-
 class DeviceLost(Exception):
     """The CUDA context is unusable after a failed method."""
 
@@ -335,13 +331,14 @@ def main(op: Op, options: argparse.Namespace) -> int:
     with op.grad_mode(), console.status(op.name) as status:
         for cell in op.cells(options):
             status.update(f"{op.name}: {cell}")
+            if run.out_of_time:
+                console.print(f"left out: {cell}: the time limit of {options.time_limit:.0f} s has passed")
+                continue
             try:
-                if run.out_of_time:
-                    raise LeftOut(f"{cell}: the time limit of {options.time_limit:.0f} s has passed")
                 run.measure_cell(cell, entries)
                 if run.rows:
                     show(console, str(cell), op.columns, op.compared(run.rows))
-            except (LeftOut, MemoryError) as error:
+            except MemoryError as error:
                 console.print(f"left out: {error}")
             except DeviceLost as error:
                 console.print(f"[red]the device is lost after {error}; repeat with --resume to go on without that method")

@@ -113,11 +113,6 @@ def reader(chunks: list[Chunks], cluster_size: int) -> Callable[[], None]:
     return launch
 
 
-def cluster_sizes(units: int) -> list[int]:
-    """Cluster sizes worth trying."""
-    return [c for c in CLUSTER_SIZES if c == 1 or units * c <= MAX_BLOCKS]
-
-
 def _down(offsets: Tensor) -> Tensor:
     return offsets // VECTOR_BYTES * VECTOR_BYTES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -9,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from twilight_ops import Explanation, PagedKVCache, PagedKVLayer, Quest, TwilightConfig, decode_step, explain
+from twilight_ops import Always, Explanation, PagedKVCache, PagedKVLayer, Paging, Quest, TwilightConfig, decode_step, explain
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
 from twilight_ops.ops import operator as twilight_operator
 
@@ -86,10 +87,9 @@ class Sizes:
         """The leading channels' codes of every live token, with scale and zero."""
         return self.lists * self.length * (prefix_channels // 2 + 4)
 
-    def bounds_bytes(self, bytes_per_bound: int = 1) -> int:
-        """Page bounds of every live page; 8-bit bounds have a scale and zero of 4 bytes a page."""
-        pages = -(-self.length // self.page_size)
-        return self.lists * pages * (2 * self.head_dim * bytes_per_bound + (4 if bytes_per_bound == 1 else 0))
+    def bounds_bytes(self) -> int:
+        """8-bit bounds of every live page, with scale and zero."""
+        return self.lists * -(-self.length // self.page_size) * (2 * self.head_dim + 4)
 
     @property
     def paged_bytes(self) -> int:
@@ -100,9 +100,10 @@ class Sizes:
     @property
     def touched_bytes(self) -> int:
         """About the least that any method timed here reads a call, attended rows left out."""
-        quest = decode_bytes(self, "quest", candidate_budget("quest", self.length), 0, 0, True)
-        prefix = decode_bytes(self, "shadow_prefix", candidate_budget("shadow_prefix", self.length), 0, self.head_dim // 4, True)
-        return min(self.kv_bytes, quest, prefix)
+        quest, prefix = (self.lists * candidate_budget(name, self.length) for name in ("quest", "shadow_prefix"))
+        by_page = self.bounds_bytes() + quest * self.shadow_token_bytes
+        by_token = self.prefix_bytes(self.head_dim // 4) + prefix * (self.head_dim - self.head_dim // 4) // 2
+        return min(self.kv_bytes, by_page, by_token)
 
     def describe(self) -> dict[str, int]:
         return {
@@ -126,19 +127,13 @@ def candidate_budget(selector: str, length: int) -> int:
     return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 1}[selector]
 
 
-def decode_bytes(sizes: Sizes, selector: str, candidates: float, kept: float, prefix_channels: int, prunes: bool) -> int:
-    """Least bytes a decode call must read: selector metadata, shadow of I0, K and V of I1 (means a KV head)."""
-    attended = sizes.lists * kept * sizes.token_bytes
-    if selector == "dense":
-        return round(attended)
-    estimated = sizes.lists * candidates * sizes.shadow_token_bytes if prunes else 0.0
-    if selector == "quest":
-        return round(sizes.bounds_bytes() + estimated + attended)
-    if selector == "shadow_prefix":
-        # The prefix scan has read a candidate's leading codes, scale and zero already.
-        tail = sizes.lists * candidates * (sizes.head_dim - prefix_channels) // 2 if prunes else 0.0
-        return round(sizes.prefix_bytes(prefix_channels) + tail + attended)
-    return round(estimated + attended)
+def decode_bytes(sizes: Sizes, layer: PagedKVLayer, candidates: float, kept: float) -> int:
+    """Least bytes a decode call must read: what the selector scans, its estimates of I0, K and V of I1 (means a KV head)."""
+    selector, read = layer.plan.selector, kept * sizes.token_bytes
+    if selector is not None:
+        read += sizes.length * statistics.mean(selector.scan_bytes(layer))
+        read += candidates * statistics.mean(selector.estimate_bytes(layer)) if layer.plan.prunes else 0.0
+    return round(sizes.lists * read)
 
 
 def buffer_sets(sizes: Sizes, device: str, available_bytes: int | None = None) -> tuple[int, int]:
@@ -177,8 +172,8 @@ class Workload:
         return self.sizes.head_dim**-0.5
 
     @property
-    def paging(self) -> tuple[Tensor, Tensor]:
-        return self.cache.page_table, self.cache.seq_lens
+    def paging(self) -> Paging:
+        return Paging(self.cache.page_table, self.cache.seq_lens)
 
     @property
     def sets(self) -> int:
@@ -242,24 +237,15 @@ def call_arguments(op: str, data: Workload, index: int, layer: PagedKVLayer | No
     No sinks and no newest tokens but the step's own are asked for.
     """
     layer = data.cache.layers[index] if layer is None else layer
-    plan = layer.plan
-    selector = plan.selector
-    known = {name: tensor for group in (layer.kv, layer.shadow, layer.bounds) for name, tensor in group._asdict().items()} | {
+    policy = layer.policy
+    groups = (layer.kv, layer.shadow, layer.bounds, data.paging, policy.budget, policy.pruning, Always())
+    known = {name: value for group in groups for name, value in group._asdict().items()} | {
         "q": data.queries[index],
-        "page_table": data.cache.page_table,
-        "seq_lens": data.cache.seq_lens,
         "page_size": data.sizes.page_size,
         "num_kv_heads": data.sizes.num_kv_heads,
         "sm_scale": data.sm_scale,
-        "head_token_budget": None,
-        "head_top_p": None,
-        "sink_tokens": 0,
-        "recent_tokens": 0,
-        "budget_fraction": 0.0 if selector is None else selector.budget_fraction,
-        "selector": "dense" if selector is None else selector.kernel,
-        "token_budget": 1 if selector is None else selector.token_budget,
-        "top_p": plan.top_p,
-        "dense_below": plan.dense_below,
+        "selector": policy.selector,
+        "dense_below": policy.dense_below,
         "budget_counters": layer.budget_counters,
     }
     known |= given

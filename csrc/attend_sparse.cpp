@@ -18,7 +18,7 @@ void AttendRow::start(const KVCache& cache, const Paging& paging, const Query& q
   padded_rows_ = round_up(query.rows, kRowPad);
   out_ = out;
   lse_ = lse;
-  const int64_t parts = (capacity + kPartTokens - 1) / kPartTokens;
+  const int64_t parts = ceil_div(capacity, kPartTokens);
   q_ = arena.take<float>(padded_rows_ * query.head_dim);
   states_ = arena.take<State>(parts * padded_rows_);
   partial_ = arena.take<float>(parts * padded_rows_ * query.head_dim);
@@ -27,88 +27,70 @@ void AttendRow::start(const KVCache& cache, const Paging& paging, const Query& q
 }
 
 void AttendRow::attend(int64_t part) {
-  constexpr int64_t kBlock = kPartTokens;
   const int64_t dim = query_->head_dim, rows = query_->rows;
   const int64_t row_bytes = dim * cache_->kernels->element_size;
   Arena& arena = Arena::mine();
   Arena::Scope scope(arena);
-  float* logits = arena.take<float>(padded_rows_ * kBlock);
-  int32_t page[kBlock], slot[kBlock];
-  TokenRefs refs{page, slot};
-  const void *keys[kBlock], *values[kBlock];
-
-  State* states = states_ + part * padded_rows_;
-  float* out = partial_ + part * padded_rows_ * dim;
-  std::fill(states, states + padded_rows_, State{-kInf, 0.0f, false});
-  std::fill(out, out + padded_rows_ * dim, 0.0f);
+  float* logits = arena.take<float>(padded_rows_ * kPartTokens);
+  int32_t page[kPartTokens], slot[kPartTokens];
+  const void *keys[kPartTokens], *values[kPartTokens];
 
   const Range range = part_of(count_, part, kPartTokens);
-  for (int64_t begin = range.begin; begin < range.end; begin += kBlock) {
-    const int64_t n = std::min(kBlock, range.end - begin), padded = round_up(n, kLanes);
-    refs.fill(*paging_, b_, positions_ == nullptr ? nullptr : positions_ + begin, begin, n, padded);
-    for (int64_t i = 0; i < padded; ++i) {
-      const int64_t offset = ((page[i] * cache_->kv_heads + h_) * cache_->page_size + slot[i]) * row_bytes;
-      keys[i] = cache_->k + offset;
-      values[i] = cache_->v + offset;
-    }
-    cache_->kernels->dot(keys, n, dim, q_, rows, logits, kBlock);
+  const int64_t n = range.end - range.begin, padded = round_up(n, kLanes);
+  const int32_t* listed = positions_ == nullptr ? nullptr : positions_ + range.begin;
+  const auto position = [&](int64_t i) { return listed == nullptr ? range.begin + i : listed[i]; };
+  TokenRefs{page, slot}.fill(*paging_, b_, listed, range.begin, n, padded);
+  for (int64_t i = 0; i < padded; ++i) {
+    const int64_t offset = ((page[i] * cache_->kv_heads + h_) * cache_->page_size + slot[i]) * row_bytes;
+    keys[i] = cache_->k + offset;
+    values[i] = cache_->v + offset;
+  }
+  cache_->kernels->dot(keys, n, dim, q_, rows, logits, kPartTokens);
 
-    for (int64_t r = 0; r < padded_rows_; ++r) {
-      float* l = logits + r * kBlock;
-      if (r >= rows) {
-        std::fill(l, l + padded, 0.0f);
-        continue;
-      }
-      std::fill(l + n, l + padded, -kInf);
-      const int64_t horizon = query_->horizon(length_, r);
-      if (horizon < length_ - 1)
-        for (int64_t i = 0; i < n; ++i)
-          if ((positions_ == nullptr ? begin + i : positions_[begin + i]) > horizon) l[i] = -kInf;
-
-      State& state = states[r];
-      VecF peaks = splat(state.peak);
-      VecI nan = {};
-      for (int64_t i = 0; i < padded; i += kLanes) {
-        const VecF x = load(l + i);
-        peaks = max(peaks, x);
-        nan |= x != x;
-      }
-      const float peak = reduce_max(peaks);
-      state.has_nan |= bits(nan) != 0;
-      const VecF base = splat(peak == -kInf ? 0.0f : peak);
-      VecF total = {};
-      for (int64_t i = 0; i < padded; i += kLanes) {
-        const VecF e = exp(load(l + i) - base);
-        total += e;
-        store(l + i, e);
-      }
-      if (peak != state.peak) {
-        const VecF factor = exp(splat(state.peak) - base);
-        state.total *= factor[0];
-        if (begin > range.begin)
-          for (int64_t d = 0; d < dim; d += kLanes) store(out + r * dim + d, load(out + r * dim + d) * factor);
-        state.peak = peak;
-      }
-      state.total += reduce_add(total);
-    }
-    const auto position = [&](int64_t i) { return positions_ == nullptr ? begin + i : positions_[begin + i]; };
-    const int64_t oldest_horizon = query_->horizon(length_, 0);
-    bool all_visible = true;
-    for (int64_t i = 0; i < n; ++i) all_visible &= position(i) <= oldest_horizon;
-    if (all_visible) {
-      cache_->kernels->accumulate(values, n, dim, logits, kBlock, rows, out);
+  for (int64_t r = 0; r < padded_rows_; ++r) {
+    float* l = logits + r * kPartTokens;
+    if (r >= rows) {
+      std::fill(l, l + padded, 0.0f);
       continue;
     }
-    // What a query token does not see has weight 0, which would let a NaN through: its value is replaced by zeros.
-    Arena::Scope block_scope(arena);
-    char* zeros = arena.take<char>(row_bytes);
-    std::fill(zeros, zeros + row_bytes, char{0});
-    const void* seen[kBlock];
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t horizon = query_->horizon(length_, r);
-      for (int64_t i = 0; i < n; ++i) seen[i] = position(i) <= horizon ? values[i] : zeros;
-      cache_->kernels->accumulate(seen, n, dim, logits + r * kBlock, kBlock, 1, out + r * dim);
+    std::fill(l + n, l + padded, -kInf);
+    const int64_t horizon = query_->horizon(length_, r);
+    if (horizon < length_ - 1)
+      for (int64_t i = 0; i < n; ++i)
+        if (position(i) > horizon) l[i] = -kInf;
+
+    VecF peaks = splat(-kInf);
+    VecI nan = {};
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const VecF x = load(l + i);
+      peaks = max(peaks, x);
+      nan |= x != x;
     }
+    const float peak = reduce_max(peaks);
+    const VecF base = splat(peak == -kInf ? 0.0f : peak);
+    VecF total = {};
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const VecF e = exp(load(l + i) - base);
+      total += e;
+      store(l + i, e);
+    }
+    states_[part * padded_rows_ + r] = {peak, reduce_add(total), bits(nan) != 0};
+  }
+
+  float* out = partial_ + part * padded_rows_ * dim;
+  std::fill(out, out + padded_rows_ * dim, 0.0f);
+  const int64_t oldest_horizon = query_->horizon(length_, 0);
+  bool all_visible = true;
+  for (int64_t i = 0; i < n; ++i) all_visible &= position(i) <= oldest_horizon;
+  if (all_visible) return cache_->kernels->accumulate(values, n, dim, logits, kPartTokens, rows, out);
+  // What a query token does not see has weight 0, which would let a NaN through: its value is replaced by zeros.
+  char* zeros = arena.take<char>(row_bytes);
+  std::fill(zeros, zeros + row_bytes, char{0});
+  const void* seen[kPartTokens];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t horizon = query_->horizon(length_, r);
+    for (int64_t i = 0; i < n; ++i) seen[i] = position(i) <= horizon ? values[i] : zeros;
+    cache_->kernels->accumulate(seen, n, dim, logits + r * kPartTokens, kPartTokens, 1, out + r * dim);
   }
 }
 

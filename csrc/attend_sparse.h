@@ -47,7 +47,7 @@ class AttendRow {
     bool has_nan;  // a NaN logit, as opposed to +inf, which also makes the sum NaN
   };
 
-  int64_t num_parts() const { return (count_ + kPartTokens - 1) / kPartTokens; }
+  int64_t num_parts() const { return ceil_div(count_, kPartTokens); }
   void attend(int64_t part);
   void merge();
 

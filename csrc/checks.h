@@ -27,30 +27,14 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kMaxQueryTokens = 8;
 
 inline std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return torch::headeronly::toString(dtype);
-  }
+  constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"},    {ScalarType::Half, "float16"},
+      {ScalarType::Byte, "uint8"},    {ScalarType::BFloat16, "bfloat16"}, {ScalarType::Char, "int8"},
+      {ScalarType::Short, "int16"},   {ScalarType::Int, "int32"},         {ScalarType::Long, "int64"},
+      {ScalarType::Bool, "bool"}};
+  for (const auto& [known, name] : kNames)
+    if (known == dtype) return name;
+  return torch::headeronly::toString(dtype);
 }
 
 inline std::string device_name(const Tensor& tensor) {

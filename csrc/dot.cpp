@@ -80,23 +80,6 @@ constexpr int accumulate_width() {
   return (kLanes == 16 ? 16 : 8) / kRows > 8 ? 8 : (kLanes == 16 ? 16 : 8) / kRows;
 }
 
-// Calls f with the number of query rows of each block: fours, then what is left.
-template <class F>
-void for_row_blocks(int64_t num_rows, const F& f) {
-  for (int64_t r = 0; r < num_rows; r += 4) {
-    switch (num_rows - r) {
-      case 1:
-        f(r, std::integral_constant<int, 1>());
-        break;
-      case 2:
-        f(r, std::integral_constant<int, 2>());
-        break;
-      default:
-        f(r, std::integral_constant<int, 4>());
-    }
-  }
-}
-
 template <class E>
 void dot(const void* const* rows, int64_t count, int64_t length, const float* q, int64_t num_rows, float* out,
          int64_t out_stride) {

@@ -10,6 +10,20 @@ namespace twilight {
 // rows.
 constexpr int64_t kRowPad = 4;
 
+// Calls f(first row, number of rows) of each block of query rows, the number as a constant: fours, then what is left.
+template <class F>
+void for_row_blocks(int64_t num_rows, const F& f) {
+  for (int64_t r = 0; r < num_rows; r += 4) {
+    if (num_rows - r == 1) {
+      f(r, std::integral_constant<int, 1>());
+    } else if (num_rows - r == 2) {
+      f(r, std::integral_constant<int, 2>());
+    } else {
+      f(r, std::integral_constant<int, 4>());
+    }
+  }
+}
+
 struct ElementKernels {
   // out[r, i] = q[r, :] . rows[i][:]. `rows` and each row of `out` have room for `count` rounded up to kLanes, and
   // rows[i] is readable for the padding too.

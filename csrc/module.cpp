@@ -8,14 +8,6 @@
 #define TWILIGHT_STRING(a) TWILIGHT_STRING_(a)
 
 extern "C" __attribute__((visibility("default"))) PyObject* TWILIGHT_CONCAT(PyInit_, TORCH_EXTENSION_NAME)(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                                   TWILIGHT_STRING(TORCH_EXTENSION_NAME),
-                                   nullptr,
-                                   -1,
-                                   nullptr,
-                                   nullptr,
-                                   nullptr,
-                                   nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TWILIGHT_STRING(TORCH_EXTENSION_NAME), nullptr, -1};
   return PyModule_Create(&definition);
 }

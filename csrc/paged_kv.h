@@ -142,19 +142,16 @@ struct Query {
 
 // Candidates a caller hands over: [B, Hkv, C] indices, each standing for `unit` tokens.
 struct GivenCandidates {
-  bool given = false;  // false: every token; an empty list has no address either
-  const int32_t* indices = nullptr;
-  const int32_t* counts = nullptr;
-  int64_t capacity = 0, unit = 1;
+  bool given;  // false: every token; an empty list has no address either
+  const int32_t *indices, *counts;
+  int64_t capacity, unit;
 
-  GivenCandidates() = default;
-  GivenCandidates(const OptionalTensor& indices, const OptionalTensor& counts, int64_t unit) : unit(unit) {
-    if (!indices.has_value()) return;
-    given = true;
-    this->indices = indices->const_data_ptr<int32_t>();
-    this->counts = counts->const_data_ptr<int32_t>();
-    capacity = indices->size(2);
-  }
+  GivenCandidates(const OptionalTensor& indices, const OptionalTensor& counts, int64_t unit)
+      : given(indices.has_value()),
+        indices(given ? indices->const_data_ptr<int32_t>() : nullptr),
+        counts(given ? counts->const_data_ptr<int32_t>() : nullptr),
+        capacity(given ? indices->size(2) : 0),
+        unit(unit) {}
 
   int64_t listed(int64_t row) const { return std::min<int64_t>(std::max(counts[row], 0), capacity); }
 

@@ -68,8 +68,7 @@ struct FusedCall {
 
   explicit FusedCall(const PlanRequest& r)
       : request(r),
-        limits(r.max_pages * r.page_size, r.query_tokens, r.token_budget, r.sink_tokens, r.recent_tokens,
-               r.dense_below),
+        limits(r.limits()),
         // Where no row can be long enough for anything else, all of them are dense.
         selector(limits.max_tokens <= limits.dense_below ? Selector::kDense : r.selector),
         prunes(r.prunes && selector != Selector::kDense),

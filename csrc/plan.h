@@ -66,6 +66,9 @@ struct PlanRequest {
   // What a test decides itself; 0 and -1 leave it to the plan.
   int64_t cluster_size, evens_out;
 
+  Limits limits() const {
+    return {max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens, dense_below};
+  }
   int64_t rows() const { return query_tokens * group_size; }
   int64_t units() const { return batch * kv_heads; }
 };

@@ -98,20 +98,11 @@ void ShadowQuery::multiply_rows(Half half, const Stage& stage, int64_t count, in
 
 void ShadowQuery::multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
                            int64_t out_stride) const {
-  constexpr int kBlocks = kLanes == 16 ? 4 : 2;  // of four rows, as many as there are registers for
-  for (int64_t r = 0; r < rows_; r += 4) {
+  for_row_blocks(rows_, [&](int64_t r, auto rows) {
+    constexpr int kRows = decltype(rows)::value, kBlocks = kRows < 4 || kLanes == 16 ? 4 : 2;  // registers hold no more
     const Epilogue epilogue{pairs, totals_[half == kTail] + r, out + r * out_stride, out_stride, half == kTail};
-    switch (rows_ - r) {
-      case 1:
-        multiply_rows<1, 4>(half, stage, count, r, epilogue);
-        break;
-      case 2:
-        multiply_rows<2, 4>(half, stage, count, r, epilogue);
-        break;
-      default:
-        multiply_rows<4, kBlocks>(half, stage, count, r, epilogue);
-    }
-  }
+    multiply_rows<kRows, kBlocks>(half, stage, count, r, epilogue);
+  });
 }
 
 template <class Refs>

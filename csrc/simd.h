@@ -105,10 +105,6 @@ inline VecF load_float(const Half* from) {
 #endif
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return static_cast<float>(x); }
-inline float to_float(Half x) { return static_cast<float>(x); }
-
 // Bit i is set where lane i of a comparison's result is.
 inline uint32_t bits(VecI mask) {
 #if defined(TWILIGHT_AVX512)
@@ -121,8 +117,6 @@ inline uint32_t bits(VecI mask) {
   return out;
 #endif
 }
-
-constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 // True where x is NaN or +inf: a logit that softmax cannot digest.
 inline VecI is_broken(VecF x) { return ~(x < kInf); }

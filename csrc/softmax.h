@@ -13,7 +13,7 @@ class SoftmaxRows {
   // With `keep_logits` the exponentials do not replace the logits.
   void prepare(int64_t rows, int64_t capacity, bool keep_logits, Arena& arena) {
     rows_ = rows;
-    const int64_t parts = ceil_parts(capacity);
+    const int64_t parts = ceil_div(capacity, kPartItems);
     // Not a multiple of 4096 bytes, or the same item of all rows would compete for one set of the cache.
     stride_ = parts * kPartItems + 80;
     values_ = arena.take<float>(round_up(rows, kRowPad) * stride_);
@@ -27,7 +27,7 @@ class SoftmaxRows {
   void set_items(int64_t items) { items_ = items; }
   int64_t items() const { return items_; }
   int64_t rows() const { return rows_; }
-  int64_t parts() const { return ceil_parts(items_); }
+  int64_t parts() const { return ceil_div(items_, kPartItems); }
   int64_t stride() const { return stride_; }
   float* logits(int64_t r) const { return logits_ + r * stride_; }
   float* row(int64_t r) const { return values_ + r * stride_; }
@@ -92,8 +92,6 @@ class SoftmaxRows {
   }
 
  private:
-  static int64_t ceil_parts(int64_t items) { return (items + kPartItems - 1) / kPartItems; }
-
   int64_t rows_ = 0, items_ = 0, stride_ = 0;
   float *logits_, *values_, *peaks_, *totals_, *factors_;
   uint8_t* broken_;

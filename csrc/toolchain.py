@@ -87,11 +87,8 @@ def object_command(nvcc: str, source: Path, target: Path, defines: Sequence[str]
     """The nvcc command for one object of `_C_cuda`, with the flags that PyTorch's CUDAExtension gives it in an install, and `defines`."""
     from torch.utils import cpp_extension
 
-    names = [
-        "-DTORCH_API_INCLUDE_EXTENSION_H",
-        f"-DPy_LIMITED_API={cpp_extension.min_supported_cpython}",
-        "-DTORCH_EXTENSION_NAME=_C_cuda",
-    ]
+    api = f"-DPy_LIMITED_API={cpp_extension.min_supported_cpython}"
+    names = ["-DTORCH_API_INCLUDE_EXTENSION_H", api, "-DTORCH_EXTENSION_NAME=_C_cuda"]
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
     flags = [*cpp_extension.COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", *NVCC_FLAGS, *names, *(f"-D{name}" for name in defines)]
     return [nvcc, *flags, *includes, "-c", str(source), "-o", str(target)]
@@ -102,19 +99,8 @@ def link_command(nvcc: str, objects: Iterable[Path], library: Path) -> list[str]
     import torch
 
     lib = Path(torch.__file__).parent / "lib"
-    return [
-        nvcc,
-        "-shared",
-        *map(str, objects),
-        f"-L{lib}",
-        "-Xlinker",
-        "--no-as-needed",
-        "-ltorch_cpu",
-        "-ltorch",
-        "-lc10",
-        "-o",
-        str(library),
-    ]
+    libraries = ["-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10"]
+    return [nvcc, "-shared", *map(str, objects), f"-L{lib}", *libraries, "-o", str(library)]
 
 
 def library_command(nvcc: str, source: Path, library: Path) -> list[str]:

@@ -6,6 +6,8 @@ import torch
 from inputs import DecodeInputs, shadow_keys
 from torch import Tensor
 
+from twilight_ops.capacity import HISTOGRAM_BINS
+
 # A kernel may be this many times worse than the straightforward PyTorch computation in the same dtype: both errors are maxima of a few
 # thousand roundings, and two correct orders of summation were seen to differ by 2.3.
 WORSE_THAN_PLAIN = 4.0
@@ -218,3 +220,11 @@ def page_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
     corners = torch.maximum(q * owned[:, None, :, :, 0], q * owned[:, None, :, :, 1])
     logits = corners.sum(-1).transpose(2, 3) * x.sm_scale  # [B, T, Hq, M]
     return group_sum_of_softmax(x, logits, live)
+
+
+def histogram_bin(tokens: int) -> int:
+    """Bin of a token count in a budget counter: itself below 16, then eight bins an octave."""
+    if tokens < 16:
+        return tokens
+    octave = tokens.bit_length() - 1
+    return min(HISTOGRAM_BINS - 1, 16 + (octave - 4) * 8 + ((tokens >> (octave - 3)) & 7))

@@ -9,6 +9,7 @@ from comparisons import (
     assert_attention_close,
     assert_same_sets,
     dot_rounding,
+    histogram_bin,
     listed_set,
     plain_attention,
     top_p_borderline,
@@ -17,7 +18,7 @@ from flat import reference
 from inputs import SHAPES, Shape, break_key, make_inputs, random_candidates
 
 from twilight_ops import Shadow
-from twilight_ops.capacity import COUNTER_COLUMNS, COUNTER_DENSE, COUNTER_HEADER, HISTOGRAM_BINS, histogram_bin
+from twilight_ops.capacity import COUNTER_COLUMNS, COUNTER_DENSE, COUNTER_HEADER, HISTOGRAM_BINS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)

@@ -451,14 +451,3 @@ def test_options_that_change_cells_are_part_of_the_fingerprint():
     options = runner.Options(lengths=(10,), methods=(methods.DENSE,))
     assert runner.Options(lengths=(20,), methods=(methods.parse_method("full"),)).fingerprint() == options.fingerprint()
     assert dataclasses.replace(options, batch_size=2).fingerprint() != options.fingerprint()
-
-
-def test_the_example_selector_runs_and_is_short(capsys):
-    path = Path(__file__).parent.parent / "examples" / "custom_selector.py"
-    assert len(path.read_text().splitlines()) < 80
-    spec = importlib.util.spec_from_file_location("custom_selector", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main()
-    out = capsys.readouterr().out
-    assert out.count("page_means") == 8  # four layers of two KV heads

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from comparisons import histogram_bin
 
 from twilight_ops import Full, LayerOverride, PagedKVCache, Quest, ShadowPrefix, TwilightConfig, decode_step
 from twilight_ops.capacity import (
@@ -18,7 +19,6 @@ from twilight_ops.capacity import (
     COUNTER_MASS_UNIT,
     COUNTER_ROWS,
     HISTOGRAM_BINS,
-    histogram_bin,
     histogram_bin_start,
 )
 from twilight_ops.report import BudgetLog, budget_report, spread

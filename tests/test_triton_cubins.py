@@ -15,6 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import triton
+from custom_selector import launch, page_scores_kernel
+from test_custom_selector import scored
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -130,6 +132,17 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
 
     for architecture in recorder.architectures:
         assert recorder.names(architecture) == every_kernel()
+    check_machine_code(recorder)
+
+
+def test_the_kernel_of_the_example_selector_compiles(recorder):
+    for dtype, head_dim, page in (torch.bfloat16, 128, 16), (torch.float16, 96, 64), (torch.float32, 256, 32):
+        launch(page_scores_kernel, *scored(dtype, head_dim, page=page))
+    assert len(recorder.compiled) == 6
+    check_machine_code(recorder)
+
+
+def check_machine_code(recorder):
     for key, kernel in recorder.compiled.items():
         assert len(kernel.asm["cubin"]) > 0
         assert kernel.metadata.shared <= SHARED_LIMIT, (key[:2], kernel.metadata.shared)

@@ -10,6 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     import test_attend_sparse
+    import test_custom_selector
     import test_decode_attention
     import test_estimate_weights
     import test_extreme_integers
     import test_prune_top_p
     import triton_interpreter
     from comparisons import assert_same_state, page_scores, plain_weights, token_scores
+    from custom_selector import launch, page_scores_kernel
     from flat import reference
     from inputs import Shape, make_inputs, random_candidates
     from selection import Ranking
@@ -213,3 +216,8 @@ def test_decode_attention_keeps_the_oracles_set_and_attends_to_it(shape, selecto
     mass = 4
     assert torch.equal(got.counters[:, :mass], counters[:, :mass]) and torch.equal(got.counters[:, mass + 1 :], counters[:, mass + 1 :])
     assert (got.counters[:, mass] - counters[:, mass]).abs().max() <= 2 * len(shape.seq_lens)
+
+
+@interpreted
+def test_the_kernel_of_the_example_selector_computes_what_its_pytorch_branch_does():
+    test_custom_selector.check_launch(partial(launch, page_scores_kernel))

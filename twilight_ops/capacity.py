@@ -62,16 +62,8 @@ HISTOGRAM_BINS = 160  # exact below 16, then 8 bins an octave: 16 + 8 * 18 cover
 COUNTER_COLUMNS = COUNTER_HEADER + 2 * HISTOGRAM_BINS  # header, histogram of I0, histogram of I1
 
 
-def histogram_bin(tokens: int) -> int:
-    """Bin of a token count: itself below 16, then eight bins an octave."""
-    if tokens < 16:
-        return tokens
-    octave = tokens.bit_length() - 1
-    return min(HISTOGRAM_BINS - 1, 16 + (octave - 4) * 8 + ((tokens >> (octave - 3)) & 7))
-
-
 def histogram_bin_start(index: int) -> int:
-    """Smallest token count of a bin; the inverse of `histogram_bin`."""
+    """Smallest token count of a bin: itself below 16, then eight bins an octave."""
     if index < 16:
         return index
     octave, part = divmod(index - 16, 8)

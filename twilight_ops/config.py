@@ -138,7 +138,8 @@ class TwilightConfig:
             ValueError: the device has no kernels.
         """
         override = self.overrides.get(layer, LayerOverride())
-        break_even = break_even_of(device_type)
+        if device_type not in BREAK_EVEN:
+            raise ValueError(f"TwilightCache: device: expected {' or '.join(BREAK_EVEN)}, got {device_type}")
         selector = self._selector_of(layer)
 
         def pick(name: str, default: int) -> int:
@@ -147,7 +148,7 @@ class TwilightConfig:
         return LayerPlan(
             selector=selector,
             top_p=self.top_p if override.top_p is None else override.top_p,
-            dense_below=break_even.tokens(kv_rows) if self.dense_below is None else self.dense_below,
+            dense_below=BREAK_EVEN[device_type].tokens(kv_rows) if self.dense_below is None else self.dense_below,
             sink_tokens=0 if selector is None else pick("sink_tokens", self.page_size),
             recent_tokens=0 if selector is None else pick("recent_tokens", RECENT_TOKENS),
             head_token_budget=override.head_token_budget,
@@ -215,10 +216,3 @@ BREAK_EVEN: Mapping[str, BreakEven] = {
         "other kernels deciding takes 13 us longer: a step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4",
     ),
 }
-
-
-def break_even_of(device_type: str) -> BreakEven:
-    """Raises ValueError for a device that has no kernels."""
-    if device_type not in BREAK_EVEN:
-        raise ValueError(f"TwilightCache: device: expected {' or '.join(BREAK_EVEN)}, got {device_type}")
-    return BREAK_EVEN[device_type]

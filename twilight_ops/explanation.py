@@ -79,16 +79,12 @@ def explain(
     OPERATOR.check(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe)
     place = torch.device(q.device if device is None else device)
     if place.type == "cpu":
-        return _on_cpu()
+        if backends.serving("decode_attention", "cpu") == "native":
+            return Explanation(NATIVE, backends.CPU.detail)
+        return Explanation(REFERENCE, "cpu", backends.CPU.detail)
     if place.type != "cuda":
         raise ValueError(f"explain: device: expected cpu or cuda, got {place}")
     return _on_cuda(q, kv, paging, policy, bounds, place)
-
-
-def _on_cpu() -> Explanation:
-    if backends.serving("decode_attention", "cpu") == "native":
-        return Explanation(NATIVE, backends.CPU.detail)
-    return Explanation(REFERENCE, "cpu", backends.CPU.detail)
 
 
 def _on_cuda(q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBounds | None, place: torch.device) -> Explanation:

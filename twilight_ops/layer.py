@@ -20,7 +20,8 @@ class Selector:
 
     A selector outside this package subclasses this, sets `name`, and implements `select`; it may add the other methods. `append` and
     `select` run inside the compiled decode step, so they take and return tensors of fixed shape and never read a value on the host; they
-    may launch a kernel of their own (`torch.library.triton_op`). A `__post_init__` of its own calls this one, which checks the budgets.
+    may launch a kernel of their own through `torch.library.triton_op` (`examples/custom_selector.py` does). A `__post_init__` of its own
+    calls this one, which checks the budgets.
 
     Args:
         token_budget: candidates in tokens, at least 1.

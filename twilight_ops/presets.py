@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,17 @@ from .selectors import DEFAULT, Selector
 _score = number(0.0)
 
 
-def _configuration(selector: Selector | None, top_p: float, settings: dict[str, Any]) -> TwilightConfig:
-    """With the caller's selector, or the default one for None."""
-    return TwilightConfig(selector=DEFAULT() if selector is None else selector, top_p=top_p, **settings)
+def _configuration(selector: Selector | None, top_p: float, settings: dict[str, Any], num_layers: int) -> TwilightConfig:
+    """With the caller's selector, or the default one for None; for a model of `num_layers`."""
+    config = TwilightConfig(selector=DEFAULT() if selector is None else selector, top_p=top_p, **settings)
+    config.check_layers(num_layers)
+    return config
+
+
+def _overridden(config: TwilightConfig, num_layers: int, override: Callable[[int], LayerOverride]) -> TwilightConfig:
+    """With an override of every layer that is not dense and has none of the caller's."""
+    overrides = {layer: override(layer) for layer in range(config.dense_layers, num_layers)}
+    return dataclasses.replace(config, overrides={**overrides, **config.overrides})
 
 
 def _table(where: str, field: str, rows: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
@@ -50,16 +58,13 @@ def pyramid_kv(
     num_layers = integer(1)("pyramid_kv", "num_layers", num_layers)
     token_budget = integer(1)("pyramid_kv", "token_budget", token_budget)
     beta = number(1.0)("pyramid_kv", "beta", beta)
-    config = _configuration(selector, top_p, settings)
-    config.check_layers(num_layers)
+    config = _configuration(selector, top_p, settings, num_layers)
     last = token_budget / beta
     first = 2 * token_budget - last
     step = (first - last) / max(num_layers - 1, 1)
-    overrides = {
-        layer: LayerOverride(selector=_with_budget(config.selector, max(1, round(first - step * layer))))
-        for layer in range(config.dense_layers, num_layers)
-    }
-    return dataclasses.replace(config, overrides={**overrides, **config.overrides})
+    return _overridden(
+        config, num_layers, lambda layer: LayerOverride(selector=_with_budget(config.selector, max(1, round(first - step * layer))))
+    )
 
 
 def ada_kv(
@@ -86,19 +91,19 @@ def ada_kv(
     table = _table("ada_kv", "head_need", head_need)
     token_budget = integer(1)("ada_kv", "token_budget", token_budget)
     safeguard = number(0.0, 1.0)("ada_kv", "safeguard", safeguard)
-    config = _configuration(selector, top_p, settings)
-    config.check_layers(len(table))
-    overrides = {}
+    config = _configuration(selector, top_p, settings, len(table))
     for layer, need in enumerate(table):
         if sum(need) == 0.0:
             refuse("ada_kv", f"head_need[{layer}]", "a positive sum", list(need))
-        if layer < config.dense_layers:
-            continue
+
+    def override(layer: int) -> LayerOverride:
+        need = table[layer]
         total, heads = token_budget * len(need), len(need)
         budgets = tuple(max(1, round(total * ((1 - safeguard) * n / sum(need) + safeguard / heads))) for n in need)
         # The list must have room for the neediest head.
-        overrides[layer] = LayerOverride(selector=_with_budget(config.selector, max(budgets)), head_token_budget=budgets)
-    return dataclasses.replace(config, overrides={**overrides, **config.overrides})
+        return LayerOverride(selector=_with_budget(config.selector, max(budgets)), head_token_budget=budgets)
+
+    return _overridden(config, len(table), override)
 
 
 def duo_attention(
@@ -133,19 +138,16 @@ def duo_attention(
     count = sum(score == 0.0 for score, _, _ in ranked) if binary else round(sparsity * len(ranked))
     streaming = {(layer, head) for _, layer, head in ranked[:count]}
 
-    config = _configuration(selector, top_p, settings)
-    config.check_layers(len(scores))
+    config = _configuration(selector, top_p, settings, len(scores))
     retrieval = _with_budget(config.selector, MOST_TOKENS)
-    overrides = {}
-    for layer, row in enumerate(scores):
-        if layer < config.dense_layers:
-            continue
+    common = LayerOverride(selector=retrieval, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+
+    def override(layer: int) -> LayerOverride:
         # A streaming head's budget of one token leaves it the sinks and the window, which are always candidates and always kept.
-        budgets = tuple(1 if (layer, head) in streaming else MOST_TOKENS for head in range(len(row)))
-        overrides[layer] = LayerOverride(
-            selector=retrieval, head_token_budget=budgets, sink_tokens=sink_tokens, recent_tokens=recent_tokens
-        )
-    return dataclasses.replace(config, overrides={**overrides, **config.overrides})
+        budgets = tuple(1 if (layer, head) in streaming else MOST_TOKENS for head in range(lengths[0]))
+        return dataclasses.replace(common, head_token_budget=budgets)
+
+    return _overridden(config, len(scores), override)
 
 
 def _read_heads(path: str | Path) -> list[list[float]]:

@@ -13,19 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import capacity
 from ._settings import integer
-from .capacity import (
-    COUNTER_CANDIDATES,
-    COUNTER_DENSE,
-    COUNTER_HEADER,
-    COUNTER_KEPT,
-    COUNTER_LIVE,
-    COUNTER_MASS,
-    COUNTER_MASS_UNIT,
-    COUNTER_ROWS,
-    HISTOGRAM_BINS,
-    histogram_bin_start,
-)
+from .capacity import COUNTER_HEADER, HISTOGRAM_BINS, histogram_bin_start
 from .layer import PagedKVLayer
 
 
@@ -262,19 +252,19 @@ def _report(layers: Sequence[PagedKVLayer], flat: Tensor) -> BudgetReport:
 
 
 def _budget(row: Tensor) -> Budget:
-    calls = int(row[COUNTER_ROWS])
-    live = int(row[COUNTER_LIVE])
-    kept = int(row[COUNTER_KEPT])
+    calls = int(row[capacity.COUNTER_ROWS])
+    live = int(row[capacity.COUNTER_LIVE])
+    kept = int(row[capacity.COUNTER_KEPT])
     per_call = max(calls, 1)
     first, second = COUNTER_HEADER, COUNTER_HEADER + HISTOGRAM_BINS
     return Budget(
         calls=calls,
         live=live / per_call,
-        candidates=spread(int(row[COUNTER_CANDIDATES]), row[first : first + HISTOGRAM_BINS].tolist()),
+        candidates=spread(int(row[capacity.COUNTER_CANDIDATES]), row[first : first + HISTOGRAM_BINS].tolist()),
         kept=spread(kept, row[second : second + HISTOGRAM_BINS].tolist()),
-        captured_mass=int(row[COUNTER_MASS]) / COUNTER_MASS_UNIT / per_call,
+        captured_mass=int(row[capacity.COUNTER_MASS]) / capacity.COUNTER_MASS_UNIT / per_call,
         pruned=1.0 - kept / live if live else 0.0,
-        dense=int(row[COUNTER_DENSE]) / per_call,
+        dense=int(row[capacity.COUNTER_DENSE]) / per_call,
     )
 
 

@@ -8,15 +8,15 @@ namespace twilight {
 namespace {
 
 // Made once the length is known, and the same from then on. D channels, RP query rows padded to 1, 4 or 8.
-template <typename Value, int kHeadDim, int kPaddedRows, FusedSelector kChosen>
+template <typename Value, int kHeadDim, int kPaddedRows, Selector kChosen>
 struct Context {
   using T = Value;
   static constexpr int D = kHeadDim, RP = kPaddedRows;
-  static constexpr FusedSelector kSelector = kChosen;
-  static constexpr bool kByPage = kSelector == FusedSelector::kQuest;
-  static constexpr bool kByToken = kSelector == FusedSelector::kShadowPrefix;
+  static constexpr Selector kSelector = kChosen;
+  static constexpr bool kByPage = kSelector == Selector::kQuest;
+  static constexpr bool kByToken = kSelector == Selector::kShadowPrefix;
   static constexpr bool kSelects = kByPage || kByToken;
-  static constexpr bool kOnlyDense = kSelector == FusedSelector::kDense;
+  static constexpr bool kOnlyDense = kSelector == Selector::kDense;
   static constexpr int kWords = D / 8;    // 32-bit words of codes a row
   static constexpr int kCopies = 8 / RP;  // tiles that share one accumulator: its eight columns are RP rows of each
 

@@ -12,7 +12,7 @@
 #include <tuple>
 
 #include "../arguments.h"
-#include "fused_decode.cuh"
+#include "launch.cuh"
 
 namespace twilight {
 namespace {

@@ -16,7 +16,7 @@ namespace {
 template <int RP>
 constexpr int kMinBlocks = RP == 8 ? 1 : 2;
 
-template <typename T, int D, int RP, FusedSelector kSelector>
+template <typename T, int D, int RP, Selector kSelector>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(const __grid_constant__ FusedParams p) {
   using C = Context<T, D, RP, kSelector>;
   static_assert(sizeof(FusedShared<D, RP>) == fused_shared_bytes(D, RP), "what the host plans with");

@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "primitives.cuh"
+#include "params.cuh"
 
 namespace twilight {
 
@@ -31,5 +31,10 @@ void launch_early(void (*kernel)(Params), dim3 grid, int cluster_size, int share
   config.numAttrs = cluster_size > 1 ? 2 : 1;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
 }
+
+// Launches the kernel of p.selector for rows of type T with D channels. instantiations/ compiles it: who includes this
+// compiles no kernel.
+template <typename T, int D>
+void launch_fused_decode(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream);
 
 }  // namespace twilight

@@ -7,8 +7,6 @@
 
 namespace twilight {
 
-using FusedSelector = Selector;
-
 constexpr int kScoreBins = 2048;      // of candidate scores
 constexpr int kMassBins = 1024;       // of estimated weights, where a row is solved from all of them
 constexpr int kRowBins = 1024;        // of the weights listed for the rows that a block solves, which divide them
@@ -43,7 +41,7 @@ struct FusedTensors {
 
 struct FusedParams : FusedTensors, SharedLayout {
   double budget_fraction;
-  FusedSelector selector;
+  Selector selector;
   int prunes;
   int query_tokens, group_size, kv_heads;
   int log2_page_size, max_pages, num_pages;
@@ -52,8 +50,7 @@ struct FusedParams : FusedTensors, SharedLayout {
 };
 
 inline FusedParams fused_params(const FusedTensors& tensors, const PlanRequest& r, const Plan& plan) {
-  const Limits limits(r.max_pages * r.page_size, r.query_tokens, r.token_budget, r.sink_tokens, r.recent_tokens,
-                      r.dense_below);
+  const Limits limits = r.limits();
   FusedParams p{};
   static_cast<FusedTensors&>(p) = tensors;
   static_cast<SharedLayout&>(p) = plan.layout;

@@ -1,5 +1,5 @@
 // TWILIGHT_PHASE names the phase of the fused decode kernel that ends there. It is empty unless
-// bench/bench_fused_phases.py defines TWILIGHT_READS_PHASES: then block 0 reads the clock.
+// bench/phases.py defines TWILIGHT_READS_PHASES: then block 0 reads the clock.
 #pragma once
 
 #ifndef TWILIGHT_READS_PHASES

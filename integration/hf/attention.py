@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ _UNSUPPORTED = {
     "cu_seq_lens_k": "packed sequences",
     "block_table": "paged batching by transformers",
 }
+
+
+def fail(what: str) -> NoReturn:
+    raise RuntimeError(f'attn_implementation="twilight": {what}')
 
 
 def twilight_attention(
@@ -81,9 +86,6 @@ def _refuse(
     module: torch.nn.Module, query: Tensor, key: LayerKeys, attention_mask: Tensor | None, dropout: float, kwargs: dict
 ) -> tuple[TwilightLayer, Tensor, Tensor | None]:
     """Raises for anything not supported, before the cache is touched; returns the layer, K, and the mask [B, T] of the new columns."""
-
-    def fail(what: str) -> None:
-        raise RuntimeError(f'attn_implementation="twilight": {what}')
 
     if not isinstance(key, LayerKeys):
         fail("cache (past_key_values): expected a TwilightCache, got another cache or none")
@@ -156,9 +158,6 @@ def twilight_mask(
         RuntimeError: no new tokens, or a mask that does not cover them.
     """
 
-    def fail(what: str) -> None:
-        raise RuntimeError(f'attn_implementation="twilight": {what}')
-
     if q_length == 0:
         fail("input_ids: expected tokens beyond those that are cached, got none: call cache.reset() before another prompt")
     if mask_function is bidirectional_mask_function:  # of an encoder, or of a decoder that is refused because of it
@@ -173,7 +172,7 @@ def twilight_mask(
         return None
     compiling = torch.compiler.is_compiling()
     if q_length > 1 and not compiling:
-        _check_width(attention_mask, q_length, q_offset, fail)
+        _check_width(attention_mask, q_length, q_offset)
     # The width of a mask that the model made from the cache's length is unknown in a trace; a slice would have an unknown width too.
     live = attention_mask.narrow(1, attention_mask.shape[1] - q_length, q_length).bool()
     # A decode step rarely has padding, and without it fewer operators; a GPU is not asked, because that waits for it.
@@ -183,7 +182,7 @@ def twilight_mask(
     return live[:, None, None] if compiling else live.clone(memory_format=torch.contiguous_format)[:, None, None]
 
 
-def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor, fail) -> None:
+def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor) -> None:
     """A mask has a column for every token that is cached and for every new one."""
     seen, width = int(seen), attention_mask.shape[1]
     if width == seen + tokens:

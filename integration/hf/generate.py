@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..._settings import integer, normalise, number, share
 from ...config import TwilightConfig
 from ...ops._checks import MAX_QUERY_TOKENS
 from ...report import BudgetReport
@@ -45,12 +46,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ValueError(f"Sampling: temperature: expected > 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"Sampling: top_k: expected >= 0, got {self.top_k}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"Sampling: top_p: expected 0 < top_p <= 1, got {self.top_p}")
+        normalise(self, temperature=number(above=0.0), top_k=integer(0), top_p=share())
 
     def draw(self, logits: Tensor) -> Tensor:
         """One token a row of logits [B, V], on the device, in fixed shapes."""
@@ -159,11 +155,9 @@ class Decoder:
         if isinstance(cache, TwilightCache) and attention != "twilight":
             raise ValueError(f'generate: model: expected attn_implementation="twilight" for a TwilightCache, got "{attention}"')
         if eos_token_ids is None:
-            eos = model.generation_config.eos_token_id
-            eos_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if pad_token_id is None:
-            pad_token_id = model.generation_config.pad_token_id
-            pad_token_id = pad_token_id if pad_token_id is not None else eos_token_ids[0] if eos_token_ids else 0
+            eos_token_ids = end_tokens_of(model)
+        if pad_token_id is None and (pad_token_id := model.generation_config.pad_token_id) is None:
+            pad_token_id = eos_token_ids[0] if eos_token_ids else 0
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
 
@@ -183,7 +177,7 @@ class Decoder:
         self.breaks = 0
         self._traced: list[int] = []  # nodes of each graph that was traced
         self._cache_name = cache_argument(model)
-        if self.capture != "eager" and is_offloaded(model):
+        if self.capture != "eager" and any(getattr(hook, "offload", False) for hook in _hooks(model)):
             self._fall_back("weights that accelerate loads for every layer can be neither compiled nor recorded")
         self.captured = self._make_step()  # None: eager
         self._steps_run = 0
@@ -454,6 +448,12 @@ def cache_argument(model) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def end_tokens_of(model) -> list[int]:
+    """The tokens that end a sequence, which the model's generation configuration names."""
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+
+
 def decoder_layers(model) -> torch.nn.ModuleList:
     """The list of decoder layers, whatever the family calls it."""
     lists = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList)]
@@ -476,11 +476,6 @@ def execution_device(model) -> torch.device:
     if not found:
         raise ValueError("generate: model: expected weights on a device, got a model on meta")
     return torch.device("cuda", found[0]) if isinstance(found[0], int) else torch.device(found[0])
-
-
-def is_offloaded(model) -> bool:
-    """Whether accelerate brings in weights for every layer."""
-    return any(getattr(hook, "offload", False) for hook in _hooks(model))
 
 
 @contextmanager

@@ -6,7 +6,7 @@
 namespace {
 
 using twilight::FusedParams;
-using twilight::FusedSelector;
+using twilight::Selector;
 
 // No length can be read before earlier kernels were awaited: until then it is 0.
 void run_cluster(const int* length, emulated::Index first, int blocks, int shared_bytes, unsigned seed,
@@ -20,14 +20,14 @@ void run_cluster(const int* length, emulated::Index first, int blocks, int share
 template <typename T, int D, int RP>
 void run_selector(const FusedParams& p) {
   switch (p.selector) {
-    case FusedSelector::kDense:
-      return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kDense>(p);
-    case FusedSelector::kQuest:
-      return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kQuest>(p);
-    case FusedSelector::kShadowPrefix:
-      return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kShadowPrefix>(p);
+    case Selector::kDense:
+      return twilight::fused_decode_kernel<T, D, RP, Selector::kDense>(p);
+    case Selector::kQuest:
+      return twilight::fused_decode_kernel<T, D, RP, Selector::kQuest>(p);
+    case Selector::kShadowPrefix:
+      return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix>(p);
     default:
-      return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kFull>(p);
+      return twilight::fused_decode_kernel<T, D, RP, Selector::kFull>(p);
   }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from bisect import bisect_right
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -57,20 +58,16 @@ def questions() -> list[Question]:
 def question_prompt(tokenizer, question: Question, tokens: int, depth: float = FACT_DEPTH) -> list[int]:
     """Chat prompt of at most `tokens` tokens: the start of the document with the fact inside, then the question."""
     sentences = [sentence + "." for sentence in question.text.replace("\n", " ").split(". ")]
-    low, high = 1, len(sentences)
-    best = None
-    while low <= high:
-        count = (low + high) // 2
+
+    def prompt(count: int) -> list[int]:
         place = int(count * depth)
         document = " ".join([*sentences[:place], question.fact_sentence, *sentences[place:count]])
-        ids = encode(tokenizer, document, question.question)
-        if len(ids) <= tokens:
-            best, low = ids, count + 1
-        else:
-            high = count - 1
-    if best is None:
+        return encode(tokenizer, document, question.question)
+
+    count = bisect_right(range(1, len(sentences) + 1), tokens, key=lambda count: len(prompt(count)))
+    if count == 0:
         raise ValueError(f"question-tokens: expected room for the question and a sentence, got {tokens}")
-    return best
+    return prompt(count)
 
 
 @dataclass
@@ -108,19 +105,19 @@ def copy_prompt(source, target, tokens: int) -> None:
     from ..integration import TwilightCache
 
     target.reset()
+    pairs = zip(source.layers, target.layers, strict=True)
     if isinstance(target, TwilightCache):
         target.sequences.begin(1, tokens)
-    for ours, theirs in zip(source.layers, target.layers, strict=True):
-        if isinstance(target, TwilightCache):
-            theirs.paged.kv.k_cache.copy_(ours.paged.kv.k_cache)
-            theirs.paged.kv.v_cache.copy_(ours.paged.kv.v_cache)
-        else:
-            for pages, rows in ((ours.paged.kv.k_cache, theirs.keys), (ours.paged.kv.v_cache, theirs.values)):
-                # One sequence: its pages lie one after the other.
-                rows[0, :, :tokens] = pages.transpose(0, 1).flatten(1, 2)[:, :tokens]
-            theirs.cumulative_length.fill_(tokens)
-    if isinstance(target, TwilightCache):
+        for ours, theirs in pairs:
+            for pages, copy in zip(ours.paged.kv, theirs.paged.kv, strict=True):
+                copy.copy_(pages)
         target.sequences.commit()
+        return
+    for ours, theirs in pairs:
+        for pages, rows in zip(ours.paged.kv, (theirs.keys, theirs.values), strict=True):
+            # One sequence: its pages lie one after the other.
+            rows[0, :, :tokens] = pages.transpose(0, 1).flatten(1, 2)[:, :tokens]
+        theirs.cumulative_length.fill_(tokens)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -157,7 +154,8 @@ def run(args: argparse.Namespace) -> int:
         terminal.heading(f"(b) {len(story)} tokens, continued by {args.new_tokens}")
         stories = run_part(terminal, model, tokenizer, contenders, story, args.new_tokens, stop=False)
 
-        rows = figures(contenders, answers, stories)
+        records = [contender_record(*one, answers[0], stories[0]) for one in zip(contenders, answers, stories, strict=True)]
+        rows = figures(records, stories)
         terminal.table("", ("", *(c.name for c in contenders)), [(name, *values) for name, values in rows.items()])
         speedup = min(r.ms_per_token for r in stories[:-1]) / stories[-1].ms_per_token
         speed = f"{speedup:.2f} times as fast as" if speedup == speedup else "in too few steps to be timed beside"
@@ -166,16 +164,7 @@ def run(args: argparse.Namespace) -> int:
             f"expected answer: {question.answer}; {time.perf_counter() - started:.0f} s in all"
         )
         if args.json is not None:
-            methods = [
-                contender_record(contender, answer, told, answers[0], stories[0])
-                for contender, answer, told in zip(contenders, answers, stories, strict=True)
-            ]
-            record = {
-                "prompt_tokens": [len(qa), len(story)],
-                "expected_answer": question.answer,
-                "speedup": speedup,
-                "methods": methods,
-            }
+            record = {"prompt_tokens": [len(qa), len(story)], "expected_answer": question.answer, "speedup": speedup, "methods": records}
             write_json(args.json, record)
     return 0
 
@@ -195,6 +184,7 @@ def run_part(terminal, model, tokenizer, contenders: list[Contender], prompt: li
     """Reads the prompt once, then lets every contender decode from it; the last token is each one's own first step."""
     import torch
 
+    from ..integration.hf.generate import end_tokens_of
     from .terminal import TextStream
 
     ids = torch.tensor([prompt], device=model.device)
@@ -203,7 +193,7 @@ def run_part(terminal, model, tokenizer, contenders: list[Contender], prompt: li
     twilight.cache.reset()
     with terminal.progress("reading the document") as on_prefill:
         twilight.prefill(ids[:, :-1], on_prefill=on_prefill)
-    end_tokens = _end_tokens(model) if stop else []
+    end_tokens = end_tokens_of(model) if stop else []
 
     outcomes: list[Outcome] = []
     for contender in contenders:
@@ -252,11 +242,6 @@ def cut(tokens: list[int], end_tokens: list[int]) -> list[int]:
     return tokens[: ends[0]] if ends else tokens
 
 
-def _end_tokens(model) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
-
-
 def equal_from_start(ours: Outcome, first: Outcome) -> int:
     """Tokens before the first difference."""
     pairs = zip(first.tokens, ours.tokens, strict=False)
@@ -280,22 +265,20 @@ def contender_record(contender: Contender, answer: Outcome, story: Outcome, firs
     }
 
 
-def figures(contenders: list[Contender], answers: list[Outcome], stories: list[Outcome]) -> dict[str, list[str]]:
+def figures(records: list[dict], stories: list[Outcome]) -> dict[str, list[str]]:
     """Rows of the table, one value a contender."""
     from .terminal import budget_rows, milliseconds
 
-    columns = []
-    for contender, answer, story in zip(contenders, answers, stories, strict=True):
-        decoder = contender.decoder
-        columns.append(
-            {
-                "(a) answer": answer.text,
-                "(a) same as dense": "yes" if answer.text == answers[0].text else "no",
-                "(b) a token": milliseconds(story.ms_per_token, story.generation.steps),
-                "(b) top-1 agreement, teacher-forced": f"{story.agreement:.1%}",
-                "(b) equal tokens before the first difference": f"{equal_from_start(story, stories[0])} of {len(stories[0].tokens)}",
-                **{f"(b) {name}": value for name, value in budget_rows(story.generation.budget).items()},
-                "graphs, breaks, recompiles": f"{decoder.graphs}, {decoder.breaks}, {max(0, decoder.graphs - 1)}",
-            }
-        )
+    columns = [
+        {
+            "(a) answer": record["answer"],
+            "(a) same as dense": "yes" if record["same_answer_as_dense"] else "no",
+            "(b) a token": milliseconds(record["ms_per_token"], story.generation.steps),
+            "(b) top-1 agreement, teacher-forced": f"{record['top1_agreement']:.1%}",
+            "(b) equal tokens before the first difference": f"{record['equal_tokens_from_start']} of {len(stories[0].tokens)}",
+            **{f"(b) {name}": value for name, value in budget_rows(story.generation.budget).items()},
+            "graphs, breaks, recompiles": f"{record['graphs']}, {record['breaks']}, {record['recompiles']}",
+        }
+        for record, story in zip(records, stories, strict=True)
+    ]
     return {name: [column[name] for column in columns] for name in columns[0]}

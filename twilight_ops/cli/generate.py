@@ -191,23 +191,9 @@ def run(args: argparse.Namespace) -> int:
         terminal.table("", ("", args.selector), list(rows.items()))
         terminal.line(result.budget.summary)
         if args.json is not None:
-            write_json(
-                args.json,
-                {
-                    "text": tokenizer.decode(result.tokens[0].tolist(), skip_special_tokens=True),
-                    "tokens": result.tokens[0].tolist(),
-                    "selector": args.selector,
-                    "prompt_tokens": len(ids),
-                    "new_tokens": result.tokens.shape[1],
-                    "prefill_s": result.prefill_s,
-                    "warmup_s": result.warmup_s,
-                    "ms_per_token": result.ms_per_token,
-                    "steps": result.steps,
-                    "capture": result.capture,
-                    "graphs": result.graphs,
-                    "breaks": result.breaks,
-                    "recompiles": result.recompiles,
-                    "budget": result.budget.to_dict(),
-                },
-            )
+            tokens = result.tokens[0].tolist()
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            record = {"text": text, "tokens": tokens, "selector": args.selector, "prompt_tokens": len(ids), "new_tokens": len(tokens)}
+            figures = ("prefill_s", "warmup_s", "ms_per_token", "steps", "capture", "graphs", "breaks", "recompiles")
+            write_json(args.json, {**record, **{name: getattr(result, name) for name in figures}, "budget": result.budget.to_dict()})
     return 0

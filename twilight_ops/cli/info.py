@@ -40,23 +40,16 @@ def _example() -> dict:
     """Arguments of decode_attention, on the meta device."""
     import torch
 
-    from ..arguments import KV, Budget, Paging, Policy, Pruning, Shadow
-
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    from .. import Paging, TwilightConfig
+    from ..layer import allocate_layer
 
     batch, heads, kv_heads, head_dim, page_size, max_pages = 8, 32, 8, 128, 16, 2048
-    pages = (batch * max_pages, kv_heads, page_size)
-    codes = tensor(*pages[:2], page_size * head_dim // 2, dtype=torch.uint8)
-    order = tensor(kv_heads, head_dim, dtype=torch.int32), tensor(kv_heads, dtype=torch.int32)
-    return {
-        "q": tensor(batch, 1, heads, head_dim),
-        "kv": KV(tensor(*pages, head_dim), tensor(*pages, head_dim)),
-        "paging": Paging(tensor(batch, max_pages, dtype=torch.int32), tensor(batch, dtype=torch.int32)),
-        "policy": Policy("shadow_prefix", Budget(768, 0.125), Pruning(0.95)),
-        "sm_scale": head_dim**-0.5,
-        "shadow": Shadow(codes, tensor(*pages, 2), *order),
-    }
+    plan = TwilightConfig(page_size=page_size).layer_plan(0, "cuda", batch * kv_heads)
+    layer = allocate_layer(plan, batch * max_pages, heads, kv_heads, head_dim, page_size, torch.bfloat16, torch.device("meta"))
+    q = torch.empty(batch, 1, heads, head_dim, dtype=torch.bfloat16, device="meta")
+    table, lens = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((batch, max_pages), (batch,)))
+    paging = Paging(table, lens)
+    return {"q": q, "kv": layer.kv, "paging": paging, "policy": layer.policy, "sm_scale": head_dim**-0.5, "shadow": layer.shadow}
 
 
 def _version(name: str) -> str:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from ..report import BudgetReport
+from ..report import Budget, BudgetReport
 
 Advance = Callable[..., None]  # (done, total, what=None)
 
@@ -160,17 +160,16 @@ def milliseconds(value: float, steps: int) -> str:
 
 def budget_rows(report: BudgetReport | None) -> dict[str, str]:
     """What the sparse layers kept, all KV heads together."""
-    budget = None if report is None else report.sparse
-    if budget is None:
-        names = ("candidates a KV head", "tokens kept a KV head", "captured mass", "pruned", "calls on the dense path")
-        return dict.fromkeys(names, "all tokens" if report else "-")
-    return {
-        "candidates a KV head": _spread(budget.candidates),
-        "tokens kept a KV head": _spread(budget.kept),
-        "captured mass": f"{budget.captured_mass:.4f}",
-        "pruned": f"{budget.pruned:.1%}",
-        "calls on the dense path": f"{budget.dense:.1%}",
+    shown: dict[str, Callable[[Budget], str]] = {
+        "candidates a KV head": lambda budget: _spread(budget.candidates),
+        "tokens kept a KV head": lambda budget: _spread(budget.kept),
+        "captured mass": lambda budget: f"{budget.captured_mass:.4f}",
+        "pruned": lambda budget: f"{budget.pruned:.1%}",
+        "calls on the dense path": lambda budget: f"{budget.dense:.1%}",
     }
+    if report is None or report.sparse is None:
+        return dict.fromkeys(shown, "all tokens" if report else "-")
+    return {name: show(report.sparse) for name, show in shown.items()}
 
 
 def _spread(spread) -> str:

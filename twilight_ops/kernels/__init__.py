@@ -16,16 +16,12 @@ def stage(op: str) -> Callable:
 
 def register(allow_native: bool = True) -> Callable[[], tuple[str, str]]:
     """Attaches every operator's kernel; returns what says the backend's name and what serves, for people."""
-    is_built = native_modules.is_built(native_modules.CUDA_MODULE)
     for op in OPS:
-        staged = stage(op)
-        if not allow_native or op not in native.KERNELS:
-            attach(op, "cuda", staged, lambda: "triton")
-        elif not is_built:
-            attach(op, "cuda", native.staged_with_warning(staged), lambda: "triton")
-        else:
+        if allow_native and op in native.KERNELS:
             kernel, calls = native.KERNELS[op]
             attach(op, "cuda", kernel, lambda calls=calls: f"native ({calls}), else triton" if launch_plan.available() else "triton")
+        else:
+            attach(op, "cuda", stage(op), lambda: "triton")
 
     def describe() -> tuple[str, str]:
         if not allow_native:

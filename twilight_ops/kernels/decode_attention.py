@@ -5,16 +5,12 @@ from torch import Tensor
 
 from ..arguments import KV, Candidates, Observation, PageBounds, Paging, Policy, Shadow
 from ..capacity import Limits
+from ..ops._library import empty_lists
 from ..ops.decode_attention import outputs
 from . import select_pages, select_tokens
 from ._shadow_logits import shadow_logits
 from .attend_sparse import run_attend
 from .prune_top_p import thresholds, union
-
-
-def _empty_lists(batch: int, kv_heads: int, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    indices = torch.empty((batch, kv_heads, capacity), dtype=torch.int32, device=like.device)
-    return indices, indices.new_empty((batch, kv_heads))
 
 
 def decode_attention(
@@ -37,12 +33,12 @@ def decode_attention(
     dense_below = max_tokens if policy.selector == "dense" else limits.dense_below
 
     if policy.selector == "quest":
-        lists = _empty_lists(batch, kv_heads, limits.page_capacity(page_size), q)
+        lists = empty_lists(q, batch, kv_heads, limits.page_capacity(page_size))
         budget = (limits, policy.budget.head_token_budget, sm_scale)
         select_pages.propose(q, bounds, paging, page_size, *budget, *lists, dense_below, pad=False)
         candidates = Candidates(*lists, page_size)
     elif policy.selector == "shadow_prefix":
-        lists = _empty_lists(batch, kv_heads, limits.token_capacity, q)
+        lists = empty_lists(q, batch, kv_heads, limits.token_capacity)
         select_tokens.propose(q, shadow, paging, limits, policy.budget.head_token_budget, sm_scale, *lists, dense_below, pad=False)
         candidates = Candidates(*lists)
     elif policy.selector != "given":
@@ -57,7 +53,7 @@ def decode_attention(
         mass = logits.new_empty((batch, query_tokens, heads))
         keep = thresholds(logits, stats, paging.seq_lens, candidates, kv_heads, policy.pruning, mass, max_tokens, dense_below)
         if not asked:
-            observe = Observation(observe.budget_counters, *_empty_lists(batch, kv_heads, capacity, q))
+            observe = Observation(observe.budget_counters, *empty_lists(q, batch, kv_heads, capacity))
     if policy.prunes or asked or observe.budget_counters is not None:
         shape = (q.shape[:3], paging.seq_lens, candidates, kv_heads, capacity, max_tokens, limits)
         union(keep, mass, *shape, observe, dense_below, fill_dense=asked, pad=asked)

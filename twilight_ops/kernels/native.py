@@ -1,16 +1,16 @@
 """The native Hopper kernels behind the operators that have one; calls they do not serve go to the Triton stages."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .. import launch_plan, native_modules
-from ..ops._library import LIBRARY
+from ..ops._library import LIBRARY, Operator
 from ..ops.append_kv import OPERATOR as APPEND_KV
 from ..ops.decode_attention import OPERATOR as DECODE_ATTENTION
-from .append_kv import append_kv as staged_append_kv
-from .decode_attention import decode_attention as staged_decode_attention
+from .append_kv import append_kv
+from .decode_attention import decode_attention
 
 LIBRARY.define(f"_fused_append_kv({APPEND_KV.arguments}) -> {APPEND_KV.returns}")
 # With as many blocks a KV head as the plan says, unless cluster_size is given.
@@ -24,42 +24,38 @@ def warn_if_missing() -> None:
         native_modules.warner({native_modules.CUDA_MODULE: reason})()
 
 
-def append_kv(*arguments, **named) -> None:
-    warn_if_missing()
-    values = APPEND_KV.values(arguments, named)
-    groups = APPEND_KV.groups(values)
-    APPEND_KV.check(*groups)
-    if values[0].dtype == torch.float32 or not launch_plan.available():
-        return staged_append_kv(*groups)
-    return torch.ops.twilight._fused_append_kv(*values)
+def native_first(operator: Operator, staged: Callable, native: Callable, serves: Callable[[Sequence], bool]) -> Callable:
+    """The operator's kernel of flat arguments: `native` for the calls that it `serves`, by their groups, else the Triton stages."""
+
+    @functools.wraps(staged)
+    def kernel(*arguments, **named):
+        warn_if_missing()
+        values = operator.values(arguments, named)
+        groups = operator.groups(values)
+        operator.check(*groups)
+        if launch_plan.available() and serves(groups):
+            return native(*values)
+        return staged(*groups)
+
+    return kernel
 
 
-def decode_attention(*arguments, **named) -> tuple[torch.Tensor, torch.Tensor]:
-    warn_if_missing()
-    values = DECODE_ATTENTION.values(arguments, named)
-    groups = DECODE_ATTENTION.groups(values)
-    DECODE_ATTENTION.check(*groups)
-    if launch_plan.available():
-        q, kv, paging, policy, _, _, bounds, *_ = groups
-        request = launch_plan.Request.of_call(q, kv, paging, policy, bounds, launch_plan.limits_of(q.get_device()))
-        if launch_plan.plan_of(request).serves:
-            return torch.ops.twilight._fused_decode_attention(*values)
-    return staged_decode_attention(*groups)
+def serves_append(groups: Sequence) -> bool:
+    return groups[0].dtype != torch.float32
 
 
+def serves_decode(groups: Sequence) -> bool:
+    q, kv, paging, policy, _, _, bounds, *_ = groups
+    request = launch_plan.Request.of_call(q, kv, paging, policy, bounds, launch_plan.limits_of(q.get_device()))
+    return launch_plan.plan_of(request).serves
+
+
+OPS = torch.ops.twilight
 # Operators with a native kernel, and which of their calls it serves.
 KERNELS = {
-    "append_kv": (append_kv, "K and V of 16 bits"),
-    "decode_attention": (decode_attention, "what twilight_ops.explain says"),
+    "append_kv": (native_first(APPEND_KV, append_kv, OPS._fused_append_kv, serves_append), "K and V of 16 bits"),
+    "decode_attention": (
+        native_first(DECODE_ATTENTION, decode_attention, OPS._fused_decode_attention, serves_decode),
+        "what twilight_ops.explain says",
+    ),
 }
-
-
-def staged_with_warning(kernel: Callable) -> Callable:
-    """A Triton kernel that stands in for a native one that was not built."""
-
-    @functools.wraps(kernel)
-    def staged(*arguments, **named):
-        warn_if_missing()
-        return kernel(*arguments, **named)
-
-    return staged

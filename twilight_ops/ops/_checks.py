@@ -98,12 +98,8 @@ class Checker:
             self.one_of("page_size", self.sizes["S"], PAGE_SIZES)
         if "Hq" in self.sizes and "Hkv" in self.sizes:
             heads, kv_heads = self.sizes["Hq"], self.sizes["Hkv"]
-            self.require(
-                kv_heads > 0 and heads % kv_heads == 0 and heads > 0,
-                "q",
-                f"num_qo_heads a multiple of num_kv_heads = {kv_heads}",
-                heads,
-            )
+            fits = kv_heads > 0 and heads % kv_heads == 0 and heads > 0
+            self.require(fits, "q", f"num_qo_heads a multiple of num_kv_heads = {kv_heads}", heads)
 
     def query(self, q: Tensor) -> None:
         self.tensor("q", q, ("B", "T", "Hq", "D"), FLOAT_DTYPES, contiguous=False)

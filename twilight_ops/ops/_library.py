@@ -174,6 +174,11 @@ def _extend(flat: list[Any], group: Sequence[Any]) -> None:
             flat.append(value)
 
 
+def empty_lists(like: Tensor, batch: int, kv_heads: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """indices [B, Hkv, capacity] and counts [B, Hkv], int32."""
+    return like.new_empty((batch, kv_heads, capacity), dtype=torch.int32), like.new_empty((batch, kv_heads), dtype=torch.int32)
+
+
 def _first_requiring_grad(tensors: list[Tensor]) -> int:
     """Index of the first tensor that asks for a gradient, or -1."""
     return next((i for i, tensor in enumerate(tensors) if tensor.requires_grad), -1)

@@ -86,9 +86,5 @@ def check(
 
 
 OPERATOR = Operator(
-    decode_attention,
-    "(Tensor out, Tensor lse)",
-    check,
-    outputs,
-    mutates=("budget_counters", "kept_indices", "kept_counts"),
+    decode_attention, "(Tensor out, Tensor lse)", check, outputs, mutates=("budget_counters", "kept_indices", "kept_counts")
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..arguments import Always, Candidates, Pruning
 from ._checks import Checker
-from ._library import Operator
+from ._library import Operator, empty_lists
 
 
 def prune_top_p(
@@ -59,12 +59,7 @@ def check(weights: Tensor, seq_lens: Tensor, candidates: Candidates, num_kv_head
 def outputs(
     weights: Tensor, seq_lens: Tensor, candidates: Candidates, num_kv_heads: int, pruning: Pruning, always: Always
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lists = (weights.shape[0], num_kv_heads)
-    return (
-        weights.new_empty((*lists, weights.shape[3]), dtype=torch.int32),
-        weights.new_empty(lists, dtype=torch.int32),
-        weights.new_empty(weights.shape[:3]),
-    )
+    return *empty_lists(weights, weights.shape[0], num_kv_heads, weights.shape[3]), weights.new_empty(weights.shape[:3])
 
 
 OPERATOR = Operator(prune_top_p, "(Tensor indices, Tensor counts, Tensor mass)", check, outputs)

@@ -1,12 +1,11 @@
 """twilight::select_pages: Quest's page selector, from the element-wise bounds of each page's keys."""
 
-import torch
 from torch import Tensor
 
 from ..arguments import Always, Budget, PageBounds, Paging
 from ..capacity import Limits
 from ._checks import Checker
-from ._library import Operator
+from ._library import Operator, empty_lists
 
 
 def select_pages(
@@ -54,8 +53,7 @@ def outputs(
     q: Tensor, bounds: PageBounds, paging: Paging, page_size: int, budget: Budget, sm_scale: float, always: Always
 ) -> tuple[Tensor, Tensor]:
     limits = Limits.of(paging.page_table.shape[1] * page_size, q.shape[1], budget, always)
-    lists = (q.shape[0], bounds.page_bounds.shape[1])
-    return q.new_empty((*lists, limits.page_capacity(page_size)), dtype=torch.int32), q.new_empty(lists, dtype=torch.int32)
+    return empty_lists(q, q.shape[0], bounds.page_bounds.shape[1], limits.page_capacity(page_size))
 
 
 OPERATOR = Operator(select_pages, "(Tensor indices, Tensor counts)", check, outputs)

@@ -1,12 +1,11 @@
 """twilight::select_tokens: scores every token with the leading channels of the 4-bit K shadow."""
 
-import torch
 from torch import Tensor
 
 from ..arguments import Always, Budget, Paging, Shadow
 from ..capacity import Limits
 from ._checks import Checker
-from ._library import Operator
+from ._library import Operator, empty_lists
 
 
 def select_tokens(
@@ -51,8 +50,7 @@ def check(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: f
 
 def outputs(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always) -> tuple[Tensor, Tensor]:
     limits = Limits.of(paging.page_table.shape[1] * shadow.k_scale.shape[2], q.shape[1], budget, always)
-    lists = (q.shape[0], shadow.k_scale.shape[1])
-    return q.new_empty((*lists, limits.token_capacity), dtype=torch.int32), q.new_empty(lists, dtype=torch.int32)
+    return empty_lists(q, q.shape[0], shadow.k_scale.shape[1], limits.token_capacity)
 
 
 OPERATOR = Operator(select_tokens, "(Tensor indices, Tensor counts)", check, outputs)

@@ -3,20 +3,9 @@
 import torch
 from torch import Tensor
 
+from .. import capacity
 from ..arguments import KV, Candidates, Observation, PageBounds, Paging, Policy, Shadow
-from ..capacity import (
-    COUNTER_CANDIDATES,
-    COUNTER_DENSE,
-    COUNTER_HEADER,
-    COUNTER_KEPT,
-    COUNTER_LIVE,
-    COUNTER_MASS,
-    COUNTER_MASS_UNIT,
-    COUNTER_ROWS,
-    HISTOGRAM_BINS,
-    Limits,
-    histogram_bin_start,
-)
+from ..capacity import COUNTER_HEADER, HISTOGRAM_BINS, Limits, histogram_bin_start
 from ._paging import all_tokens, candidate_tokens
 from .attend_sparse import attend_sparse
 from .estimate_weights import estimate_weights
@@ -88,12 +77,12 @@ def _count(budget_counters: Tensor, seq_lens: Tensor, candidates: Tensor, kept: 
     """Adds one entry a (sequence, KV head) with live tokens."""
     live = (seq_lens > 0)[:, None].expand_as(kept)
     columns = {
-        COUNTER_ROWS: torch.ones_like(kept),
-        COUNTER_LIVE: seq_lens[:, None].expand_as(kept),
-        COUNTER_CANDIDATES: candidates,
-        COUNTER_KEPT: kept,
-        COUNTER_MASS: (mass * COUNTER_MASS_UNIT).round().long(),
-        COUNTER_DENSE: dense.expand_as(kept),
+        capacity.COUNTER_ROWS: torch.ones_like(kept),
+        capacity.COUNTER_LIVE: seq_lens[:, None].expand_as(kept),
+        capacity.COUNTER_CANDIDATES: candidates,
+        capacity.COUNTER_KEPT: kept,
+        capacity.COUNTER_MASS: (mass * capacity.COUNTER_MASS_UNIT).round().long(),
+        capacity.COUNTER_DENSE: dense.expand_as(kept),
     }
     for column, values in columns.items():
         budget_counters[:, column] += (values * live).sum(0)

@@ -1,14 +1,13 @@
 // What every file here compiles for one type and head dimension: the kernels of all selectors and numbers of rows.
 #pragma once
 
-#include "../fused_decode.cuh"
 #include "../kernel.cuh"
 #include "../launch.cuh"
 
 namespace twilight {
 namespace {
 
-template <typename T, int D, int RP, FusedSelector kSelector>
+template <typename T, int D, int RP, Selector kSelector>
 void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
   const auto kernel = fused_decode_kernel<T, D, RP, kSelector>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
@@ -19,11 +18,10 @@ void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_
 
 template <typename T, int D, int RP>
 void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const auto launcher = p.selector == FusedSelector::kDense   ? launch_kernel<T, D, RP, FusedSelector::kDense>
-                        : p.selector == FusedSelector::kQuest ? launch_kernel<T, D, RP, FusedSelector::kQuest>
-                        : p.selector == FusedSelector::kShadowPrefix
-                            ? launch_kernel<T, D, RP, FusedSelector::kShadowPrefix>
-                            : launch_kernel<T, D, RP, FusedSelector::kFull>;
+  const auto launcher = p.selector == Selector::kDense          ? launch_kernel<T, D, RP, Selector::kDense>
+                        : p.selector == Selector::kQuest        ? launch_kernel<T, D, RP, Selector::kQuest>
+                        : p.selector == Selector::kShadowPrefix ? launch_kernel<T, D, RP, Selector::kShadowPrefix>
+                                                                : launch_kernel<T, D, RP, Selector::kFull>;
   launcher(p, grid, cluster_size, shared_bytes, stream);
 }
 
