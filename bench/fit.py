@@ -74,7 +74,7 @@ def save(path: Path, heads: Sequence[dict[str, Tensor]], chosen: Sequence[tuple[
     noise, noise_step = eight_bits(torch.stack([head["noise"] for head in heads], dim=1))
     arrays = {
         "mean": torch.stack([head["mean"] for head in heads]).half(),
-        "first": torch.stack([head["first"] for head in heads]).half(),
+        "first": torch.stack([head["first"] for head in heads], dim=1).half(),
         "factor": factor,
         "factor_step": factor_step,
         "noise": noise,
@@ -151,7 +151,7 @@ def generated(heads: int, group: int, tokens: int, path: Path, device: str, sm_s
     by_seed = []
     for seed in range(seeds):
         rng = torch.Generator(device).manual_seed(seed)
-        text = Heads.fitted(heads * group, heads, rng, path).sequence(tokens, rng)
+        text = Heads.fitted(heads * group, heads, rng, path).sequence(tokens, rng, seed)
         keys = torch.empty(tokens, heads, HEAD_DIM, device=device)
         text.keys(keys)
         queries = text.queries(positions).unflatten(1, (heads, group))
@@ -201,7 +201,6 @@ def main(arguments: Sequence[str]) -> int:
     else:
         chosen = list(zip(stored["layer"].tolist(), stored["head"].tolist(), strict=True))
     contents: list[list[Tensor]] = [[] for _ in chosen]
-    firsts: list[list[tuple[float, Tensor]]] = [[] for _ in chosen]
     recorded: list[list[dict[str, float]]] = [[] for _ in chosen]
     for document in documents:
         console.print(f"{document.name}: {options.tokens} tokens", highlight=False)
@@ -215,14 +214,13 @@ def main(arguments: Sequence[str]) -> int:
             recorded[i].append(measure(newest, k, positions, layers[layer].sm_scale))
             if options.fit:
                 contents[i].append(plain(torch.cat([k[:, None], q], dim=1).cpu(), theta))
-                firsts[i].append((recorded[i][-1]["sink"], k[0].float().cpu()))
         sm_scale = layers[0].sm_scale
         del layers
     if options.fit:
-        # The first key of the text in which it is a sink most of all.
-        fitted = [
-            fit(content) | {"first": max(first, key=lambda pair: pair[0])[1]} for content, first in zip(contents, firsts, strict=True)
-        ]
+        # Texts by falling mass of their first token: it is a sink in some of them only.
+        sinks = [statistics.fmean(found[text]["sink"] for found in recorded) for text in range(len(documents))]
+        order = sorted(range(len(documents)), key=lambda text: -sinks[text])
+        fitted = [fit(content) | {"first": torch.stack([content[text][0, 0] for text in order])} for content in contents]
         save(options.fit, fitted, chosen, theta)
         console.print(f"{options.fit}: {options.fit.stat().st_size:,} bytes")
     made = generated(len(chosen), group, options.tokens, path, str(device), sm_scale, options.seeds)

@@ -6,8 +6,8 @@ A head's key and the queries of its group, position encoding undone, are one Gau
 
 whose latents z_s and e_s stay as they are for a random stretch of tokens, of mean length s, and are then drawn anew: neighbours resemble
 each other, a query resembles its own surroundings, and means and factors hold the heavy channels and the biases of the model. The
-fastest latents, one a token, come from a vocabulary with Zipf's frequencies, so that words return. The first key is the recorded one:
-the sink. Every length is the same process, and position encoding turns keys and queries to their places. `bench/fit.py` fits the
+fastest latents, one a token, come from a vocabulary with Zipf's frequencies, so that words return. The first key is a recorded one,
+a sink in some texts. Every length is the same process, and position encoding turns keys and queries to their places. `bench/fit.py` fits the
 parameters and shows how well they do.
 """
 
@@ -52,7 +52,7 @@ class Heads:
     mean: Tensor  # [Hkv, 1 + G, D], the key's first
     factor: Tensor  # [S, Hkv, R, 1 + G, D]
     noise: Tensor  # [S, Hkv, 1 + G, D], standard deviations
-    first: Tensor  # [Hkv, D], the sink
+    first: Tensor  # [texts, Hkv, D], the first key of each recorded text, those that are sinks first
     words: Tensor  # [Hkv, VOCABULARY, R], of mean 0 and variance 1
     scales: list[float]
     inv_freq: Tensor  # [D / 2] fp64
@@ -73,15 +73,15 @@ class Heads:
             mean=fitted["mean"][heads][:, group].float().to(device),
             factor=factor.to(device),
             noise=fitted["noise"][:, heads][:, :, group].to(device),
-            first=fitted["first"][heads].float().to(device),
+            first=fitted["first"][:, heads].float().to(device),
             words=words / (frequency * words.square()).sum(1, keepdim=True).sqrt(),
             scales=fitted["scales"].tolist(),
             inv_freq=(fitted["theta"].item() ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)).to(device),
         )
 
-    def sequence(self, length: int, rng: torch.Generator) -> Sequence:
-        """One text of `length` tokens."""
-        return Sequence(self, [self._stretches(scale, length, rng) for scale in self.scales], rng)
+    def sequence(self, length: int, rng: torch.Generator, index: int = 0) -> Sequence:
+        """One text of `length` tokens; texts take the recorded first keys in turn."""
+        return Sequence(self, [self._stretches(scale, length, rng) for scale in self.scales], self.first[index % len(self.first)], rng)
 
     def _stretches(self, scale: float, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Which stretch each token is in, [length], and the latents of every stretch, [Hkv, stretches, R]."""
@@ -111,6 +111,7 @@ class Sequence:
 
     heads: Heads
     stretches: list[tuple[Tensor, Tensor]]
+    first: Tensor  # [Hkv, D]
     rng: torch.Generator
 
     def keys(self, out: Tensor) -> None:
@@ -125,7 +126,7 @@ class Sequence:
                 part = latents[some] @ heads.factor[s, some, :, 0]
                 part += torch.randn(part.shape, generator=self.rng, device=device) * heads.noise[s, some, 0, None]
                 found += part[:, stretch]
-            found[:, 0] = heads.first[some]
+            found[:, 0] = self.first[some]
             out[:, some] = heads.turned(found, positions).transpose(0, 1).to(out.dtype)
 
     def queries(self, positions: Tensor, own_words: bool = True) -> Tensor:

@@ -408,8 +408,8 @@ def _fitted(sizes: Sizes, sets: int, rng: torch.Generator, keys: Tensor) -> Made
     made = heads.Heads.fitted(sizes.num_qo_heads, sizes.num_kv_heads, rng)
     newest = torch.arange(length - sizes.query_tokens, length, device=device)
     by_sequence, recent = [], None
-    for key in keys:  # one sequence at a time: fp32 of a whole batch may not fit
-        text = made.sequence(length, rng)
+    for index, key in enumerate(keys):  # one sequence at a time: fp32 of a whole batch may not fit
+        text = made.sequence(length, rng, index)
         text.keys(key)
         by_sequence.append([text.queries(newest, own_words=i == 0).to(sizes.dtype) for i in range(sets)])
         if recent is None:
