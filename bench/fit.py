@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -224,7 +225,8 @@ def main(arguments: Sequence[str]) -> int:
         save(options.fit, fitted, chosen, theta)
         console.print(f"{options.fit}: {options.fit.stat().st_size:,} bytes")
     made = generated(len(chosen), group, options.tokens, path, str(device), sm_scale, options.seeds)
-    shared = results.environment(device.type) | {"tokens": options.tokens, "texts": [document.name for document in documents]}
+    shared = results.environment(device.type) | {"command": shlex.join(["python", "-m", "bench", "fit", *arguments])}
+    shared |= {"tokens": options.tokens, "texts": [document.name for document in documents]}
     table = []
     for (layer, head), real, ours in zip(chosen, recorded, made, strict=True):
         for name, found in (("recorded", mean_of(real)), ("generated", ours)):

@@ -7,8 +7,8 @@ A head's key and the queries of its group, position encoding undone, are one Gau
 whose latents z_s and e_s stay as they are for a random stretch of tokens, of mean length s, and are then drawn anew: neighbours resemble
 each other, a query resembles its own surroundings, and means and factors hold the heavy channels and the biases of the model. The
 fastest latents, one a token, come from a vocabulary with Zipf's frequencies, so that words return. The first key is a recorded one,
-a sink in some texts. Every length is the same process, and position encoding turns keys and queries to their places. `bench/fit.py` fits the
-parameters and shows how well they do.
+a sink in some texts. Every length is the same process, and position encoding turns keys and queries to their places. `bench/fit.py`
+fits the parameters and shows how well they do.
 """
 
 from __future__ import annotations
