@@ -3,6 +3,7 @@
 # lint, types   ruff and clang-format; mypy on the public surface. format mends most of the first
 # test-matrix   the installed wheel from another folder: avx2 and default, 1 and 2 threads, random order, 40 and 200 columns
 # coverage      all tests, with the share of lines they ran by file
+# smoke         two minutes of evaluation that fail when a default has become worse
 # demo, demo-tp a real model on one process, on two
 # bench-cpu     bench/results/cpu_decode_attention.jsonl; bench-base BASE=COMMIT compares this checkout with another
 # On an sm_90 machine whose GPU_PYTHON holds a CUDA build of PyTorch: gpu-install, gpu-test, gpu-sanitize, gpu-bench
@@ -68,6 +69,10 @@ coverage: venv
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
+
+.PHONY: smoke
+smoke: venv
+	$(PY) -m twilight_ops eval --smoke
 
 demo: venv
 	$(PY) -m twilight_ops demo

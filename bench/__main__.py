@@ -12,6 +12,7 @@ usage: python -m bench COMMAND ...
   list                      operators, their methods on each device, named shapes
   run --op NAME [...]       measure one of them; `run --op NAME --help` lists its options
   run --op NAME --base REV  compare our methods with another commit, checkout or installed folder
+  fit --model PATH          compare generated keys and queries with a model's own, or fit them to it
   plot ROWS.jsonl ... -o D  draw what the rows suffice for
 
 examples:
@@ -72,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listing()
     elif command == "run":
         return run(rest)
+    elif command == "fit":
+        from . import fit
+
+        return fit.main(rest)
     elif command == "plot":
         from . import plots
 
@@ -81,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return base.worker()
     else:
-        print(f"{USAGE}\npython -m bench: expected list, run or plot, got {command}", file=sys.stderr)
+        print(f"{USAGE}\npython -m bench: expected list, run, fit or plot, got {command}", file=sys.stderr)
         return 2
     return 0
 

@@ -123,10 +123,13 @@ def stacked(calls: Sequence[tuple[str, dict[str, float], float | None]], xlabel:
 
 
 def speedups(rows: Sequence[dict]) -> dict[Cell, dict[str, float]]:
-    """How many times as fast as FlashAttention 2 in the same run; cells without it, failed methods and stages are left out."""
+    """How many times as fast as FlashAttention 2 in the same run.
+
+    Cells without it, failed methods, stages and settings that are not at equal accuracy are left out.
+    """
     us: dict[Cell, dict[str, float]] = {}
     for row in rows:
-        if "median_us" in row and "method" in row and "stage" not in row:
+        if "median_us" in row and "method" in row and "stage" not in row and row.get("accuracy") != results.NOT_EQUAL:
             us.setdefault(cell_of(row), {})[row["method"]] = row["median_us"]
     return {cell: {name: by[FA2] / by[name] for name in LAYER_METHODS if name in by} for cell, by in sorted(us.items()) if FA2 in by}
 

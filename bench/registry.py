@@ -13,8 +13,10 @@ from functools import partial
 import torch
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, decode_step
+from twilight_ops.evaluation.methods import Method as MeasuredMethod
+from twilight_ops.evaluation.methods import parse_method
 
-from . import peers, speed_of_light, timing, workload
+from . import heads, peers, rows, speed_of_light, timing, workload
 from .checks import captured_mass, exact_check, sparse_check
 from .peers import FA2
 from .run import DEVICES, Entry, Op, tokens_of
@@ -73,7 +75,7 @@ class LayerOp(Op):
     extra: Callable[[argparse._ArgumentGroup], None] = lambda parser: None
     columns = (
         "method median_us spread bytes gb_per_s share_of_read_bandwidth ratio_to_best_dense ratio_to_fa2 share_of_speed_of_light "
-        "candidates kept_tokens captured_mass estimated_mass served_by error"
+        "candidates kept_tokens captured_mass estimated_mass kl_31k accuracy served_by error"
     )
 
     def add_options(self, p: argparse._ArgumentGroup) -> None:
@@ -83,7 +85,8 @@ class LayerOp(Op):
         p.add_argument("--query-tokens", type=int, default=1, metavar="T", help="of a sequence; dense peers take 1")
         p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="default: 0.85")
         p.add_argument("--page-order", choices=workload.PAGE_ORDERS, default="shuffled", help="where a sequence's pages lie in the pool")
-        p.add_argument("--spread", type=float, default=workload.SPREAD, metavar="STD", help="of the logits; default: 3.7")
+        p.add_argument("--data", choices=workload.DATA, help="default: qwen, the statistics of its heads, which have 128 channels")
+        p.add_argument("--spread", type=float, metavar="STD", help="of the logits of Gaussian data; default: 3.7")
         p.add_argument(
             "--sets", type=int, metavar="N", help="buffer sets in turn; default: 1 GiB of K and V, or 512 MiB of what a GPU call reads"
         )
@@ -104,17 +107,30 @@ class LayerOp(Op):
 
     def open(self, sizes: Sizes, options: argparse.Namespace, sets: int | None = None, memory_share: float = 1.0) -> Workload:
         sets = options.sets if sets is None else sets
-        given = {"spread": options.spread, "page_order": options.page_order, "memory_share": memory_share}
+        given = {"data": options.data, "page_order": options.page_order, "memory_share": memory_share}
+        if options.spread is not None:
+            given["spread"] = options.spread
         return workload.build(sizes, options.device, sets, **given)
 
     def head(self, sizes: Sizes, options: argparse.Namespace) -> dict:
         return {"device": options.device, "shape": sizes.describe(), "dtype": str(sizes.dtype).removeprefix("torch.")}
 
     def environment(self, options: argparse.Namespace) -> dict:
-        return super().environment(options) | {"logit_std": options.spread, "page_order": options.page_order}
+        data = workload.data_of(options.data, options.head_dim)
+        spread = {"logit_std": options.spread or workload.SPREAD} if data == "gaussian" else {}
+        return super().environment(options) | {"data": data, **spread, "page_order": options.page_order}
+
+    def start(self, options: argparse.Namespace) -> None:
+        data = workload.data_of(options.data, options.head_dim)
+        if data == "qwen" and options.head_dim != heads.HEAD_DIM:
+            options.error(f"--data: expected gaussian for {options.head_dim} channels, got qwen, whose heads have {heads.HEAD_DIM}")
+        if data == "qwen" and options.spread is not None:
+            options.error("--spread: expected --data gaussian, because the logits of qwen are as recorded")
 
     def assumptions(self, options: argparse.Namespace) -> str:
-        return f"data: {workload.assumptions(options.spread, options.page_order)}; spread = (p90 - p10) / median"
+        data = workload.data_of(options.data, options.head_dim)
+        told = workload.assumptions(data, options.spread or workload.SPREAD, options.page_order)
+        return f"data: {told}; spread = (p90 - p10) / median"
 
     def row(self, sizes: Sizes, options: argparse.Namespace, method: Method, timing: Timing, medians: dict[str, float]) -> dict:
         us = timing.median_us
@@ -152,18 +168,28 @@ def ratios(name: str, row: dict, medians: dict[str, float]) -> dict:
 
 
 def config_of(name: str, data: Workload, options: argparse.Namespace) -> TwilightConfig:
-    """Twilight's contenders; `dense_below` as shipped unless asked otherwise."""
+    """Twilight's contenders, or one by its setting; `dense_below` as shipped unless asked otherwise."""
+    if name in options.settings:
+        method = parse_method(name)
+        common = {"top_p": method.top_p, "page_size": data.sizes.page_size, "dense_below": options.dense_below}
+        return TwilightConfig(selector=method.selector, **common | dict(method.settings))
     budget = min(options.token_budget, data.sizes.length // 4) if options.device == "cuda" else options.token_budget
     selectors = {
         "dense": lambda: Full(),
         "quest": lambda: Quest(token_budget=budget),
-        "shadow_prefix": lambda: ShadowPrefix(token_budget=options.token_budget, budget_fraction=0.0, prefix_channels=data.prefix_channels),
-        "shadow_prefix_eighth": lambda: ShadowPrefix(token_budget=512, budget_fraction=0.125, prefix_channels=data.prefix_channels),
+        "shadow_prefix": lambda: ShadowPrefix(token_budget=options.token_budget, budget_fraction=0.0, prefix_channels=data.fixed_prefix),
+        "shadow_prefix_eighth": lambda: ShadowPrefix(budget_fraction=0.125, prefix_channels=data.fixed_prefix),
         "full": lambda: Full(),
     }
     layers = len(data.queries) if name == "dense" else 0
     common = {"top_p": options.top_p, "page_size": data.sizes.page_size, "dense_below": options.dense_below}
     return TwilightConfig(selector=selectors[name](), dense_layers=layers, **common)
+
+
+def setting_text(config: TwilightConfig) -> str:
+    """How the evaluation spells the method of a configuration, whose page size and dense_below it does not name."""
+    given = {name: getattr(config, name) for name in ("sink_tokens", "recent_tokens")}
+    return MeasuredMethod(config.selector, config.top_p, tuple((k, v) for k, v in given.items() if v is not None)).setting
 
 
 def prunes(name: str, data: Workload, options: argparse.Namespace) -> bool:
@@ -207,6 +233,9 @@ def twilight_method(family: str, name: str, data: Workload, options: argparse.Na
             "captured_mass": round(captured_mass(lse, data.expected[1]), 5),
             "takes_dense_path": dense,
         }
+        if not dense:
+            setting = setting_text(config)
+            columns |= {"setting": setting} | rows.accuracy_of(setting)
         if family == "twilight" and options.device == "cuda":
             columns["served_by"] = served_by(arguments[0])
         return columns
@@ -256,8 +285,16 @@ def light_method(name: str, data: Workload, options: argparse.Namespace) -> Meth
 def decode_entries(options: argparse.Namespace) -> list[Entry]:
     if options.query_tokens != 1:
         options.error(f"--query-tokens: dense peers attend with one query token a sequence, expected 1, got {options.query_tokens}")
+    for text in options.settings:
+        try:
+            method = parse_method(text, "settings")
+        except ValueError as error:
+            options.error(f"--{error}")
+        if method.selector is None or method.selector.kernel == "given":
+            options.error(f"--settings: expected a selector whose data the bench keeps (full, quest, shadow_prefix), got {text}")
     gpu, both = ("cuda",), DEVICES
     configurations = {"dense": both, "quest": both, "shadow_prefix": ("cpu",), "shadow_prefix_eighth": both, "full": ("cpu",)}
+    configurations |= {text: both for text in options.settings}
     on_gpu = [name for name, devices in configurations.items() if "cuda" in devices]
     sparse = {name: partial(prunes, name) for name in on_gpu if name != "dense"}
     found = [*peers.PEERS]
@@ -276,6 +313,13 @@ def decode_options(p: argparse._ArgumentGroup) -> None:
         default=8192,
         metavar="N",
         help="candidates; of Quest on a GPU at most a quarter of the length; default: 8192",
+    )
+    p.add_argument(
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="NAME:BUDGET:P",
+        help="more methods, spelt as for `python -m twilight_ops eval`, e.g. quest:n/4:.95 shadow_prefix:.85",
     )
     shipped = "default: as shipped, the break-even in twilight_ops/config.py"
     p.add_argument("--dense-below", type=int, metavar="N", help=f"tokens up to which Twilight attends to everything; {shipped}")

@@ -86,3 +86,28 @@ def cpu_name() -> str:
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         name = models[0] if models else name
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+# Beyond either, what a setting does is no speed-up of the same computation.
+MAX_KL, MAX_PERPLEXITY_CHANGE = 0.015, 0.01
+ACCURACY = RESULTS / "accuracy_qwen.jsonl"
+ACCURACY_LENGTH = 31_000
+EQUAL, NOT_EQUAL, NOT_MEASURED = "equal", "not at equal accuracy", "not measured"
+
+
+def accuracy_of(setting: str, path: Path = ACCURACY) -> dict[str, object]:
+    """What `python -m twilight_ops eval` found of a method's very setting on a real model at 31k tokens, the worst of its runs.
+
+    `accuracy` is "equal" up to a KL of MAX_KL to dense and MAX_PERPLEXITY_CHANGE, "not at equal accuracy" beyond, and "not measured"
+    where the file of results has no such row.
+    """
+    found = [
+        row
+        for row in (read(path) if path.exists() else ())
+        if row.get("task") == "language" and row["length"] >= ACCURACY_LENGTH and row["setting"] == setting
+    ]
+    if not found:
+        return {"accuracy": NOT_MEASURED}
+    kl, change = max(row["kl"] for row in found), max((row["perplexity_change"] for row in found), key=abs)
+    equal = kl <= MAX_KL and abs(change) <= MAX_PERPLEXITY_CHANGE
+    return {"accuracy": EQUAL if equal else NOT_EQUAL, "kl_31k": round(kl, 5), "perplexity_change_31k": round(change, 5)}

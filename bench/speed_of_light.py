@@ -125,7 +125,7 @@ def decode_chunks(
     A candidate's leading codes, scale and zero count once, with the scan.
 
     Args:
-        arguments: of `decode_attention`, selector "dense", "quest" with 8-bit bounds, or "shadow_prefix" with one prefix for all KV heads.
+        arguments: of `decode_attention`, selector "dense", "quest" with 8-bit bounds, or "shadow_prefix".
         candidates: indices [B, Hkv, C] and counts [B, Hkv], int32, pages (quest) or tokens (shadow_prefix); None where dense.
         kept: positions [B, Hkv, N] and counts [B, Hkv], int32; None where dense.
     """
@@ -142,6 +142,17 @@ def decode_chunks(
 
     def chunks(base: Tensor, offsets: Tensor, counts: Tensor, size: int, barriers: int = 0) -> Chunks:
         return Chunks(base, offsets.reshape(units, -1), counts.reshape(units).contiguous(), size, barriers)
+
+    def by_head(base: Tensor, starts: Tensor, counts: Tensor, sizes: Tensor, piece: int, barriers: int = 0) -> Chunks:
+        """sizes[h] bytes from each start [B, Hkv, n] of KV head h: one chunk where heads agree, else chunks of `piece` bytes."""
+        size = int(sizes.max())
+        if size > 0 and bool((sizes == size).all()):
+            return chunks(base, starts, counts, size, barriers)
+        pieces = -(-sizes // piece)[None, :, None]
+        apart = pieces.clamp(min=1)  # a prefix of all channels leaves no tail
+        listed = torch.arange(starts.shape[2] * int(apart.max()), device=starts.device).expand(batch, kv_heads, -1)
+        offsets = starts.gather(2, (listed // apart).clamp(max=starts.shape[2] - 1)) + listed % apart * piece
+        return chunks(base, offsets, (counts.view(batch, kv_heads) * pieces[..., 0]).int(), piece, barriers)
 
     every = blocks(torch.arange(max_pages, device=page_table.device).expand(batch, kv_heads, -1))
     pages = torch.full((units,), max_pages, dtype=torch.int32, device=page_table.device)
@@ -160,13 +171,15 @@ def decode_chunks(
             chunks(arguments["k_scale"], block * page_size * 4, counts, page_size * 4),
         ]
     else:
-        prefix = int(arguments["prefix_channels"][0])
+        prefix = arguments["prefix_channels"].long()
         tail = (head_dim - prefix) // 2
-        at = blocks(listed // page_size) * page_codes + page_size * prefix // 2 + listed.long() % page_size * tail
+        within = (page_size * prefix // 2)[:, None] + listed.long() % page_size * tail[:, None]
+        at = blocks(listed // page_size) * page_codes + within
+        tails = -(-tail // VECTOR_BYTES) * VECTOR_BYTES
         parts = [
-            chunks(arguments["k_quant"], every * page_codes, pages, page_size * prefix // 2),
+            by_head(arguments["k_quant"], every * page_codes, pages, page_size * prefix // 2, page_size * 4),
             chunks(arguments["k_scale"], every * page_size * 4, pages, page_size * 4),
-            chunks(arguments["k_quant"], _down(at), counts, -(-tail // VECTOR_BYTES) * VECTOR_BYTES, BARRIERS["candidates"]),
+            by_head(arguments["k_quant"], _down(at), counts, tails, VECTOR_BYTES, BARRIERS["candidates"]),
         ]
     positions, kept_counts = kept
     rows = (blocks(positions // page_size) * page_size + positions.long() % page_size) * row

@@ -1,4 +1,4 @@
-"""Synthetic layers whose attention is as concentrated as a trained model's, and calls of the operators on them."""
+"""Synthetic layers whose attention is a trained model's in its statistics, and calls of the operators on them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from twilight_ops import Always, Explanation, PagedKVCache, PagedKVLayer, Paging, Quest, TwilightConfig, decode_step, explain
+from twilight_ops import Always, Explanation, PagedKVCache, PagedKVLayer, Paging, Quest, ShadowPrefix, TwilightConfig, decode_step, explain
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
 from twilight_ops.ops import operator as twilight_operator
 
+from . import heads
+
+# Keys and queries: "qwen" are those of recorded heads (heads.py), "gaussian" independent normal numbers, described by what follows.
+DATA = ("qwen", "gaussian")
+# Newest tokens from which a shadow prefix is calibrated on the former.
+CALIBRATED_TOKENS, CALIBRATED_QUERIES = 4096, 256
 # Standard deviation of the logits, natural-log units. At p = 0.85 the lognormal's quantiles leave 128 of 32768 tokens a query head; a
 # sample of that size, which lacks the far tail, keeps 209 on average (4.0 leaves about 120).
 SPREAD = 3.7
@@ -37,11 +43,19 @@ MIN_SETS, MAX_SETS = 4, 64
 RESERVED_BYTES = 8 << 30
 
 
-def assumptions(spread: float = SPREAD, page_order: str = "shuffled") -> str:
+def data_of(name: str | None, head_dim: int) -> str:
+    """The data asked for; unless told, recorded heads where there are some of that size."""
+    return name or ("qwen" if head_dim == heads.HEAD_DIM else "gaussian")
+
+
+def assumptions(data: str, spread: float = SPREAD, page_order: str = "shuffled") -> str:
+    rest = f"{PAGE_ORDERS[page_order]}, full length live"
+    if data == "qwen":
+        return f"{heads.describe()}, taken in turn; prefixes calibrated on the newest {CALIBRATED_TOKENS} tokens, {rest}"
     return (
         f"logits of standard deviation {spread} in every row, {PAGE_COHERENCE:.0%} of a key's variance shared by its page, channel "
-        f"contributions decaying over {ENERGY_DECAY:.0%} of the head, channels in that order, independent query heads, "
-        f"{PAGE_ORDERS[page_order]}, full length live"
+        f"contributions decaying over {ENERGY_DECAY:.0%} of the head, channels in that order and a quarter of them the prefix, independent "
+        f"query heads, {rest}"
     )
 
 
@@ -83,9 +97,9 @@ class Sizes:
         """4-bit codes, scale and zero of one token of one KV head."""
         return self.head_dim // 2 + 4
 
-    def prefix_bytes(self, prefix_channels: int) -> int:
-        """The leading channels' codes of every live token, with scale and zero."""
-        return self.lists * self.length * (prefix_channels // 2 + 4)
+    def prefix_bytes(self, prefix_channels: float) -> int:
+        """The leading channels' codes of every live token, with scale and zero; a mean over KV heads."""
+        return round(self.lists * self.length * (prefix_channels / 2 + 4))
 
     def bounds_bytes(self) -> int:
         """8-bit bounds of every live page, with scale and zero."""
@@ -163,7 +177,7 @@ class Workload:
     cache: PagedKVCache  # one layer a set, with shadow and 8-bit bounds
     keys: Tensor  # [B, L, Hkv, D], a view of [B, Hkv, L, D]
     values: Tensor
-    prefix_channels: int
+    data: str  # one of DATA
     copies: int  # of K and V, contiguous, for dense peers
     pipelines: dict = field(default_factory=dict)  # what `pipeline` keeps
 
@@ -178,6 +192,16 @@ class Workload:
     @property
     def sets(self) -> int:
         return len(self.queries)
+
+    @property
+    def prefix_channels(self) -> float:
+        """Mean over the KV heads."""
+        return self.cache.layers[0].shadow.prefix_channels.float().mean().item()
+
+    @property
+    def fixed_prefix(self) -> int | None:
+        """The `ShadowPrefix.prefix_channels` that this data was given; None: calibrated."""
+        return None if self.data == "qwen" else int(self.prefix_channels)
 
     @property
     def fingerprint(self) -> list[float]:
@@ -319,10 +343,12 @@ def build(
     spread: float = SPREAD,
     page_order: str = "shuffled",
     memory_share: float = 1.0,
+    data: str | None = None,
 ) -> Workload:
     """Allocates and fills the buffer sets.
 
-    `sets` None rotates enough of them for cold caches, or what `memory_share` of the device's free memory holds.
+    `sets` None rotates enough of them for cold caches, or what `memory_share` of the device's free memory holds; `data` is one of DATA,
+    None for `data_of`; `spread` is of Gaussian data.
 
     Raises:
         MemoryError: the device cannot hold one set and one contiguous copy.
@@ -337,6 +363,56 @@ def build(
     sets = paged if sets is None else sets
     rng = torch.Generator(device).manual_seed(seed)
     batch, length, kv_heads, dim = sizes.batch, sizes.length, sizes.num_kv_heads, sizes.head_dim
+    data = data_of(data, dim)
+    keys, values = torch.empty((2, batch, kv_heads, length, dim), dtype=sizes.dtype, device=device).transpose(2, 3)
+    queries, calibrate = _fitted(sizes, sets, rng, keys) if data == "qwen" else _gaussian(sizes, sets, spread, rng, keys)
+    for value in values:
+        value.copy_(torch.randn(value.shape, generator=rng, device=device))
+
+    config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_layers=0, dense_below=0)
+    cache = PagedKVCache(config, sets, sizes.num_qo_heads, kv_heads, dim, batch, length, sizes.dtype, device)
+    if page_order == "shuffled":
+        cache.page_table.copy_(torch.randperm(cache.page_table.numel(), generator=rng, device=device).view_as(cache.page_table))
+    first = cache.layers[0]
+    calibrate(first)
+    for start in range(0, length, FILL_CHUNK):
+        stop = min(length, start + FILL_CHUNK)
+        cache.seq_lens.fill_(stop)
+        decode_step.append(keys[:, start:stop], values[:, start:stop], first, cache.page_table, cache.seq_lens)
+    for layer in cache.layers[1:]:
+        for target, source in zip(layer.tensors(), first.tensors(), strict=True):
+            target.copy_(source)
+    return Workload(sizes, queries, cache, keys, values, data, min(copies, sets))
+
+
+Made = tuple[list[Tensor], Callable[[PagedKVLayer], None]]  # queries of every set, and what calibrates a layer before its keys come
+
+
+def _fitted(sizes: Sizes, sets: int, rng: torch.Generator, keys: Tensor) -> Made:
+    """Fills keys [B, L, Hkv, D] with those of recorded heads. Sets differ in the words of their queries and in noise, not in their text."""
+    length, device = sizes.length, keys.device
+    made = heads.Heads.fitted(sizes.num_qo_heads, sizes.num_kv_heads, rng)
+    newest = torch.arange(length - sizes.query_tokens, length, device=device)
+    by_sequence, recent = [], None
+    for index, key in enumerate(keys):  # one sequence at a time: fp32 of a whole batch may not fit
+        text = made.sequence(length, rng, index)
+        text.keys(key)
+        by_sequence.append([text.queries(newest, own_words=i == 0).to(sizes.dtype) for i in range(sets)])
+        if recent is None:
+            recent = text.queries(torch.arange(max(0, length - CALIBRATED_QUERIES), length, device=device)).to(sizes.dtype)
+
+    def calibrate(layer: PagedKVLayer) -> None:
+        """As a prompt of the newest tokens would."""
+        k = keys[:1, -CALIBRATED_TOKENS:]
+        q = torch.nn.functional.pad(recent, (0, 0, 0, 0, k.shape[1] - len(recent), 0))[None]
+        ShadowPrefix().calibrate(q, k, layer, None, sizes.head_dim**-0.5)
+
+    return [torch.stack(found) for found in zip(*by_sequence, strict=True)], calibrate
+
+
+def _gaussian(sizes: Sizes, sets: int, spread: float, rng: torch.Generator, keys: Tensor) -> Made:
+    """Fills keys [B, L, Hkv, D] with normal numbers of a common profile over channels."""
+    kv_heads, length, dim, device = sizes.num_kv_heads, sizes.length, sizes.head_dim, keys.device
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=rng, device=device)
@@ -349,30 +425,15 @@ def build(
 
     def query() -> Tensor:
         """Scaled so that this very query's logits have the wanted spread."""
-        q = normal(batch, sizes.query_tokens, sizes.num_qo_heads, dim) * query_std
+        q = normal(sizes.batch, sizes.query_tokens, sizes.num_qo_heads, dim) * query_std
         return (q * spread / (q * logit_std).square().mean(-1, keepdim=True).sqrt()).to(sizes.dtype)
 
-    keys, values = torch.empty((2, batch, kv_heads, length, dim), dtype=sizes.dtype, device=device).transpose(2, 3)
-    for key, value in zip(keys, values, strict=True):  # one sequence at a time: fp32 of a whole batch may not fit
+    for key in keys:
         pages = normal(-(-length // sizes.page_size), kv_heads, dim).repeat_interleave(sizes.page_size, dim=0)[:length]
         key.copy_(pages.mul_(PAGE_COHERENCE**0.5).add_(normal(length, kv_heads, dim).mul_((1 - PAGE_COHERENCE) ** 0.5)).mul_(key_std))
-        value.copy_(normal(length, kv_heads, dim))
-        del pages
-    queries = [query() for _ in range(sets)]
 
-    config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_layers=0, dense_below=0)
-    cache = PagedKVCache(config, sets, sizes.num_qo_heads, kv_heads, dim, batch, length, sizes.dtype, device)
-    if page_order == "shuffled":
-        cache.page_table.copy_(torch.randperm(cache.page_table.numel(), generator=rng, device=device).view_as(cache.page_table))
-    prefix = max(8, dim // 4 // 8 * 8)
-    first = cache.layers[0]
-    first.shadow.channel_order.copy_(profile.argsort(dim=-1, descending=True))
-    first.shadow.prefix_channels.fill_(prefix)
-    for start in range(0, length, FILL_CHUNK):
-        stop = min(length, start + FILL_CHUNK)
-        cache.seq_lens.fill_(stop)
-        decode_step.append(keys[:, start:stop], values[:, start:stop], first, cache.page_table, cache.seq_lens)
-    for layer in cache.layers[1:]:
-        for target, source in zip(layer.tensors(), first.tensors(), strict=True):
-            target.copy_(source)
-    return Workload(sizes, queries, cache, keys, values, prefix, min(copies, sets))
+    def calibrate(layer: PagedKVLayer) -> None:
+        layer.shadow.channel_order.copy_(profile.argsort(dim=-1, descending=True))
+        layer.shadow.prefix_channels.fill_(max(8, dim // 4 // 8 * 8))
+
+    return [query() for _ in range(sets)], calibrate

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import twilight_ops  # noqa: E402
-from bench import base, checks, peers, phases, registry, rows, run, speed_of_light, timing, workload  # noqa: E402
+from bench import base, checks, fit, heads, peers, phases, registry, rows, run, speed_of_light, timing, workload  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.workload import Sizes, buffer_sets  # noqa: E402
 from twilight_ops import Quest, ShadowPrefix, TwilightConfig, kernels  # noqa: E402
@@ -500,12 +500,12 @@ plots = pytest.importorskip("bench.plots", reason="needs matplotlib")
 
 def example_rows() -> list[dict]:
     rows = []
-    for heads in ((32, 8), (32, 32)):
+    for counts in ((32, 8), (32, 32)):
         for batch in (1, 64):
             for length in (1024, 32768):
                 base = batch * length / 100
                 rows += [
-                    row(name, base * share, batch, length, heads, token_budget=length // 4, budget_fraction=0.0, takes_dense_path=False)
+                    row(name, base * share, batch, length, counts, token_budget=length // 4, budget_fraction=0.0, takes_dense_path=False)
                     for name, share in (("torch_fa2", 2.0), ("cudnn_sdpa", 1.0), ("twilight_quest", 0.25), ("stages_quest", 0.5))
                 ]
     rows.append({k: v for k, v in row("flex_attention", 0.0).items() if k != "median_us"} | {"error": "did not compile"})
@@ -519,8 +519,10 @@ def stage_rows() -> list[dict]:
 
 
 def test_speedups_are_over_fa2_of_the_same_cell():
-    found = plots.speedups([*example_rows(), row("twilight_quest", 5.0, batch=8)])
+    inaccurate = row("twilight_shadow_prefix_eighth", 1.0, accuracy=rows.NOT_EQUAL)
+    found = plots.speedups([*example_rows(), row("twilight_quest", 5.0, batch=8), inaccurate])
     assert len(found) == 8  # the lone row has nothing to be compared with
+    assert all("twilight_shadow_prefix_eighth" not in methods for methods in found.values())
     assert found[64, 32, 8, 32768] == {"cudnn_sdpa": 2.0, "twilight_quest": 8.0, "stages_quest": 4.0}
 
 
@@ -588,3 +590,88 @@ def test_phases_last_from_mark_to_mark_and_those_not_passed_are_left_out():
     assert times == {"candidates scored": 1.0, "attended": 0.5}
     with pytest.raises(ValueError, match="expected `start` first"):
         phases.durations([(5, 5), (1, 1)], ["start", "attended"])
+
+
+def test_generated_heads_repeat_by_seed_and_serve_any_number_of_heads():
+    for num_qo_heads, num_kv_heads in ((8, 2), (3, 3), (40, 20)):
+        found = []
+        for seed in (0, 0, 1):
+            rng = torch.Generator().manual_seed(seed)
+            text = heads.Heads.fitted(num_qo_heads, num_kv_heads, rng).sequence(300, rng)
+            keys = torch.empty(300, num_kv_heads, heads.HEAD_DIM)
+            text.keys(keys)
+            found.append((keys, text.queries(torch.tensor([0, 299]))))
+        assert found[0][1].shape == (2, num_qo_heads, heads.HEAD_DIM)
+        assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+        assert not torch.equal(found[0][0], found[2][0]) and not torch.equal(found[0][1], found[2][1])
+
+
+def test_a_fit_gives_back_the_process_that_it_was_fitted_to(tmp_path):
+    """Means, covariances and correlations of one head, recorded from the generator itself."""
+    rng = torch.Generator().manual_seed(0)
+    made = heads.Heads.fitted(2, 1, rng)
+    texts = []
+    for _ in range(2):
+        text = made.sequence(4000, rng)
+        keys = torch.empty(4000, 1, heads.HEAD_DIM)
+        text.keys(keys)
+        rows = torch.cat([keys, text.queries(torch.arange(4000))], dim=1)
+        texts.append(fit.plain(rows, heads.parameters()["theta"].item()))
+    found = fit.fit(texts) | {"first": texts[0][:1, 0]}
+    path = tmp_path / "heads.npz"
+    fit.save(path, [found], [(12, 0)], heads.parameters()["theta"].item())
+    assert path.stat().st_size < heads.DATA.stat().st_size < 1_000_000
+    again = heads.Heads.fitted(2, 1, torch.Generator().manual_seed(0), path)
+    scale = made.mean.square().mean().sqrt()
+    assert (again.mean - made.mean).square().mean().sqrt() < 0.1 * scale
+    variances = [(h.factor.square().sum(2) + h.noise.square()).sum(0) for h in (made, again)]  # [Hkv, 1 + G, D]
+    assert torch.corrcoef(torch.stack([v.flatten() for v in variances]))[0, 1] > 0.95
+    assert variances[1].sum() == pytest.approx(variances[0].sum().item(), rel=0.15)
+
+
+def test_the_fit_that_is_kept_shows_generated_heads_beside_recorded_ones():
+    table = rows.read(rows.RESULTS / "qwen_heads_fit.jsonl")
+    lengths = {row["tokens"] for row in table}
+    assert lengths
+    for length in lengths:
+        means = {row["data"]: row for row in table if row["layer"] == "mean" and row["tokens"] == length}
+        recorded, generated = means["recorded"], means["generated"]
+        assert generated["logit_std"] == pytest.approx(recorded["logit_std"], rel=0.1)
+        for name in ("kept_p85", "kept_p95", "quest_n/4", "prefix_n/8"):
+            assert generated[name] == pytest.approx(recorded[name], abs=0.04)
+
+
+def test_data_are_those_asked_for_and_every_row_says_which(tmp_path, capsys):
+    small = ["--shapes", "1:512:4/2", "--dtype", "fp32", "--sets", "2", "--seconds", "0.001", "--dense-below", "0"]
+    small += ["--methods", "twilight_quest*"]
+    for asked, expected in (([], "qwen"), (["--data", "gaussian"], "gaussian"), (["--head-dim", "64"], "gaussian")):
+        path = tmp_path / f"{expected}.jsonl"
+        assert main([*DECODE, *small, *asked, "--settings", "quest:n/4:.95", "--json", str(path)]) == 0
+        found = rows.read(path)
+        assert [row["method"] for row in found] == ["twilight_quest", "twilight_quest:n/4:.95"]
+        assert all(row["data"] == expected and ("logit_std" in row) == (expected == "gaussian") for row in found)
+        assert found[1]["setting"] == "quest:n/4:0.95" and 0.0 < found[1]["captured_mass"] <= 1.001
+    assert "taken in turn; prefixes calibrated" in capsys.readouterr().out
+
+
+def test_a_setting_is_at_equal_accuracy_only_where_that_was_measured(tmp_path):
+    path = tmp_path / "accuracy.jsonl"
+    assert rows.accuracy_of("quest:0.85", path) == {"accuracy": rows.NOT_MEASURED}
+
+    def measured(setting, kl, change, length=31_000, task="language"):
+        return {"task": task, "length": length, "setting": setting, "kl": kl, "perplexity_change": change}
+
+    rows.write(
+        path,
+        [
+            measured("full:0.95", 0.001, 0.001),
+            measured("full:0.95", 0.002, -0.002),  # other documents
+            measured("full:0.95", 9.0, 9.0, length=8000),
+            measured("quest:0.85", 0.016, 0.0),
+            measured("quest:0.95", 0.001, -0.02),
+            {"task": "passkey", "length": 31_000, "setting": "tidal:0.9", "score": 1.0},
+        ],
+    )
+    assert rows.accuracy_of("full:0.95", path) == {"accuracy": rows.EQUAL, "kl_31k": 0.002, "perplexity_change_31k": -0.002}
+    assert rows.accuracy_of("quest:0.85", path)["accuracy"] == rows.accuracy_of("quest:0.95", path)["accuracy"] == rows.NOT_EQUAL
+    assert rows.accuracy_of("tidal:0.9", path)["accuracy"] == rows.NOT_MEASURED

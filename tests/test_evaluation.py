@@ -20,7 +20,7 @@ from comparisons import assert_close_to_oracle
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.cli import eval as command
 from twilight_ops.cli.models import ByteTokenizer, random_tiny
-from twilight_ops.evaluation import language, mass, methods, prefill, report, runner, tasks
+from twilight_ops.evaluation import language, mass, methods, prefill, report, runner, tasks, texts
 from twilight_ops.evaluation.aggregation import AGGREGATIONS, ExactTopK
 from twilight_ops.evaluation.bytes_read import bytes_read
 from twilight_ops.evaluation.ceiling import ExactTopP
@@ -205,10 +205,19 @@ def test_methods_survive_the_way_through_their_label():
         "tidal:token_budget=64,selection_layers=2+5+9,across_heads=False",
         "shadow_prefix:prefix_channels=16,sink_tokens=4",
         "exact_top_k:aggregation=logit_max",
+        "quest:n/8:sink_tokens=0",
+        "shadow_prefix:n/16:tau=0.05",
+        "sparq:token_budget=100,budget_fraction=1/4",
         "exact_top_p:mass=0.99",
     ):
         method = methods.parse_method(text)
         assert methods.parse_method(method.label) == method
+        for top_p in (1.0, 0.85):
+            pruned = method.with_top_p(top_p)
+            assert methods.parse_method(pruned.setting) == pruned
+    assert methods.parse_method("quest:n/4:.95") == methods.parse_method("quest:token_budget=1,budget_fraction=1/4").with_top_p(0.95)
+    assert methods.parse_method("quest:8192:.85").setting == methods.parse_method("quest:.85").setting == "quest:0.85"
+    assert methods.parse_method("shadow_prefix:256:.9:tau=.05").setting == "shadow_prefix:256:0.9:tau=0.05"
     method = methods.parse_method("quest:token_budget=1,budget_fraction=1/4,page_size=32").with_top_p(0.9)
     assert method.selector == Quest(token_budget=1, budget_fraction=0.25)
     assert method.config().page_size == 32 and method.config().top_p == 0.9 and method.config().dense_below == 0
@@ -225,6 +234,10 @@ def test_methods_survive_the_way_through_their_label():
         ("quest:budget_fraction=1/0", "methods: Quest: budget_fraction: expected a number 0..1, got '1/0'"),
         ("quest:page_size=8", "methods: TwilightConfig: page_size: expected 16, 32 or 64, got 8"),
         ("quest:page_size=16,page_size=32", "methods: quest: expected page_size once, got 'page_size=32' again"),
+        ("quest:n/4:8192", "methods: quest: expected token_budget once, got 'token_budget=8192' again"),
+        ("quest:n/many", "methods: Quest: budget_fraction: expected a number 0..1, got '1/many'"),
+        ("quest:.9:.8", "methods: quest: expected one p, 0 < p <= 1, got 'quest:.9:.8'"),
+        ("quest:1.5", "methods: quest: expected one p, 0 < p <= 1, got 'quest:1.5'"),
         ("tidal:across_heads=maybe", "methods: Tidal: across_heads: expected True or False, got 'maybe'"),
         ("dense:page_size=16", "methods: expected dense without fields, got 'dense:page_size=16'"),
     ],
@@ -283,9 +296,36 @@ def test_common_and_frequent_words_are_the_most_common():
 
 
 def test_prose_of_the_package_is_long_enough_to_evaluate_on():
-    texts = command.packaged_prose().values()
-    assert len(texts) >= 8
-    assert all(len(tasks.sentences(text)) > 150 and len(text) > 35_000 for text in texts)
+    prose = texts.packaged_prose().values()
+    assert len(prose) >= 8
+    assert all(len(tasks.sentences(text)) > 150 and len(text) > 35_000 for text in prose)
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def test_texts_of_the_machine_are_long_repeat_and_share_nothing_with_held_out_ones():
+    first, again, held_out = (texts.build("mixed", 3, 120_000, encode, other) for other in (False, False, True))
+    assert [document.kind for document in first] == ["code", "prose", "mixed"]
+    assert [document.name for document in first] == [document.name for document in again]
+    assert all(len(document.ids) >= 120_000 for document in first + held_out)
+    sources = [source for document in first + held_out for source in document.sources]
+    assert len(sources) == len(set(sources))
+    assert {"argparse.py", "canal.txt"} & set(sources) and {source.endswith(".txt") for source in first[2].sources} == {True, False}
+    with pytest.raises(ValueError, match="text: expected 400000 tokens of prose, got [0-9]+ left on this machine"):
+        texts.build("prose", 1, 400_000, encode)
+
+
+def test_captured_mass_is_that_of_the_kept_set(model, passage):
+    everything = mass.captured(model, passage.prefills, passage.forced[:, :2], methods.Method(Full()).config())
+    assert torch.allclose(everything, torch.ones(2 * 2 * 4 * 4, dtype=torch.float64))  # steps, sequences, layers, query heads
+    exact = methods.Method(ExactTopP(mass=0.9), settings=NOTHING_FORCED)
+    found = mass.captured(model, passage.prefills, passage.forced[:, :2], exact.config())
+    assert (found >= 0.9 - 1e-6).all() and found.mean() < 0.99
+    told = mass.spread_of(found)
+    assert told["mass_lowest"] <= told["mass_p1"] <= told["mass_mean"] < 1.0 and told["mass_rows"] == 64
+    assert mass.captured(model, passage.prefills, passage.forced[:, :2], methods.DENSE.config()).numel() == 0
 
 
 def arguments(out: Path, *more: str) -> argparse.Namespace:
@@ -318,7 +358,7 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
     assert command.run(arguments(whole, *extra)) == 0
     result = json.loads((whole / "results.json").read_text())
     keys = [cell["key"] for cell in result["cells"]]
-    quest = "quest:token_budget=64"
+    quest = "quest:64"
     assert keys == [
         "mass/400",
         "language/400/dense",
@@ -336,12 +376,24 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
     cells = {cell["key"]: cell for cell in result["cells"]}
     assert abs(cells["language/400/full p=1"]["kl"]) < MAX_KL < cells["language/400/full p=0.9"]["kl"]
     pruned, alone = cells[f"language/400/{quest} p=0.9"], cells[f"language/400/equal/{quest} p=0.9"]
-    assert alone["method"] == f"quest:token_budget={round(pruned['kept'])}"
+    assert alone["method"] == f"quest:{round(pruned['kept'])}"
+    table = [json.loads(line) for line in (whole / "table.jsonl").read_text().splitlines()]
+    assert [row["setting"] for row in table if row["task"] == "language"] == [
+        "dense",
+        "full:1.0",
+        "full:0.9",
+        "quest:64:1.0",
+        "quest:64:0.9",
+    ]
+    row = table[4]
+    assert row["kl"] == pruned["kl"] and row["without"]["kl"] == cells[f"language/400/{quest} p=1"]["kl"]
+    assert 0 < row["mass_lowest"] <= row["mass_p1"] <= row["mass_mean"] <= 1 and row["mass_rows"] == 3 * 4 * 4
+    assert {"command", "commit", "machine", "versions", "documents", "tokens_a_document"} <= set(row)
     table = (whole / "table.md").read_text()
     assert "400 tokens, teacher-forced prose" in table and "| full |" in table and "passkey, 400 tokens" in table
     assert result["options"]["seed"] == 0 and result["versions"]["torch"] == torch.__version__
     logs = sorted(path.name for path in (whole / "budget").iterdir())
-    assert logs == ["400_full_p=0.9_0.jsonl", "400_quest_token_budget=64_p=0.9_0.jsonl"]
+    assert logs == ["400_full_p=0.9_0.jsonl", "400_quest_64_p=0.9_0.jsonl"]
     windows = [json.loads(line) for line in (whole / "budget" / logs[1]).read_text().splitlines()]
     assert [window["steps"] for window in windows] == [[1, 2], [3, 3]]
     kept = sum(window["sparse"]["kept"]["mean"] * window["sparse"]["calls"] for window in windows)
@@ -372,6 +424,8 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
     ("more", "message"),
     [
         (("--methods", "full@1.5"), "methods: full@1.5: expected 0 < value < 1, got 1.5"),
+        (("--methods", "full:.9@.8"), "methods: full:.9@.8: expected p once, got 0.9 and .8"),
+        (("--documents", "/none", "--held-out"), "held-out: expected --text, got none"),
         (("--methods", "full@"), "methods: full@: expected a number 0 < value < 1, got ''"),
         (("--mass-steps", "9"), r"mass_steps: expected 0\.\.3, got 9"),
         (("--greedy-tokens", "-1"), "greedy_tokens: expected >= 0, got -1"),
@@ -416,7 +470,7 @@ def test_a_missing_model_is_named(tmp_path):
 
 def test_tables_put_a_method_beside_itself_alone():
     def cell(method, selector, p, kl, **more):
-        base = {"task": "language", "length": 10, "method": method, "selector": selector, "top_p": p, "kl": kl, "top1": 1.0}
+        base = {"task": "language", "length": 10, "method": method, "selector": selector, "top_p": p, "kl": kl, "worst_kl": kl, "top1": 1.0}
         budget = {"perplexity_change": 0.0, "kept": 5.0, "live": 10.0, "pruned": 0.5, "bytes_share": 0.4, "sparse_layers_bytes_share": 0.3}
         return base | budget | more
 
@@ -428,7 +482,7 @@ def test_tables_put_a_method_beside_itself_alone():
     ]
     rows = report.language_rows(cells, 10)
     assert [row[0] for row in rows] == ["quest:x", "tidal"]
-    assert rows[0][1].startswith("0.1000") and rows[0][3].startswith("0.2000") and rows[0][7] == "0.3000"
+    assert rows[0][1].startswith("0.1000") and rows[0][3].startswith("0.2000") and rows[0][8] == "0.3000"
     assert rows[0][4:7] == ("5 of 10", "50.0%", "30.0% (40.0%)") and rows[1][3] == "-"
 
 

@@ -1,4 +1,4 @@
-"""How well the INT4 estimate knows what it keeps: estimated and true attention mass of every query head's own set."""
+"""Attention mass: what the sets of a method truly hold, and how well the 4-bit estimate knows what it keeps."""
 
 from __future__ import annotations
 
@@ -76,16 +76,74 @@ def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_sca
     return logits.masked_fill(~live, -torch.inf).softmax(-1)
 
 
+class Captured:
+    """True attention mass of every query head in the set that its KV head kept, in every sparse layer: a cache's recorder."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._pending: tuple | None = None
+
+    def look(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> tuple[Tensor, Tensor] | None:
+        """Gives the step the buffers for its kept set, which is weighed when the next layer comes."""
+        self._weigh()
+        if layer.plan.selector is None:
+            return None
+        batch, kv_heads = q.shape[0], layer.num_kv_heads
+        kept = torch.empty(batch, kv_heads, page_table.shape[1] * layer.page_size, dtype=torch.int32, device=q.device)
+        counts = torch.empty(batch, kv_heads, dtype=torch.int32, device=q.device)
+        self._pending = (q, layer, page_table, seq_lens.clone(), sm_scale, kept, counts)  # lengths grow in place
+        return kept, counts
+
+    def _weigh(self) -> None:
+        if self._pending is None:
+            return
+        *call, kept, counts = self._pending
+        self._pending = None
+        weights = exact_weights(*call).unflatten(1, (kept.shape[1], -1))  # [B, Hkv, G, N]
+        listed = torch.arange(kept.shape[2], device=kept.device) < counts[..., None]
+        index = kept.clamp(min=0).long()[:, :, None].expand_as(weights)
+        self._values.append((weights.gather(3, index) * listed[:, :, None]).sum(-1).flatten())
+
+    def values(self) -> Tensor:
+        """One fp64 number a (sparse layer, sequence, query head, step)."""
+        self._weigh()
+        return torch.cat(self._values) if self._values else torch.zeros(0, dtype=torch.float64)
+
+
+def captured(model, prefills: Sequence[Prefill], forced: Tensor, config: TwilightConfig) -> Tensor:
+    """Teacher-forces tokens [B, T] with a method; the true mass of its sets, see `Captured.values`."""
+    probe = Captured()
+    _forced(model, prefills, forced, config, probe.look)
+    return probe.values().cpu()
+
+
+def spread_of(values: Tensor) -> dict[str, float | int]:
+    """Mean, first percentile and lowest of captured masses; nothing where no layer is sparse."""
+    if not len(values):
+        return {}
+    return {
+        "mass_mean": values.mean().item(),
+        "mass_p1": values.kthvalue(max(1, len(values) // 100)).values.item(),
+        "mass_lowest": values.min().item(),
+        "mass_rows": len(values),
+    }
+
+
 @torch.no_grad()
-def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[float]) -> list[dict]:
-    """Teacher-forces tokens [B, T] with exact attention and prunes beside it at every p, in every layer."""
-    # The shadow is kept, but every step is short enough to be dense: what is measured does not change what is computed.
-    config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=sys.maxsize)
-    probe = MassProbe(top_ps)
-    cache = cache_of(model, config, prefills, forced.shape[1], probe.look)
+def _forced(model, prefills: Sequence[Prefill], forced: Tensor, config: TwilightConfig, look) -> None:
+    """Decode steps over the prompts that feed tokens [B, T], with a recorder."""
+    cache = cache_of(model, config, prefills, forced.shape[1], look)
     position = cache.live_seq_lens.long()[:, None].clone()
     named = {cache_argument(model): cache}
     with attention(model, "twilight"):
         for t in range(forced.shape[1]):
             model(input_ids=forced[:, t : t + 1], position_ids=position + t, use_cache=True, **named)
+
+
+def masses(model, prefills: Sequence[Prefill], forced: Tensor, top_ps: Sequence[float]) -> list[dict]:
+    """Teacher-forces tokens [B, T] with exact attention and prunes beside it at every p, in every layer."""
+    # The shadow is kept, but every step is short enough to be dense: what is measured does not change what is computed.
+    config = TwilightConfig(selector=Full(), top_p=0.95, dense_below=sys.maxsize)
+    probe = MassProbe(top_ps)
+    _forced(model, prefills, forced, config, probe.look)
     return probe.result()

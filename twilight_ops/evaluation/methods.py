@@ -1,8 +1,9 @@
-"""What is compared: a selector with its settings, and p; written `name:field=value,...` on the command line."""
+"""What is compared: a selector with its settings, and p; written `name:budget:p:field=value,...`, say `quest:n/4:.95`."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +16,7 @@ from .aggregation import ExactTopK
 from .ceiling import ExactTopP
 
 ALL_LAYERS = 1 << 20  # of any model
+_DECIMAL = re.compile(r"\d*\.\d+")  # p: budgets are whole numbers
 # Fields of TwilightConfig that a method may set beside those of its selector.
 CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "dense_below": int, "sink_tokens": int, "recent_tokens": int}
 
@@ -34,15 +36,40 @@ class Method:
     @property
     def label(self) -> str:
         """The specification that gives this method again, without p: fields at their defaults are left out."""
+        return ":".join(part for part in (self.name, self._budget, self._fields) if part)
+
+    @property
+    def setting(self) -> str:
+        """The whole specification, p included: what a row of a speed table is looked up by."""
         if self.selector is None:
             return "dense"
+        top_p = f"{self.top_p:g}"
+        return ":".join(part for part in (self.name, self._budget, top_p if "." in top_p else f"{top_p}.0", self._fields) if part)
+
+    @property
+    def _budget(self) -> str:
+        """`n/8`, `8192`, or nothing where the budget is the default or needs both fields."""
+        if self.selector is None:
+            return ""
+        tokens, share = self.selector.token_budget, self.selector.budget_fraction
+        if (tokens, share) == (type(self.selector).token_budget, type(self.selector).budget_fraction):
+            return ""
+        if share == 0.0:
+            return str(tokens)
+        parts = Fraction(share).limit_denominator(1024)
+        return f"n/{parts.denominator}" if tokens == 1 and parts.numerator == 1 and float(parts) == share else ""
+
+    @property
+    def _fields(self) -> str:
+        if self.selector is None:
+            return ""
+        told = ("token_budget", "budget_fraction") if self._budget else ()
         fields = [
             (f.name, getattr(self.selector, f.name))
             for f in dataclasses.fields(self.selector)
-            if getattr(self.selector, f.name) != f.default
+            if f.name not in told and getattr(self.selector, f.name) != f.default
         ]
-        text = ",".join(f"{name}={_format(value)}" for name, value in [*fields, *self.settings])
-        return f"{self.name}:{text}" if text else self.name
+        return ",".join(f"{name}={_format(value)}" for name, value in [*fields, *self.settings])
 
     @property
     def key(self) -> str:
@@ -83,16 +110,34 @@ def selector_classes() -> dict[str, type[Selector]]:
 
 
 def parse_method(text: str, where: str = "methods") -> Method:
-    """`quest:budget_fraction=1/4,token_budget=1` -> Method; raises ValueError with what is expected, beginning with `where`."""
-    name, _, settings = text.strip().partition(":")
+    """`quest:n/4:.95:sink_tokens=0` -> Method.
+
+    After the name, in any order: a budget, `n/4` of the context or `8192` tokens; p, a decimal such as `.95`; and fields by name,
+    `field=value,...`. What is left out is the selector's default, and p is 1: no pruner.
+
+    Raises:
+        ValueError: what was expected, beginning with `where`.
+    """
+    name, *sections = text.strip().split(":")
     classes = selector_classes()
     if name != "dense" and name not in classes:
         raise ValueError(f"{where}: expected one of dense, {', '.join(classes)}, got {name!r}")
-    parts = list(filter(None, settings.split(",")))
     if name == "dense":
-        if parts:
+        if any(sections):
             raise ValueError(f"{where}: expected dense without fields, got {text!r}")
         return DENSE
+    parts, top_p = [], None
+    for section in sections:
+        if section.startswith("n/"):
+            parts += ["token_budget=1", f"budget_fraction=1/{section[2:]}"]
+        elif section.isdecimal():
+            parts += [f"token_budget={section}", "budget_fraction=0"]
+        elif _DECIMAL.fullmatch(section):
+            if top_p is not None or not 0.0 < float(section) <= 1.0:
+                raise ValueError(f"{where}: {name}: expected one p, 0 < p <= 1, got {text!r}")
+            top_p = float(section)
+        else:
+            parts += filter(None, section.split(","))
     types = typing.get_type_hints(classes[name])
     fields = {field.name: types[field.name] for field in dataclasses.fields(classes[name])}
     chosen, config = {}, {}
@@ -105,7 +150,7 @@ def parse_method(text: str, where: str = "methods") -> Method:
             raise ValueError(f"{where}: {name}: expected {field} once, got {part!r} again")
         target[field] = _convert(kind, value)
     try:
-        method = Method(classes[name](**chosen), 1.0, tuple(config.items()))
+        method = Method(classes[name](**chosen), 1.0 if top_p is None else top_p, tuple(config.items()))
         method.config()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -129,19 +174,14 @@ def _convert(kind, value: str):
         return value
 
 
-# Budgets as shares of the context, so that one list serves every length; token_budget=1 leaves the decision to the share.
-def _share(name: str, share: str, **fields) -> str:
-    text = ",".join(f"{key}={value}" for key, value in fields.items())
-    return f"{name}:token_budget=1,budget_fraction={share}" + (f",{text}" if text else "")
-
-
+# Budgets as shares of the context, so that one list serves every length.
 STANDARD = (
     "full",
     "shadow_prefix",
-    _share("quest", "1/4"),
-    _share("double_sparsity", "1/4"),
-    _share("sparq", "1/8", channels=16),
-    _share("tidal", "1/8"),
-    _share("streaming", "1/4"),
+    "quest:n/4",
+    "double_sparsity:n/4",
+    "sparq:n/8:channels=16",
+    "tidal:n/8",
+    "streaming:n/4",
     "magicpig",
 )

@@ -21,7 +21,7 @@ from ..selectors._channels import RECENT_QUERIES
 class LayerRecord:
     """One layer's view of one prompt, with position encoding."""
 
-    q: Tensor  # [1, <= RECENT_QUERIES, Hq, D], the newest
+    q: Tensor  # [1, <= RECENT_QUERIES unless more were asked for, Hq, D], the newest
     k: Tensor  # [1, N, Hkv, D]
     v: Tensor  # [1, N, Hkv, D]
     sm_scale: float
@@ -40,14 +40,18 @@ class Prefill:
         return self.ids.shape[0]
 
 
-_RECORDING: list[LayerRecord] = []
+class _Recording(list[LayerRecord]):
+    queries = RECENT_QUERIES  # that are kept of each layer
+
+
+_RECORDING = _Recording()
 
 
 def _record_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Exact causal attention over one whole prompt, noting what it saw; q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
-    newest = query[:, :, -RECENT_QUERIES:].transpose(1, 2).contiguous()
+    newest = query[:, :, -_RECORDING.queries :].transpose(1, 2).contiguous()
     _RECORDING.append(LayerRecord(newest, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous(), scale))
     k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     out = scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
@@ -69,9 +73,10 @@ def attention(model, name: str):
 
 
 @torch.inference_mode()
-def record(model, ids: Tensor) -> Prefill:
-    """Runs one prompt ids [N] through the model with exact attention."""
+def record(model, ids: Tensor, queries: int = RECENT_QUERIES) -> Prefill:
+    """Runs one prompt ids [N] through the model with exact attention; keeps the newest `queries` queries of every layer."""
     _RECORDING.clear()
+    _RECORDING.queries = queries
     with attention(model, "twilight_record"):
         out = model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
     layers = list(_RECORDING)

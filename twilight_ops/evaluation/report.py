@@ -8,12 +8,13 @@ from .runner import LANGUAGE
 
 LANGUAGE_COLUMNS = (
     "method",
-    "without Twilight: KL / top-1 / ppl",
+    "without Twilight: KL / worst / top-1 / ppl",
     "p",
-    "with Twilight: KL / top-1 / ppl",
+    "with Twilight: KL / worst / top-1 / ppl",
     "avg. budget",
     "pruned",
     "bytes",
+    "true mass: mean / 1% / lowest",
     "alone at that budget: KL",
 )
 TASK_COLUMNS = ("method", "without Twilight", "p", "with Twilight", "no worse than dense")
@@ -26,7 +27,11 @@ def _of(cells: Sequence[dict], task: str, length: int) -> list[dict]:
 def _quality(cell: dict | None) -> str:
     if cell is None:
         return "-"
-    return f"{cell['kl']:.4f} / {cell['top1']:.3f} / {cell['perplexity_change']:+.1%}"
+    return f"{cell['kl']:.4f} / {cell['worst_kl']:.3f} / {cell['top1']:.3f} / {cell['perplexity_change']:+.1%}"
+
+
+def _mass(cell: dict) -> str:
+    return f"{cell['mass_mean']:.4f} / {cell['mass_p1']:.3f} / {cell['mass_lowest']:.3f}" if "mass_mean" in cell else "-"
 
 
 def language_rows(cells: Sequence[dict], length: int) -> list[tuple[str, ...]]:
@@ -50,6 +55,7 @@ def language_rows(cells: Sequence[dict], length: int) -> list[tuple[str, ...]]:
                     f"{cell['kept']:.0f} of {cell['live']:.0f}",
                     f"{cell['pruned']:.1%}",
                     f"{cell['sparse_layers_bytes_share']:.1%} ({cell['bytes_share']:.1%})",
+                    _mass(cell),
                     f"{twin['kl']:.4f}" if twin else "-",
                 )
             )
@@ -57,7 +63,7 @@ def language_rows(cells: Sequence[dict], length: int) -> list[tuple[str, ...]]:
             cell = alone[method]
             budget = f"{cell['kept']:.0f} of {cell['live']:.0f}" if "kept" in cell else "all"
             shares = f"{cell['sparse_layers_bytes_share']:.1%} ({cell['bytes_share']:.1%})"
-            rows.append((method, _quality(cell), "-", "-", budget, f"{cell.get('pruned', 0.0):.1%}", shares, "-"))
+            rows.append((method, _quality(cell), "-", "-", budget, f"{cell.get('pruned', 0.0):.1%}", shares, _mass(cell), "-"))
     return rows
 
 
@@ -84,13 +90,37 @@ def _scores(cell: dict) -> list[float]:
     return [score for scores in cell["scores_by_depth"].values() for score in scores]
 
 
+# What a row of the table has of its cell, and of the same selector alone.
+_QUALITY = ("kl", "worst_kl", "top1", "perplexity", "perplexity_change", "score")
+_MEASURED = ("live", "candidates", "kept", "pruned", "bytes_share", "mass_mean", "mass_p1", "mass_lowest", "mass_rows", "seconds")
+
+
+def rows(run: dict, cells: Sequence[dict]) -> list[dict]:
+    """One row a method and p, beside the same selector without the pruner, with what the run was: what `table.jsonl` holds."""
+    shared = {name: run[name] for name in ("model", "dtype", "device", "machine", "backend", "commit", "command", "versions", "documents")}
+    shared["tokens_a_document"] = run["options"]["forced_tokens"]
+    found = []
+    measured = [cell for cell in cells if "method" in cell and "equal_tokens_of" not in cell]
+    alone = {(cell["task"], cell["length"], cell["method"]): cell for cell in measured if cell["top_p"] == 1.0}
+    for cell in measured:
+        told = {name: cell[name] for name in ("task", "length", "method", "setting", "top_p")}
+        told |= {name: cell[name] for name in (*_QUALITY, *_MEASURED) if name in cell}
+        if "sparse_layers_bytes_share" in cell:
+            told["bytes_share"] = cell["sparse_layers_bytes_share"]
+        without = alone.get((cell["task"], cell["length"], cell["method"]))
+        if cell["top_p"] < 1.0 and without is not None:
+            told["without"] = {name: without[name] for name in (*_QUALITY, "kept") if name in without}
+        found.append(told | shared)
+    return found
+
+
 def tables(cells: Sequence[dict]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """(title, columns, rows) of every task and length that ran."""
     found = dict.fromkeys((cell["task"], cell["length"]) for cell in cells if "method" in cell)
     result = []
     for task, length in sorted(found, key=lambda pair: (pair[0] != LANGUAGE, pair)):
         if task == LANGUAGE:
-            result.append((f"{length} tokens, teacher-forced prose", LANGUAGE_COLUMNS, language_rows(cells, length)))
+            result.append((f"{length} tokens, teacher-forced", LANGUAGE_COLUMNS, language_rows(cells, length)))
         else:
             result.append((f"{task}, {length} tokens", TASK_COLUMNS, task_rows(cells, task, length)))
     return result

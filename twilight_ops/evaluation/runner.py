@@ -6,6 +6,9 @@ import dataclasses
 import json
 import platform
 import re
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from .._settings import each, integer, normalise, number, share
 from ..config import RECENT_TOKENS
 from . import language
 from .decoding import greedy
-from .mass import masses
+from .mass import captured, masses, spread_of
 from .methods import DENSE, Method
 from .prefill import Prefill, cache_of, record
 from .tasks import TASKS, Sample, fit, score
@@ -39,7 +42,7 @@ class Options:
         greedy_tokens: greedy decode steps compared with dense, 0 for none.
         limit: samples of a task at each depth.
         batch_size: sequences decoded together; a shadow prefix is calibrated on all of a batch.
-        mass_steps: decode steps at which estimated and true mass are compared; 0 for none.
+        mass_steps: decode steps of each document at which the true mass of a method's sets is taken; 0 for none.
         mass_top_ps: values of p they are compared at.
         equal_tokens: also run each selector alone with as many tokens as its pruned run kept.
         budget_log: steps a window of the budget logs that pruned methods write on prose, 0 for none.
@@ -151,6 +154,20 @@ class CellStore:
         return key in self.cells
 
 
+def commit() -> str:
+    """Of the checkout that the package lies in, "+" where it was modified, "none" where there is no checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    return "none" if head is None else head + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
 def describe(model_name: str, model, options: Options, documents: Sequence[str]) -> dict:
     """What a result file says about its run; documents by their names."""
     import transformers
@@ -164,7 +181,15 @@ def describe(model_name: str, model, options: Options, documents: Sequence[str])
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if device == "cuda" else platform.machine(),
         "backend": (backends.CUDA if device == "cuda" else backends.CPU).name,
-        "versions": {"twilight_ops": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": " ".join((platform.processor() or platform.machine(), platform.system())),
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "twilight_ops", *sys.argv[1:]]),
+        "versions": {
+            "twilight_ops": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "options": options.fingerprint(),
         "documents": list(documents),
         # A method's label leaves out what is at its default, so the defaults are part of what was run.
@@ -239,7 +264,13 @@ class Runner:
             for index, passage in enumerate(prepared()):
                 result = language.evaluate(self.model, passage, method, self._budget_log(length, method, index), options.budget_log)
                 results.append(result | (language.agreement(self.model, passage, method) if options.greedy_tokens else {}))
-            return language.together(results)
+            return language.together(results) | mass_of(method)
+
+        def mass_of(method: Method) -> dict:
+            if not options.mass_steps or method.selector is None:
+                return {}
+            parts = [captured(self.model, p.prefills, p.forced[:, : options.mass_steps], method.config()) for p in prepared()]
+            return spread_of(torch.cat(parts))
 
         if options.mass_steps:
 
@@ -305,7 +336,14 @@ class Runner:
 
 
 def _fields(task: str, length: int, method: Method) -> dict:
-    return {"task": task, "length": length, "method": method.label, "selector": method.name, "top_p": method.top_p}
+    return {
+        "task": task,
+        "length": length,
+        "method": method.label,
+        "selector": method.name,
+        "top_p": method.top_p,
+        "setting": method.setting,
+    }
 
 
 def _merge_mass(rows: Sequence[dict]) -> dict:
