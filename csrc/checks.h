@@ -235,6 +235,17 @@ class Checker {
     }
   }
 
+  // `needed` says why there must be some, null where there need not be.
+  void means(const OptionalTensor& page_means, const OptionalTensor& means_scale, const char* needed = nullptr) {
+    if (!page_means.has_value() && !means_scale.has_value()) {
+      if (needed != nullptr) fail("page_means", needed, "None");
+      return;
+    }
+    together("means_scale", means_scale, "page_means", page_means);
+    tensor("means_scale", *means_scale, {"P", "Hkv", 2}, {ScalarType::BFloat16});
+    tensor("page_means", *page_means, {"P", "Hkv", size("D") / 2}, {ScalarType::Byte});
+  }
+
   // A page_size of 0 stands for any.
   void candidates(const OptionalTensor& indices, const OptionalTensor& counts, int64_t tokens_per_index,
                   int64_t page_size) {

@@ -13,7 +13,8 @@ struct Context {
   using T = Value;
   static constexpr int D = kHeadDim, RP = kPaddedRows;
   static constexpr FusedSelector kSelector = kChosen;
-  static constexpr bool kByPage = kSelector == FusedSelector::kQuest;
+  static constexpr bool kByPage = selects_pages(kSelector);
+  static constexpr bool kByMean = kSelector == FusedSelector::kPageMean;
   static constexpr bool kByToken = kSelector == FusedSelector::kShadowPrefix;
   static constexpr bool kSelects = kByPage || kByToken;
   static constexpr bool kOnlyDense = kSelector == FusedSelector::kDense;

@@ -139,6 +139,7 @@ STANDARD = (
     "full",
     "shadow_prefix",
     _share("quest", "1/4"),
+    _share("page_mean", "1/4"),
     _share("double_sparsity", "1/4"),
     _share("sparq", "1/8", channels=16),
     _share("tidal", "1/8"),
