@@ -86,7 +86,8 @@ struct FusedCall {
 // Why the kernel does not serve a call, in the words of an argument check; "" where it does.
 std::string refusal(const PlanRequest& r) {
   const auto got = [](const char* expected, int64_t value) { return expected + (", got " + std::to_string(value)); };
-  if (r.selector == Selector::kGiven) return "selector: expected dense, full, quest, page_mean or shadow_prefix, got given";
+  if (r.selector == Selector::kGiven)
+    return "selector: expected dense, full, quest, page_mean or shadow_prefix, got given";
   if (r.dtype_bits != 16) return got("q: expected a dtype of 16 bits", r.dtype_bits);
   if (r.head_dim != 64 && r.head_dim != 128) return got("head_dim: expected 64 or 128", r.head_dim);
   if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());

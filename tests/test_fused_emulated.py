@@ -151,6 +151,16 @@ def test_equal_scores_go_to_the_lower_positions_and_equal_weights_stay_together(
     check(emulator, inputs, {**PRUNED, "selector": selector}, 2, seed=1)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group, kv_heads", [(1, 1), (3, 2), (8, 1)])
+@pytest.mark.parametrize("cluster_size", [1, 4])
+def test_page_means_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, cluster_size):
+    """One, four and eight padded rows, shares of a few pages and of several steps of a warp."""
+    shape = Shape((1031, 5), group * kv_heads, kv_heads, head_dim, 16, 1, torch.bfloat16)
+    options = {"selector": "page_mean", "token_budget": 200, "top_p": 0.95, "sink_tokens": 16, "recent_tokens": 20}
+    check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
+
+
 @pytest.mark.parametrize("spread", [0.01, 0.1, 1.0])
 def test_a_crowded_boundary_gives_the_same_candidates(emulator, spread):
     """Many scores within a level of each other: the bin is narrowed down, or the scores are made again."""
