@@ -405,6 +405,7 @@ def _fitted(sizes: Sizes, sets: int, rng: torch.Generator, keys: Tensor) -> Made
         """As a prompt of the newest tokens would."""
         k = keys[:1, -CALIBRATED_TOKENS:]
         q = torch.nn.functional.pad(recent, (0, 0, 0, 0, k.shape[1] - len(recent), 0))[None]
+        layer.calibrate(q, k, None, sizes.head_dim**-0.5)  # the centre
         ShadowPrefix().calibrate(q, k, layer, None, sizes.head_dim**-0.5)
 
     return [torch.stack(found) for found in zip(*by_sequence, strict=True)], calibrate

@@ -1,5 +1,5 @@
 // twilight::append_kv. One task a (touched page, KV head): copies the page's new rows, writes their 4-bit shadow, then
-// the page's bounds, so that no two threads write the same page.
+// the page's bounds and mean, so that no two threads write the same page.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -35,6 +35,8 @@ struct AppendCall {
   const float* k_center;   // null: zeros
   char* page_bounds;       // null: no bounds
   uint32_t* bounds_scale;  // null unless the bounds are 8-bit codes
+  uint8_t* page_means;     // null: no means
+  uint32_t* means_scale;
   const int32_t* seq_lens;
   int64_t kv_heads, page_size, head_dim, element_size;
 };
@@ -100,13 +102,9 @@ inline void store_nibbles(uint8_t* to, VecI codes) {
   store(to, __builtin_convertvector(pairs | pairs >> 28, VectorOf<uint8_t, kLanes / 2>::type));
 }
 
-template <class E>
-void write_shadow(const AppendCall& call, const TouchedPage& page, int64_t h, int64_t s, const char* key,
-                  const int32_t* order) {
+// 4-bit codes of a key, or of a mean of keys, less the centre and in the shadow's order; returns (scale, zero).
+inline uint32_t pack_row(const AppendCall& call, int64_t h, float* x, const int32_t* order, uint8_t* packed) {
   const int64_t dim = call.head_dim;
-  float x[256];
-  uint8_t packed[128];
-  load_row<E>(key, dim, x);
   Extent extent;
   for (int64_t d = 0; d < dim; d += kLanes) {
     if (call.k_center != nullptr) store(x + d, load(x + d) - load(call.k_center + h * dim + d));
@@ -117,20 +115,42 @@ void write_shadow(const AppendCall& call, const TouchedPage& page, int64_t h, in
     const VecF ordered = (VecF)gather(reinterpret_cast<const uint32_t*>(x), load<VecI>(order + j));
     store_nibbles(packed + j / 2, quantiser.codes(ordered, 15));
   }
+  return quantiser.pair;
+}
+
+template <class E>
+void write_shadow(const AppendCall& call, const TouchedPage& page, int64_t h, int64_t s, const char* key,
+                  const int32_t* order) {
+  const int64_t dim = call.head_dim;
+  float x[256];
+  uint8_t packed[128];
+  load_row<E>(key, dim, x);
+  const uint32_t pair = pack_row(call, h, x, order, packed);
 
   const int64_t block = page.physical * call.kv_heads + h;
   const int64_t prefix = std::min<int64_t>(std::max(call.prefix_channels[h], 0), dim) / 8 * 4, row = dim / 2;
   uint8_t* bytes = call.k_quant + block * call.page_size * row;
   std::memcpy(bytes + s * prefix, packed, prefix);
   std::memcpy(bytes + call.page_size * prefix + s * (row - prefix), packed + prefix, row - prefix);
-  call.k_scale[block * call.page_size + s] = quantiser.pair;
+  call.k_scale[block * call.page_size + s] = pair;
+}
+
+// Sums every channel in the order of the slots, as all backends do.
+template <class E>
+void write_mean(const AppendCall& call, int64_t h, const E* keys, int64_t live, int64_t block, const int32_t* order) {
+  const int64_t dim = call.head_dim;
+  float mean[256];
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    VecF sum = {};
+    for (int64_t s = 0; s < live; ++s) sum += load_float(keys + s * dim + d);
+    store(mean + d, sum / splat(static_cast<float>(std::max<int64_t>(live, 1))));
+  }
+  call.means_scale[block] = pack_row(call, h, mean, order, call.page_means + block * dim / 2);
 }
 
 template <class E>
-void write_bounds(const AppendCall& call, const TouchedPage& page, int64_t h) {
-  const int64_t dim = call.head_dim, size = call.page_size, block = page.physical * call.kv_heads + h;
-  const int64_t live = std::min<int64_t>(std::max<int64_t>(call.seq_lens[page.b] - page.logical * size, 0), size);
-  const E* keys = reinterpret_cast<const E*>(call.k_cache) + block * size * dim;
+void write_bounds(const AppendCall& call, const E* keys, int64_t live, int64_t block) {
+  const int64_t dim = call.head_dim;
   float bounds[512];
   Extent all;
   for (int64_t d = 0; d < dim; d += kLanes) {
@@ -158,15 +178,14 @@ void write_bounds(const AppendCall& call, const TouchedPage& page, int64_t h) {
 
 template <class E>
 void write_page(const AppendCall& call, const TouchedPage& page, int64_t h) {
-  const int64_t row_bytes = call.head_dim * call.element_size;
-  const int64_t base = (page.physical * call.kv_heads + h) * call.page_size * row_bytes;
+  const int64_t size = call.page_size, block = page.physical * call.kv_heads + h;
+  const int64_t row_bytes = call.head_dim * call.element_size, base = block * size * row_bytes;
   int32_t order[256];
-  if (call.k_quant != nullptr)
-    for (int64_t j = 0; j < call.head_dim; ++j) {
-      const int64_t channel = call.channel_order[h * call.head_dim + j];
-      order[j] = static_cast<int32_t>(std::min(std::max<int64_t>(channel, 0), call.head_dim - 1));
-    }
-  for (int64_t s = 0; s < call.page_size; ++s) {
+  for (int64_t j = 0; j < call.head_dim; ++j) {
+    const int64_t channel = call.channel_order == nullptr ? j : call.channel_order[h * call.head_dim + j];
+    order[j] = static_cast<int32_t>(std::min(std::max<int64_t>(channel, 0), call.head_dim - 1));
+  }
+  for (int64_t s = 0; s < size; ++s) {
     const int64_t t = page.token_at(s);
     if (t < 0) continue;
     const char* key = call.k.row(page.b, t, h);
@@ -174,7 +193,10 @@ void write_page(const AppendCall& call, const TouchedPage& page, int64_t h) {
     std::memcpy(call.v_cache + base + s * row_bytes, call.v.row(page.b, t, h), row_bytes);
     if (call.k_quant != nullptr) write_shadow<E>(call, page, h, s, key, order);
   }
-  if (call.page_bounds != nullptr) write_bounds<E>(call, page, h);
+  const int64_t live = std::min<int64_t>(std::max<int64_t>(call.seq_lens[page.b] - page.logical * size, 0), size);
+  const E* keys = reinterpret_cast<const E*>(call.k_cache + base);
+  if (call.page_bounds != nullptr) write_bounds(call, keys, live, block);
+  if (call.page_means != nullptr) write_mean(call, h, keys, live, block, order);
 }
 
 // Pages that consecutive positions ending at the sequence's last token fall on.
@@ -229,14 +251,13 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   check.cache(k_cache, v_cache);
   check.geometry();
   check.paging(page_table, seq_lens);
-  if (k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value() ||
-      k_center.has_value())
-    check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
+  check.shadow_if_any(k_quant, k_scale, channel_order, prefix_channels, k_center);
   if (page_bounds.has_value()) {
     check.bounds(*page_bounds, bounds_scale);
   } else {
     check.absent("bounds_scale", bounds_scale, "None, because page_bounds is None");
   }
+  check.means(page_means, means_scale);
   if (positions.has_value()) check.tensor("positions", *positions, {"B", "T"}, {ScalarType::Int});
   check.no_gradients();
 
@@ -256,6 +277,8 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
                         k_center.has_value() ? k_center->const_data_ptr<float>() : nullptr,
                         pointer(page_bounds),
                         reinterpret_cast<uint32_t*>(pointer(bounds_scale)),
+                        reinterpret_cast<uint8_t*>(pointer(page_means)),
+                        reinterpret_cast<uint32_t*>(pointer(means_scale)),
                         paging.seq_lens,
                         k_cache.size(1),
                         paging.page_size,

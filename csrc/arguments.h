@@ -6,7 +6,7 @@
   const Tensor &k, const Tensor &v, Tensor k_cache, Tensor v_cache, const Tensor &page_table, const Tensor &seq_lens, \
       const OptionalTensor &positions, OptionalTensor k_quant, OptionalTensor k_scale,                                \
       const OptionalTensor &channel_order, const OptionalTensor &prefix_channels, const OptionalTensor &k_center,     \
-      OptionalTensor page_bounds, OptionalTensor bounds_scale
+      OptionalTensor page_bounds, OptionalTensor bounds_scale, OptionalTensor page_means, OptionalTensor means_scale
 
 #define TWILIGHT_DECODE_ATTENTION_ARGUMENTS                                                                         \
   const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &page_table, const Tensor &seq_lens,  \
@@ -16,4 +16,5 @@
       const OptionalTensor &k_scale, const OptionalTensor &channel_order, const OptionalTensor &prefix_channels,    \
       const OptionalTensor &k_center, const OptionalTensor &page_bounds, const OptionalTensor &bounds_scale,        \
       const OptionalTensor &indices, const OptionalTensor &counts, int64_t tokens_per_index,                        \
-      OptionalTensor budget_counters, OptionalTensor kept_indices, OptionalTensor kept_counts
+      OptionalTensor budget_counters, OptionalTensor kept_indices, OptionalTensor kept_counts,                      \
+      const OptionalTensor &page_means, const OptionalTensor &means_scale

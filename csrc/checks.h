@@ -210,6 +210,13 @@ class Checker {
     if (k_center.has_value()) tensor("k_center", *k_center, {"Hkv", "D"}, {ScalarType::Float});
   }
 
+  void shadow_if_any(const OptionalTensor& k_quant, const OptionalTensor& k_scale, const OptionalTensor& channel_order,
+                     const OptionalTensor& prefix_channels, const OptionalTensor& k_center) {
+    if (k_quant.has_value() || k_scale.has_value() || channel_order.has_value() || prefix_channels.has_value() ||
+        k_center.has_value())
+      shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
+  }
+
   void bounds(const Tensor& page_bounds, const OptionalTensor& bounds_scale) {
     tensor("page_bounds", page_bounds, {"P", "Hkv", 2, "D"}, {dtype_, ScalarType::Byte});
     if (page_bounds.scalar_type() == ScalarType::Byte) {
@@ -218,6 +225,17 @@ class Checker {
     } else {
       absent("bounds_scale", bounds_scale, "None, because page_bounds is " + dtype_name(dtype_));
     }
+  }
+
+  // `needed` says why there must be some, null where there need not be.
+  void means(const OptionalTensor& page_means, const OptionalTensor& means_scale, const char* needed = nullptr) {
+    if (!page_means.has_value() && !means_scale.has_value()) {
+      if (needed != nullptr) fail("page_means", needed, "None");
+      return;
+    }
+    together("means_scale", means_scale, "page_means", page_means);
+    tensor("means_scale", *means_scale, {"P", "Hkv", 2}, {ScalarType::BFloat16});
+    tensor("page_means", *page_means, {"P", "Hkv", size("D") / 2}, {ScalarType::Byte});
   }
 
   // A page_size of 0 stands for any.

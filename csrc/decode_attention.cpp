@@ -26,6 +26,8 @@ struct DecodeCall {
   const Paging& paging;
   const std::optional<Shadow>& shadow;
   const std::optional<PageBounds>& bounds;
+  const std::optional<Shadow>& means;
+  const Paging& means_paging;
   Selector selector;
   bool prunes;
   const Budget& budget;
@@ -55,20 +57,24 @@ class DecodeRow {
     h_ = row % call.query.kv_heads;
     length_ = call.paging.length(b_);
     dense_ = call.selector == Selector::kDense || length_ <= call.dense_below;
-    selects_ = !dense_ && (call.selector == Selector::kQuest || call.selector == Selector::kShadowPrefix);
+    const bool by_page = selects_pages(call.selector);
+    selects_ = !dense_ && (by_page || call.selector == Selector::kShadowPrefix);
     prunes_ = call.prunes && !dense_;
 
-    const bool by_token = selects_ && call.selector == Selector::kShadowPrefix;
+    const bool by_token = selects_ && !by_page;
     if (prunes_ || by_token) shadow_query_.prepare(*call.shadow, call.query, b_, h_, arena);
     int64_t capacity = length_;
     if (selects_) {
-      unit_ = call.selector == Selector::kQuest ? call.paging.page_size : 1;
+      unit_ = by_page ? call.paging.page_size : 1;
       const TopK top_k(call.budget, h_, length_, unit_, call.capacity);
       selection_.start(top_k, call.query.rows, /*keep_logits=*/by_token && prunes_, arena);
       capacity = std::min(length_, top_k.count * unit_);
       if (!selection_.takes_all()) {
         if (by_token) {
           selection_.use_tokens(shadow_query_, call.paging, b_, arena);
+        } else if (call.selector == Selector::kPageMean) {
+          means_query_.prepare(*call.means, call.query, b_, h_, arena);
+          selection_.use_tokens(means_query_, call.means_paging, b_, arena);
         } else {
           selection_.use_pages(*call.bounds, call.paging, call.query, b_, h_, arena);
         }
@@ -168,7 +174,7 @@ class DecodeRow {
   const DecodeCall* call_;
   int64_t row_, b_, h_, length_, unit_ = 1;
   bool dense_, selects_, prunes_;
-  ShadowQuery shadow_query_;
+  ShadowQuery shadow_query_, means_query_;
   SelectionRow selection_;
   EstimateRow estimate_;
   AttendRow attend_;
@@ -208,16 +214,19 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   check.scale(sm_scale);
   check.at_least("dense_below", dense_below, 0);
   const bool prunes = selector != Selector::kDense && (top_p < 1.0 || head_top_p.has_value());
-  const bool has_shadow = k_quant.has_value() || k_scale.has_value() || channel_order.has_value() ||
-                          prefix_channels.has_value() || k_center.has_value();
-  if (prunes || selector == Selector::kShadowPrefix || has_shadow)
+  if (prunes || selector == Selector::kShadowPrefix) {
     check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
+  } else {
+    check.shadow_if_any(k_quant, k_scale, channel_order, prefix_channels, k_center);
+  }
   if (selector == Selector::kQuest) check.given("page_bounds", page_bounds, "a tensor, because selector is \"quest\"");
   if (page_bounds.has_value()) {
     check.bounds(*page_bounds, bounds_scale);
   } else {
     check.absent("bounds_scale", bounds_scale, "None, because page_bounds is None");
   }
+  check.means(page_means, means_scale,
+              selector == Selector::kPageMean ? "a tensor, because selector is \"page_mean\"" : nullptr);
   if (selector == Selector::kGiven) {
     check.given("indices", indices, "a tensor, because selector is \"given\"");
   } else {
@@ -240,12 +249,15 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   if (k_quant.has_value()) shadow.emplace(*k_quant, *k_scale, *channel_order, *prefix_channels);
   std::optional<PageBounds> bounds;
   if (page_bounds.has_value()) bounds.emplace(*page_bounds, bounds_scale);
+  std::optional<Shadow> means;
+  if (page_means.has_value()) means.emplace(*page_means, *means_scale, channel_order);
+  const Paging means_paging = paging.of_means();
   const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens, dense_below);
   const Budget budget(limits, budget_fraction, head_token_budget);
   const PruneOptions options(top_p, head_top_p, limits);
   const GivenCandidates given(indices, counts, tokens_per_index);
-  const int64_t list_capacity = selector == Selector::kQuest ? page_capacity(limits, paging.page_size, budget_fraction)
-                                                             : token_capacity(limits, budget_fraction);
+  const int64_t list_capacity = selects_pages(selector) ? page_capacity(limits, paging.page_size, budget_fraction)
+                                                        : token_capacity(limits, budget_fraction);
 
   Tensor out = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads, query.head_dim});
   Tensor lse = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads}, ScalarType::Float);
@@ -257,6 +269,8 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
                         paging,
                         shadow,
                         bounds,
+                        means,
+                        means_paging,
                         selector,
                         prunes,
                         budget,

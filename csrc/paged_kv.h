@@ -20,6 +20,13 @@ struct Paging {
 
   int64_t max_tokens() const { return max_pages * page_size; }
 
+  // Where page means lie: each page as one token.
+  Paging of_means() const {
+    Paging out = *this;
+    out.page_size = 1;
+    return out;
+  }
+
   // Live tokens of sequence b.
   int64_t length(int64_t b) const {
     if (num_pages == 0) return 0;

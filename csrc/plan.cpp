@@ -76,7 +76,7 @@ struct FusedCall {
                            : token_capacity(limits, r.budget_fraction)),
         rows(padded_rows(r.rows())) {}
 
-  bool by_page() const { return selector == Selector::kQuest; }
+  bool by_page() const { return selects_pages(selector); }
   bool by_token() const { return selector == Selector::kShadowPrefix; }
   int tokens() const { return static_cast<int>(limits.max_tokens); }
   int candidate_tokens() const { return by_page() ? capacity * request.page_size : by_token() ? capacity : tokens(); }
@@ -85,7 +85,8 @@ struct FusedCall {
 // Why the kernel does not serve a call, in the words of an argument check; "" where it does.
 std::string refusal(const PlanRequest& r) {
   const auto got = [](const char* expected, int64_t value) { return expected + (", got " + std::to_string(value)); };
-  if (r.selector == Selector::kGiven) return "selector: expected dense, full, quest or shadow_prefix, got given";
+  if (r.selector == Selector::kGiven)
+    return "selector: expected dense, full, quest, page_mean or shadow_prefix, got given";
   if (r.dtype_bits != 16) return got("q: expected a dtype of 16 bits", r.dtype_bits);
   if (r.head_dim != 64 && r.head_dim != 128) return got("head_dim: expected 64 or 128", r.head_dim);
   if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());
@@ -144,7 +145,8 @@ int64_t shared_bytes(const FusedCall& call, int cluster_size, bool evens_out) {
 int choose_cluster_size(const FusedCall& call) {
   const int64_t units = call.request.units(), tokens = call.tokens();
   const ClusterRule& rule = *std::find_if(std::begin(kClusterRules), std::end(kClusterRules), [&](const auto& one) {
-    return one.selector == call.selector && one.grouped == (call.rows > 1);
+    const bool alike = call.by_page() && one.selector == Selector::kQuest;  // means are a quarter of the bounds' bytes
+    return (one.selector == call.selector || alike) && one.grouped == (call.rows > 1);
   });
   const auto leaves_idle = [&](int size) {
     if (call.selector == Selector::kDense) {

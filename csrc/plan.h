@@ -11,9 +11,12 @@
 
 namespace twilight {
 
-enum class Selector : int { kDense, kFull, kQuest, kShadowPrefix, kGiven };
+enum class Selector : int { kDense, kFull, kQuest, kPageMean, kShadowPrefix, kGiven };
 // By Selector, as decode_attention's argument names them.
-constexpr std::array<const char*, 5> kSelectorNames = {"dense", "full", "quest", "shadow_prefix", "given"};
+constexpr std::array<const char*, 6> kSelectorNames = {"dense", "full", "quest", "page_mean", "shadow_prefix", "given"};
+constexpr bool selects_pages(Selector selector) {
+  return selector == Selector::kQuest || selector == Selector::kPageMean;
+}
 
 // The selector of a checked name.
 template <typename Name>

@@ -1,4 +1,5 @@
-// twilight::select_pages. Rows (sequence, KV head) in parallel; a row scores its pages, then ranks them.
+// twilight::select_pages. Rows (sequence, KV head) in parallel; a row scores its pages by bounds or means, then ranks
+// them.
 #include "select_pages.h"
 
 #include <torch/csrc/stable/library.h>
@@ -77,8 +78,9 @@ namespace {
 
 struct SelectPagesCall {
   const Query& query;
-  const PageBounds& bounds;
-  const Paging& paging;
+  const std::optional<PageBounds>& bounds;  // or
+  const std::optional<Shadow>& means;
+  const Paging &paging, &means_paging;
   const Budget& budget;
   int64_t capacity;
   int32_t *indices, *counts;
@@ -91,35 +93,68 @@ class SelectPagesRow : public SelectionRow {
     start(TopK(call.budget, h, call.paging.length(b), call.paging.page_size, call.capacity), call.query.rows,
           /*keep_logits=*/false, arena);
     write_to(call.indices + row * call.capacity, call.counts + row, call.capacity);
-    if (!takes_all()) use_pages(call.bounds, call.paging, call.query, b, h, arena);
+    if (takes_all()) return;
+    if (call.bounds.has_value()) return use_pages(*call.bounds, call.paging, call.query, b, h, arena);
+    means_query_.prepare(*call.means, call.query, b, h, arena);
+    use_tokens(means_query_, call.means_paging, b, arena);
   }
+
+ private:
+  ShadowQuery means_query_;
 };
 
-std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const Tensor& page_bounds, const OptionalTensor& bounds_scale,
-                                        const Tensor& page_table, const Tensor& seq_lens, int64_t page_size,
-                                        int64_t token_budget, double budget_fraction,
-                                        const OptionalTensor& head_token_budget, double sm_scale, int64_t sink_tokens,
-                                        int64_t recent_tokens) {
+std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const OptionalTensor& page_bounds,
+                                        const OptionalTensor& bounds_scale, const Tensor& page_table,
+                                        const Tensor& seq_lens, int64_t page_size, int64_t token_budget,
+                                        double budget_fraction, const OptionalTensor& head_token_budget,
+                                        double sm_scale, int64_t sink_tokens, int64_t recent_tokens,
+                                        const OptionalTensor& page_means, const OptionalTensor& means_scale,
+                                        const OptionalTensor& k_quant, const OptionalTensor& k_scale,
+                                        const OptionalTensor& channel_order, const OptionalTensor& prefix_channels,
+                                        const OptionalTensor& k_center) {
   Checker check("select_pages", q);
   check.query(q);
-  check.bounds(page_bounds, bounds_scale);
+  const bool by_mean = page_means.has_value() || means_scale.has_value();
+  if (by_mean) {
+    check.absent("page_bounds", page_bounds, "None, because page_means is given");
+    check.absent("bounds_scale", bounds_scale, "None, because page_means is given");
+    check.means(page_means, means_scale);
+  } else {
+    check.given("page_bounds", page_bounds, "a tensor");
+    check.bounds(*page_bounds, bounds_scale);
+  }
   check.bind("S", page_size);
   check.geometry();
   check.paging(page_table, seq_lens);
+  check.shadow_if_any(k_quant, k_scale, channel_order, prefix_channels, k_center);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
   check.scale(sm_scale);
   check.no_gradients();
 
-  const Query query(q, page_bounds.size(1), sm_scale);
-  const PageBounds bounds(page_bounds, bounds_scale);
-  const Paging paging(page_table, seq_lens, page_bounds.size(0), page_size);
+  const Tensor& pages = by_mean ? *page_means : *page_bounds;
+  const Query query(q, pages.size(1), sm_scale);
+  std::optional<PageBounds> bounds;
+  std::optional<Shadow> means;
+  if (by_mean) {
+    means.emplace(*page_means, *means_scale, channel_order);
+  } else {
+    bounds.emplace(*page_bounds, bounds_scale);
+  }
+  const Paging paging(page_table, seq_lens, pages.size(0), page_size), means_paging = paging.of_means();
   const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens);
   const Budget budget(limits, budget_fraction, head_token_budget);
   const int64_t capacity = page_capacity(limits, page_size, budget_fraction);
   Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
-  const SelectPagesCall call{
-      query, bounds, paging, budget, capacity, indices.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>()};
+  const SelectPagesCall call{query,
+                             bounds,
+                             means,
+                             paging,
+                             means_paging,
+                             budget,
+                             capacity,
+                             indices.mutable_data_ptr<int32_t>(),
+                             counts.mutable_data_ptr<int32_t>()};
   run_rows<SelectPagesRow>(call, query.batch * query.kv_heads, paging.longest(query.batch) / page_size);
   return {indices, counts};
 }

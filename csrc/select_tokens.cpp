@@ -32,9 +32,12 @@ struct PartRefs {
 void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
                    uint32_t* pairs) {
   const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
-  const PartRefs<RunRefs> tokens(paging, b, nullptr, range);
-  query.logits(ShadowQuery::kPrefix, tokens.refs, tokens.count, pairs + range.begin, softmax.logits(0) + range.begin,
-               softmax.stride());
+  const auto score = [&](const auto& items) {
+    query.logits(ShadowQuery::kPrefix, items.refs, items.count, pairs + range.begin, softmax.logits(0) + range.begin,
+                 softmax.stride());
+  };
+  if (paging.page_size == 1) return score(PartRefs<TokenRefs>(paging, b, nullptr, range));
+  score(PartRefs<RunRefs>(paging, b, nullptr, range));
 }
 
 void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const PositionList& list, int64_t part,

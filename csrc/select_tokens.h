@@ -13,7 +13,8 @@ struct PrefixLogits {
   uint32_t* pairs = nullptr;  // (scale, zero) of each token
 };
 
-// Logits of a row's tokens 0 .. n - 1 from the leading channels, a part at a time.
+// Logits of a row's tokens 0 .. n - 1 from the leading channels, a part at a time; of its pages where `query` is of
+// their means and `paging` says where those are.
 void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
                    uint32_t* pairs);
 

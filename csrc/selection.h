@@ -32,6 +32,7 @@ class SelectionRow {
     pages_.prepare(bounds, paging, query, b, h, arena);
   }
 
+  // Or pages by their means.
   void use_tokens(const ShadowQuery& query, const Paging& paging, int64_t b, Arena& arena) {
     by_page_ = false;
     tokens_ = &query;

@@ -9,8 +9,8 @@ namespace twilight {
 struct Shadow {
   const uint32_t* codes;  // [P, Hkv, S * D / 8], eight codes a word
   const uint32_t* scale;  // [P, Hkv, S], scale in the low half, zero in the high one
-  const int32_t* order;   // [Hkv, D]
-  const int32_t* prefix;  // [Hkv]
+  const int32_t* order;   // [Hkv, D]; null: K's own
+  const int32_t* prefix;  // [Hkv]; null: whole rows
   int64_t num_pages, kv_heads, page_size, head_dim;
 
   Shadow(const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order, const Tensor& prefix_channels)
@@ -23,8 +23,23 @@ struct Shadow {
         page_size(k_scale.size(2)),
         head_dim(channel_order.size(1)) {}
 
-  int64_t prefix_words(int64_t h) const { return std::min<int64_t>(std::max(prefix[h], 0), head_dim) / 8; }
+  // Page means are rows of a shadow whose pages hold one token each: select_tokens's scan scores them.
+  Shadow(const Tensor& page_means, const Tensor& means_scale, const OptionalTensor& channel_order)
+      : codes(reinterpret_cast<const uint32_t*>(page_means.const_data_ptr())),
+        scale(reinterpret_cast<const uint32_t*>(means_scale.const_data_ptr())),
+        order(channel_order.has_value() ? channel_order->const_data_ptr<int32_t>() : nullptr),
+        prefix(nullptr),
+        num_pages(page_means.size(0)),
+        kv_heads(page_means.size(1)),
+        page_size(1),
+        head_dim(2 * page_means.size(2)) {}
+
+  int64_t prefix_words(int64_t h) const {
+    if (prefix == nullptr) return head_dim / 8;
+    return std::min<int64_t>(std::max(prefix[h], 0), head_dim) / 8;
+  }
   int64_t channel(int64_t h, int64_t j) const {
+    if (order == nullptr) return j;
     return std::min<int64_t>(std::max(order[h * head_dim + j], 0), head_dim - 1);
   }
 };

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from inputs import DecodeInputs, shadow_keys
+from inputs import DecodeInputs, mean_keys, shadow_keys
 from torch import Tensor
 
 from twilight_ops.capacity import HISTOGRAM_BINS
@@ -38,7 +38,7 @@ def assert_close_to_oracle(got: Tensor, oracle: Tensor, plain: Tensor, what: str
     assert error.max() <= allowed, f"{what}: error {error.max():.3e}, allowed {allowed:.3e}"
 
 
-CACHE_TENSORS = ("k_cache", "v_cache", "k_quant", "k_scale", "page_bounds", "bounds_scale")
+CACHE_TENSORS = ("k_cache", "v_cache", "k_quant", "k_scale", "page_bounds", "bounds_scale", "page_means", "means_scale")
 
 
 def assert_same_state(got: DecodeInputs, want: DecodeInputs) -> None:
@@ -206,19 +206,30 @@ def token_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
     return group_sum_of_softmax(x, plain_logits(x, keys, dtype), live)
 
 
+def _owned_pages(x: DecodeInputs, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pages are live, [B, M], and what `pages` [P, Hkv, ...] holds for them and every query head, [B, M, Hq, ...]."""
+    live = torch.arange(x.page_table.shape[1], device=x.q.device) * x.page_size < x.seq_lens[:, None]
+    owned = pages[x.page_table.long().where(live, 0)].repeat_interleave(x.group_size, dim=2)
+    return live, owned.where(live.view(*live.shape, *[1] * (owned.dim() - 2)), 0.0)
+
+
 def page_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
     """Scores [B, Hkv, M] that select_pages ranks, the obvious way: sum over channels of the better corner."""
     bounds = x.page_bounds.to(dtype)
     if x.bounds_scale is not None:
         scale = x.bounds_scale.to(dtype)[..., None]
         bounds = bounds * scale[:, :, :1] + scale[:, :, 1:]
-    max_pages = x.page_table.shape[1]
-    live = torch.arange(max_pages, device=x.q.device) * x.page_size < x.seq_lens[:, None]
-    owned = bounds[x.page_table.long().where(live, 0)]  # [B, M, Hkv, 2, D]
-    owned = owned.repeat_interleave(x.group_size, dim=2).where(live[:, :, None, None, None], 0.0)
+    live, owned = _owned_pages(x, bounds)  # [B, M, Hq, 2, D]
     q = x.q.to(dtype)[:, :, None]  # [B, T, 1, Hq, D]
     corners = torch.maximum(q * owned[:, None, :, :, 0], q * owned[:, None, :, :, 1])
     logits = corners.sum(-1).transpose(2, 3) * x.sm_scale  # [B, T, Hq, M]
+    return group_sum_of_softmax(x, logits, live)
+
+
+def page_mean_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
+    """The same of the pages' means, [B, Hkv, M]."""
+    live, owned = _owned_pages(x, mean_keys(x, dtype))  # [B, M, Hq, D]
+    logits = torch.einsum("bthd,bmhd->bthm", x.q.to(dtype), owned) * x.sm_scale
     return group_sum_of_softmax(x, logits, live)
 
 

@@ -68,7 +68,7 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
     if device != "cpu":
         inputs = on_device(inputs, device)
     overrides = {
-        "selector": rng.choice(["shadow_prefix", "shadow_prefix", "quest", "quest", "full", "dense"]),
+        "selector": rng.choice(["shadow_prefix", "shadow_prefix", "quest", "page_mean", "page_mean", "full", "dense"]),
         "token_budget": rng.choice([1, 17, 64, 300]),
         "budget_fraction": rng.choice([0.0, 0.125, 0.25]),
         "top_p": rng.choice([0.85, 0.95, 0.5, 0.999, 1.0]),
@@ -91,14 +91,14 @@ def extreme_call(seed: int, device: str = "cpu") -> tuple[DecodeInputs, dict, in
     rng = random.Random(seed)
     shape = Shape((rng.randint(1, 90), rng.randint(1, 40)), 4, 2, 64, rng.choice([16, 32]), rng.choice([1, 2, 4]), torch.float16)
     inputs = make_inputs(shape, seed=seed, bounds_dtype="uint8", extra_pages=rng.choice([0, 1]))
-    for tensor in (inputs.k_cache, inputs.v_cache, inputs.k_scale, inputs.bounds_scale):
+    for tensor in (inputs.k_cache, inputs.v_cache, inputs.k_scale, inputs.bounds_scale, inputs.means_scale):
         tensor.nan_to_num_(0.25)
     inputs.seq_lens.copy_(torch.tensor([rng.choice([-(2**31), -1, 0, n, 2**31 - 1]) for n in shape.seq_lens]))
     if device != "cpu":
         inputs = on_device(inputs, device)
     large = (2**30, 2**31 - 1, 2**31, 2**62, 2**63 - 1)
     overrides = {
-        "selector": rng.choice(["shadow_prefix", "quest", "full", "dense"]),
+        "selector": rng.choice(["shadow_prefix", "quest", "page_mean", "full", "dense"]),
         "token_budget": rng.choice([1, 20, *large]),
         "budget_fraction": rng.choice([0.0, 1 / 3, 1.0]),
         "top_p": rng.choice([0.5, 1.0]),

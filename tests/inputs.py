@@ -25,6 +25,9 @@ DEFAULTS = {
     "recent_tokens": 0,
     "dense_below": 0,
 }
+# What select_pages reads instead of means, and instead of bounds.
+BY_BOUNDS = {"page_means": None, "means_scale": None}
+BY_MEANS = {"page_bounds": None, "bounds_scale": None}
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class DecodeInputs:
     sm_scale: float
     keys: Tensor  # [B, N, Hkv, D], N = max(seq_lens), left-aligned: what the pages hold; zero beyond a sequence's end
     values: Tensor  # [B, N, Hkv, D]
+    page_means: Tensor | None = None  # [P, Hkv, D / 2] uint8
+    means_scale: Tensor | None = None  # [P, Hkv, 2] bf16
 
     @property
     def page_size(self) -> int:
@@ -102,7 +107,12 @@ class DecodeInputs:
         return self.page_table.shape[1] * self.page_size
 
     def arguments(self, op: str, **overrides) -> dict[str, object]:
-        """Flat keyword arguments of `twilight::<op>`: from `overrides`, else this object's fields, else DEFAULTS, else the schema."""
+        """Flat keyword arguments of `twilight::<op>`: from `overrides`, else this object's fields, else DEFAULTS, else the schema.
+
+        select_pages is given bounds, unless `overrides` contain BY_MEANS.
+        """
+        if op == "select_pages" and not set(BY_MEANS) <= set(overrides):
+            overrides = BY_BOUNDS | overrides
         schema = getattr(torch.ops.twilight, op).default._schema
         unknown = set(overrides) - {a.name for a in schema.arguments}
         if unknown:
@@ -224,6 +234,8 @@ def _host_inputs(shape: Shape, seed: int, spread: float, bounds_dtype: str, spar
         k_scale=poison(num_pages, kv_heads, page, 2, dtype=torch.bfloat16),
         page_bounds=poison(num_pages, kv_heads, 2, dim, dtype=torch.uint8 if eight_bit else shape.dtype),
         bounds_scale=poison(num_pages, kv_heads, 2, dtype=torch.bfloat16) if eight_bit else None,
+        page_means=poison(num_pages, kv_heads, dim // 2, dtype=torch.uint8),
+        means_scale=poison(num_pages, kv_heads, 2, dtype=torch.bfloat16),
         channel_order=order,
         prefix_channels=prefix,
         k_center=center,
@@ -266,6 +278,13 @@ def random_candidates(x: DecodeInputs, unit: int, seed: int = 0) -> tuple[Tensor
     indices = torch.where(picked == items, -1, picked).int()[..., : max(items - 2, 1)].contiguous()
     counts = member.sum(-1).clamp(max=indices.shape[-1]).int()
     return indices.to(x.q.device), counts.to(x.q.device)
+
+
+def mean_keys(x: DecodeInputs, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Dequantised page means [P, Hkv, D] in the model's channel order."""
+    codes = torch.stack([x.page_means & 15, x.page_means >> 4], dim=-1).flatten(-2).to(dtype)
+    ordered = codes * x.means_scale[..., :1].to(dtype) + x.means_scale[..., 1:].to(dtype)
+    return torch.empty_like(ordered).scatter_(-1, x.channel_order.long().expand_as(ordered), ordered)
 
 
 def shadow_keys(x: DecodeInputs, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from comparisons import assert_best_chosen, assert_same_sets, listed_set, top_k_borderline
@@ -18,6 +18,7 @@ class Ranking:
     op: str
     scores: Callable[[DecodeInputs, torch.dtype], Tensor]  # [B, Hkv, items], NaN where not live
     by_page: bool
+    arguments: dict = field(default_factory=dict)  # of every call
 
     def unit(self, x: DecodeInputs) -> int:
         return x.page_size if self.by_page else 1
@@ -34,8 +35,8 @@ class Ranking:
 
     def check_against_oracle(self, backend, x: DecodeInputs, *, exact: bool = False, **budget) -> Tensor:
         """The oracle's set, items within rounding of the cut excepted unless `exact`; returns the set [B, Hkv, items]."""
-        got = getattr(backend, self.op)(**x.arguments(self.op, **budget))
-        want = x.oracle(self.op, **budget)
+        got = getattr(backend, self.op)(**x.arguments(self.op, **self.arguments, **budget))
+        want = x.oracle(self.op, **self.arguments, **budget)
         assert got[0].dtype == got[1].dtype == torch.int32
         assert got[0].shape == want[0].shape, "capacity"
         assert torch.equal(got[1], want[1]), "counts depend on lengths and budgets only"

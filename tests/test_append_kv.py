@@ -1,4 +1,4 @@
-"""twilight::append_kv: this step's K and V, their 4-bit shadow and the bounds of the touched pages."""
+"""twilight::append_kv: this step's K and V, their 4-bit shadow, and bounds and means of the touched pages."""
 
 import math
 from dataclasses import replace
@@ -7,9 +7,9 @@ import pytest
 import torch
 from comparisons import assert_same_state
 from flat import reference
-from inputs import SHAPES, Shape, make_inputs, shadow_keys, strided
+from inputs import SHAPES, Shape, make_inputs, mean_keys, shadow_keys, strided
 
-from twilight_ops import Shadow
+from twilight_ops import PageMeans, Shadow
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((70, 0, 33), 6, 3, 64, 16, 1, torch.float32)
@@ -18,7 +18,7 @@ SMALL = Shape((70, 0, 33), 6, 3, 64, 16, 1, torch.float32)
 def blank(x):
     """The same geometry with nothing stored: NaN and random bytes."""
     empty = x.clone()
-    for name in ("k_cache", "v_cache", "k_scale", "page_bounds", "bounds_scale"):
+    for name in ("k_cache", "v_cache", "k_scale", "page_bounds", "bounds_scale", "page_means", "means_scale"):
         tensor = getattr(empty, name)
         if tensor is not None:
             tensor.fill_(math.nan if tensor.is_floating_point() else 201)
@@ -209,16 +209,61 @@ def test_append_kv_eight_bit_bounds_are_off_by_half_a_step_at_most(backend):
         assert ((stored - truth).abs() <= (scale * 0.5001 + outside + 1e-6)[:, None, None]).all()
 
 
-@pytest.mark.parametrize("without", ["shadow", "bounds", "both"])
-def test_append_kv_serves_layers_without_shadow_or_bounds(backend, without):
+GROUPS = {"shadow": Shadow._fields, "bounds": ("page_bounds",), "means": PageMeans._fields}
+
+
+@pytest.mark.parametrize("without", ["shadow", "bounds", "means", "shadow bounds", "bounds means", "shadow means", "shadow bounds means"])
+def test_append_kv_serves_layers_that_lack_a_group(backend, without):
     x = blank(make_inputs(SMALL, device=backend.device))
-    absent = dict.fromkeys(Shadow._fields, None) if without != "bounds" else {}
-    absent |= {"page_bounds": None} if without != "shadow" else {}
+    absent = dict.fromkeys(name for group in without.split() for name in GROUPS[group])
     append(backend, x, positions=left_aligned(x), **absent)
     untouched = blank(x)
     for name in absent:
-        if name in ("k_quant", "k_scale", "page_bounds"):
+        if name not in ("channel_order", "prefix_channels"):
             torch.testing.assert_close(getattr(x, name), getattr(untouched, name), rtol=0, atol=0, equal_nan=True)
+
+
+def true_means(x) -> dict[int, torch.Tensor]:
+    """fp64 means [Hkv, D] of the live rows of each page less the centre, by its number."""
+    means = {}
+    for b, length in enumerate(x.seq_lens.tolist()):
+        for logical in range(-(-length // x.page_size)):
+            rows = x.k_cache[int(x.page_table[b, logical]), :, : length - logical * x.page_size]
+            means[int(x.page_table[b, logical])] = rows.double().mean(1) - x.k_center.double()
+    return means
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_append_kv_means_are_off_by_half_a_step_at_most(backend, shape):
+    x = blank(make_inputs(shape, device=backend.device))
+    append(backend, x, positions=left_aligned(x))
+    stored = mean_keys(x)
+    for page, mean in true_means(x).items():
+        scale, zero = x.means_scale[page].double()[..., None].unbind(1)
+        low, high = mean.amin(-1, keepdim=True), mean.amax(-1, keepdim=True)
+        outside = (zero - low).clamp(min=0) + (high - zero - 15 * scale).clamp(min=0)
+        assert ((stored[page] - mean).abs() <= scale * 0.5001 + outside + 1e-6).all()
+
+
+def test_append_kv_codes_the_mean_of_a_page_as_a_row_of_the_shadow(backend):
+    """In channel order, low nibble first, with the scale of its own range; of a page with one token it is that token's row."""
+    x = blank(make_inputs(Shape((33,), 6, 3, 64, 16, 1, torch.float32), device=backend.device))
+    append(backend, x, positions=left_aligned(x))
+    page, slot = locate(x, 0, 32)
+    assert torch.equal(x.means_scale[page], x.k_scale[page, :, slot])
+    for head in range(3):
+        codes = [code_at(x, page, head, slot, j) for j in range(64)]
+        assert x.page_means[page, head].tolist() == [low + 16 * high for low, high in zip(codes[::2], codes[1::2], strict=True)]
+
+
+def test_append_kv_leaves_no_stale_mean_after_a_rollback_and_codes_a_page_of_zeros(backend):
+    x = blank(make_inputs(Shape((40,), 2, 2, 64, 16, 1, torch.float32), device=backend.device))
+    x.k_center.zero_()
+    append(backend, x, x.keys * 1000, x.values)
+    x.seq_lens.fill_(20)  # crop to 16, then four zeros
+    append(backend, x, torch.zeros_like(x.keys[:, :4]), x.values[:, :4])
+    page = int(x.page_table[0, 1])
+    assert (mean_keys(x)[page] == 0).all() and (x.page_means[page] == 0).all()
 
 
 def test_append_kv_quantises_a_constant_row_to_code_zero(backend):

@@ -52,6 +52,7 @@ FIELDS = {
             ({}, {0: LayerOverride()}, {np.int64(3): LayerOverride()}),
             (None, [LayerOverride()], {-1: LayerOverride()}, {"0": LayerOverride()}, {True: LayerOverride()}, {0: Quest()}),
         ),
+        "calibration": ((None, "a file"), ("", 3, b"a")),
     },
     LayerOverride: {
         "selector": ((None, "dense", Quest()), ("quest", Quest, 1, np.array([1, 2]))),

@@ -15,7 +15,7 @@ from comparisons import (
     top_p_borderline,
 )
 from flat import reference
-from inputs import SHAPES, Shape, break_key, make_inputs, random_candidates
+from inputs import BY_BOUNDS, BY_MEANS, SHAPES, Shape, break_key, make_inputs, random_candidates
 
 from twilight_ops import Shadow
 from twilight_ops.capacity import COUNTER_COLUMNS, COUNTER_DENSE, COUNTER_HEADER, HISTOGRAM_BINS
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
 NO_SHADOW = dict.fromkeys(Shadow._fields, None)
 NO_BOUNDS = {"page_bounds": None, "bounds_scale": None}
-SELECTORS = ("full", "quest", "shadow_prefix", "given")
+SELECTORS = ("full", "quest", "page_mean", "shadow_prefix", "given")
 
 
 class Decoded:
@@ -49,8 +49,9 @@ def budget_of(options: dict) -> dict:
 
 def candidates_of(backend, x, options: dict):
     """(indices, counts, unit) from the selector's own operator."""
-    if options["selector"] == "quest":
-        return *backend.select_pages(**x.arguments("select_pages", **budget_of(options))), x.page_size
+    if options["selector"] in ("quest", "page_mean"):
+        pages = BY_BOUNDS if options["selector"] == "quest" else BY_MEANS
+        return *backend.select_pages(**x.arguments("select_pages", **budget_of(options), **pages)), x.page_size
     if options["selector"] == "shadow_prefix":
         return *backend.select_tokens(**x.arguments("select_tokens", **budget_of(options))), 1
     if options["selector"] == "given":
@@ -111,7 +112,7 @@ def options_for(x, selector: str, **options) -> dict:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("selector", ["quest", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["quest", "page_mean", "shadow_prefix"])
 def test_decode_attention_equals_the_composed_stages(backend, shape, selector):
     x = make_inputs(shape, device=backend.device)
     check(backend, x, **options_for(x, selector))
@@ -127,11 +128,11 @@ def test_decode_attention_equals_the_composed_stages_for_other_selectors(backend
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_decode_attention_without_pruning_attends_to_all_candidates(backend, selector):
     x = make_inputs(SMALL, device=backend.device)
-    got = check(backend, x, **options_for(x, selector, top_p=1.0), **(NO_SHADOW if selector != "shadow_prefix" else {}))
+    got = check(backend, x, **options_for(x, selector, top_p=1.0), **(NO_SHADOW if selector not in ("page_mean", "shadow_prefix") else {}))
     assert selector == "full" or (got.counts[0] < 300).all()
 
 
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix"])
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[10]], ids=str)
 def test_decode_attention_with_p_one_and_full_budget_is_dense_attention(backend, selector, shape):
     x = make_inputs(shape, device=backend.device)
@@ -155,7 +156,7 @@ def test_decode_attention_is_dense_up_to_and_including_dense_below(backend, sele
 
 def test_decode_attention_keeps_sinks_and_recent_tokens(backend):
     x = make_inputs(Shape((300, 40, 5), 4, 2, 64, 16, 1, torch.float32), device=backend.device)
-    for selector in ("full", "quest", "shadow_prefix"):
+    for selector in ("full", "quest", "page_mean", "shadow_prefix"):
         got = check(backend, x, **options_for(x, selector, token_budget=96, top_p=0.3, sink_tokens=4, recent_tokens=9))
         assert got.kept[0, :, :4].all() and got.kept[0, :, 291:300].all() and got.kept[2, :, :5].all()
         assert (got.counts[0] < 60).all()
@@ -232,7 +233,7 @@ def test_decode_attention_gives_zeros_and_minus_infinity_for_empty_sequences(bac
         assert (got.out == 0).all() and (got.counters == 0).all()
 
 
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_decode_attention_gives_what_dense_attention_gives_for_a_broken_key(backend, selector, value):
     x = make_inputs(SMALL, device=backend.device)
@@ -305,9 +306,9 @@ def test_decode_attention_needs_no_inspection_outputs(backend):
 def test_decode_attention_reads_lengths_beyond_the_page_table_as_full(backend):
     x = make_inputs(Shape((320,), 2, 1, 64, 16, 1, torch.float32), device=backend.device, extra_pages=0)
     x.page_table[0, -1] = next(p for p in range(x.k_cache.shape[0]) if p not in x.page_table[0, :-1].tolist())
-    for cache in (x.k_cache, x.v_cache, x.k_scale, x.page_bounds):
+    for cache in (x.k_cache, x.v_cache, x.k_scale, x.page_bounds, x.means_scale):
         cache.nan_to_num_(0.5)
-    for selector in ("dense", "full", "quest", "shadow_prefix"):
+    for selector in ("dense", "full", "quest", "page_mean", "shadow_prefix"):
         x.seq_lens.fill_(320)
         want = Decoded(backend, x, **options_for(x, selector))
         x.seq_lens.fill_(2**31 - 1)
@@ -317,10 +318,10 @@ def test_decode_attention_reads_lengths_beyond_the_page_table_as_full(backend):
 
 def test_decode_attention_ends_on_page_tables_that_point_nowhere(backend):
     x = make_inputs(SMALL, device=backend.device)
-    for cache in (x.k_cache, x.v_cache, x.k_scale, x.page_bounds):
+    for cache in (x.k_cache, x.v_cache, x.k_scale, x.page_bounds, x.means_scale):
         cache.nan_to_num_(0.5)
     x.page_table[0, 2], x.page_table[0, 3], x.page_table[1, 0] = -1, 2**31 - 1, -(2**31)
-    for selector in ("dense", "full", "quest", "shadow_prefix"):
+    for selector in ("dense", "full", "quest", "page_mean", "shadow_prefix"):
         assert Decoded(backend, x, **options_for(x, selector)).out.isfinite().all()
 
 
@@ -340,7 +341,7 @@ def test_decode_attention_is_bitwise_the_same_for_any_number_of_threads(backend,
 
 def test_decode_attention_serves_a_long_context(backend):
     x = make_inputs(Shape((32768,), 4, 1, 128, 16, 1, torch.bfloat16), device=backend.device)
-    for selector in ("quest", "shadow_prefix"):
+    for selector in ("quest", "page_mean", "shadow_prefix"):
         got = check(backend, x, **options_for(x, selector, token_budget=8192))
         assert got.counts.max() < 8192
 

@@ -5,7 +5,7 @@ import torch
 from comparisons import plain_attention
 from inputs import DecodeInputs
 
-from twilight_ops import Full, LayerOverride, PagedKVCache, Quest, ShadowPrefix, TwilightConfig, decode_step
+from twilight_ops import Full, LayerOverride, PagedKVCache, PageMean, Quest, ShadowPrefix, TwilightConfig, decode_step
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
@@ -14,6 +14,7 @@ SELECTORS = {
     "full": Full(),
     "quest-int8": Quest(token_budget=48),
     "quest-model": Quest(token_budget=48, bounds_dtype="model"),
+    "page-mean": PageMean(token_budget=48, budget_fraction=0.0),
     "shadow-prefix": ShadowPrefix(token_budget=32, budget_fraction=0.25, prefix_channels=32),
 }
 

@@ -7,16 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comparisons import listed_set, page_scores, token_scores
+from comparisons import listed_set, page_mean_scores, page_scores, token_scores
 from flat import reference
-from inputs import DecodeInputs, Shape, make_inputs, random_candidates
+from inputs import BY_MEANS, DecodeInputs, Shape, make_inputs, random_candidates
 from selection import Ranking
 
 from twilight_ops import Always, Budget, capacity
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 
-RANKINGS = {"select_pages": Ranking("select_pages", page_scores, True), "select_tokens": Ranking("select_tokens", token_scores, False)}
+RANKINGS = {
+    "bounds": Ranking("select_pages", page_scores, True),
+    "means": Ranking("select_pages", page_mean_scores, True, BY_MEANS),
+    "tokens": Ranking("select_tokens", token_scores, False),
+}
 LARGE = (2**29, 2**30, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
 INT32 = (-(2**31), -1, 0, 1, 2**31 - 1)
 
@@ -26,7 +30,7 @@ def extreme_inputs(rng: random.Random, device: str) -> DecodeInputs:
     query_tokens, page_size = rng.choice([1, 1, 2, 8]), rng.choice([16, 32])
     shape = Shape((rng.randint(1, 90), rng.randint(1, 40)), 4, 2, 64, page_size, query_tokens, torch.float16)
     x = make_inputs(shape, device=device, seed=rng.randrange(1000), extra_pages=rng.choice([0, 1]))
-    for name in ("k_cache", "v_cache", "k_scale", "page_bounds"):
+    for name in ("k_cache", "v_cache", "k_scale", "page_bounds", "means_scale"):
         getattr(x, name).nan_to_num_(0.25)
     x.page_table.clamp_(0, x.k_cache.shape[0] - 1)
     lengths = [rng.choice([*INT32, length, x.max_tokens - 1, x.max_tokens, x.max_tokens + 1]) for length in shape.seq_lens]
@@ -68,14 +72,15 @@ def expected_count(x: DecodeInputs, ranking: Ranking, sequence: int, head: int, 
     return min(max(-(-tokens // unit), forced), items, capacity)
 
 
-def check_selection(backend, op: str, seed: int) -> None:
+def check_selection(backend, kind: str, seed: int) -> None:
     rng = random.Random(seed)
     x = extreme_inputs(rng, backend.device)
     budget = extreme_budget(rng, x)
-    ranking = RANKINGS[op]
-    arguments = x.arguments(op, **budget)
+    ranking = RANKINGS[kind]
+    op, fixed = ranking.op, ranking.arguments
+    arguments = x.arguments(op, **fixed, **budget)
     indices, counts = getattr(backend, op)(**arguments)
-    member, oracle = (listed_set(*lists, ranking.items(x)) for lists in ((indices, counts), x.oracle(op, **budget)))
+    member, oracle = (listed_set(*lists, ranking.items(x)) for lists in ((indices, counts), x.oracle(op, **fixed, **budget)))
     assert ((member ^ oracle).sum(-1) <= 2).all(), "the oracle's set, but for one pair that rounding may swap"
     forced = ranking.forced(x, budget["sink_tokens"], budget["recent_tokens"])
     assert (member | ~forced[:, None]).all(), budget
@@ -177,10 +182,10 @@ def check_decode(backend, selector: str, seed: int) -> None:
     torch.testing.assert_close(results[0][1].double(), want[1].double(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("op", RANKINGS)
+@pytest.mark.parametrize("kind", RANKINGS)
 @pytest.mark.parametrize("seed", range(30))
-def test_selectors_take_what_exact_arithmetic_takes(backend, op, seed):
-    check_selection(backend, op, seed)
+def test_selectors_take_what_exact_arithmetic_takes(backend, kind, seed):
+    check_selection(backend, kind, seed)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -193,7 +198,7 @@ def test_lists_of_any_integers_are_read_as_their_live_part(backend, seed):
     check_lists(backend, seed)
 
 
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix"])
 @pytest.mark.parametrize("seed", range(15))
 def test_decode_attention_reads_more_than_the_table_as_the_table(backend, selector, seed):
     check_decode(backend, selector, seed)

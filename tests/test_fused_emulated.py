@@ -23,9 +23,11 @@ POINTERS = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens head_token_budget "
     "head_top_p"
 ).split()
+OPTIONAL = ("budget_counters", "kept_indices", "kept_counts", "page_means", "means_scale")
 
 APPEND_POINTERS = (
-    "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels k_center page_table seq_lens positions"
+    "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels k_center page_table seq_lens positions "
+    "page_means means_scale"
 ).split()
 
 
@@ -38,7 +40,7 @@ class FusedTensors(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in POINTERS],
         ("top_p_stride_batch", ctypes.c_int),
         ("top_p_stride_head", ctypes.c_int),
-        *[(name, ctypes.c_void_p) for name in ("budget_counters", "kept_indices", "kept_counts", "out", "lse")],
+        *[(name, ctypes.c_void_p) for name in (*OPTIONAL, "out", "lse")],
         ("top_p", ctypes.c_double),
         ("sm_scale", ctypes.c_float),
     ]
@@ -77,7 +79,7 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     lse = torch.full(q.shape[:-1], float("nan"))
     p = FusedTensors(q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), top_p=a["top_p"], sm_scale=a["sm_scale"])
     p.q_stride_batch, p.q_stride_token, p.q_stride_head = q.stride()[:3]
-    for name in (*POINTERS, "budget_counters", "kept_indices", "kept_counts"):
+    for name in (*POINTERS, *OPTIONAL):
         setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
     per_head = a.get("head_top_p")
     if per_head is not None:
@@ -142,11 +144,21 @@ def test_the_largest_integers_give_the_reference_sets_and_values(emulator, seed)
 PRUNED = {"token_budget": 300, "top_p": 0.999}
 
 
-@pytest.mark.parametrize("selector", ["full", "shadow_prefix", "quest"])
+@pytest.mark.parametrize("selector", ["full", "shadow_prefix", "quest", "page_mean"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_equal_scores_go_to_the_lower_positions_and_equal_weights_stay_together(emulator, selector, group):
     inputs = make_inputs(Shape((1500,), group, 1, 64, 16, 1, torch.bfloat16), spread=0.0, bounds_dtype="uint8")
     check(emulator, inputs, {**PRUNED, "selector": selector}, 2, seed=1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group, kv_heads", [(1, 1), (3, 2), (8, 1)])
+@pytest.mark.parametrize("cluster_size", [1, 4])
+def test_page_means_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, cluster_size):
+    """One, four and eight padded rows, shares of a few pages and of several steps of a warp."""
+    shape = Shape((1031, 5), group * kv_heads, kv_heads, head_dim, 16, 1, torch.bfloat16)
+    options = {"selector": "page_mean", "token_budget": 200, "top_p": 0.95, "sink_tokens": 16, "recent_tokens": 20}
+    check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.1, 1.0])
@@ -162,7 +174,7 @@ def test_more_weights_than_the_lists_hold_give_the_same_set(emulator):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("selector", ["dense", "full", "shadow_prefix", "quest"])
+@pytest.mark.parametrize("selector", ["dense", "full", "shadow_prefix", "quest", "page_mean"])
 def test_a_broken_query_ends_and_gives_nan(emulator, selector, value):
     inputs = make_inputs(Shape((700,), 1, 1, 64, 16, 1, torch.bfloat16), bounds_dtype="uint8")
     inputs.q[0, 0, 0, 5] = value

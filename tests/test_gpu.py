@@ -13,10 +13,10 @@ import test_attend_sparse
 import test_decode_attention
 import test_estimate_weights
 import torch
-from comparisons import assert_same_state, page_scores, plain_weights, token_scores
+from comparisons import assert_same_state, page_mean_scores, page_scores, plain_weights, token_scores
 from conftest import OpBackend
 from flat import ops, reference
-from inputs import Shape, make_inputs, random_candidates
+from inputs import BY_BOUNDS, BY_MEANS, Shape, make_inputs, random_candidates
 from selection import Ranking
 
 from twilight_ops import backends, kernels
@@ -59,7 +59,7 @@ def _grid() -> list[Shape]:
 GRID = _grid()
 LONG = Shape((32768, 131072, 100), 8, 2, 128, 16, 1, torch.bfloat16)
 TINY = Shape((0, 1, 17, 90), 8, 2, 64, 16, 1, torch.bfloat16)
-SELECTORS = ("dense", "full", "quest", "shadow_prefix", "given")
+SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "given")
 
 
 def check_append(x, backend=STAGES):
@@ -99,7 +99,7 @@ def test_every_operator_matches_the_fp64_oracle(shape):
     for listed in ({}, {"indices": pages, "counts": counts, "tokens_per_index": shape.page_size}):
         check_pruner(x, **listed)
     test_attend_sparse.check(STAGES, x)
-    for selector in ("quest", "shadow_prefix"):
+    for selector in ("quest", "page_mean", "shadow_prefix"):
         test_decode_attention.check(STAGES, x, **test_decode_attention.options_for(x, selector, dense_below=shape.page_size))
 
 
@@ -111,6 +111,7 @@ def long_inputs():
 @pytest.mark.parametrize("budget", [{"token_budget": 8192}, {"token_budget": 1, "budget_fraction": 0.125}], ids=["8192", "1/8"])
 def test_selectors_match_the_oracle_on_131072_tokens(long_inputs, budget):
     Ranking("select_pages", page_scores, True).check_against_oracle(STAGES, long_inputs, **budget)
+    Ranking("select_pages", page_mean_scores, True, BY_MEANS).check_against_oracle(STAGES, long_inputs, **budget)
     Ranking("select_tokens", token_scores, False).check_against_oracle(STAGES, long_inputs, **budget)
 
 
@@ -120,7 +121,7 @@ def test_estimate_prune_and_attend_match_the_oracle_on_131072_tokens(long_inputs
     test_attend_sparse.check(STAGES, long_inputs)
 
 
-@pytest.mark.parametrize("selector", ["full", "quest", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["full", "quest", "page_mean", "shadow_prefix"])
 def test_decode_attention_matches_the_oracle_on_131072_tokens(long_inputs, selector):
     options = {"selector": selector, "token_budget": 8192, "budget_fraction": 0.0, "top_p": 0.85, "dense_below": 128}
     test_decode_attention.check(STAGES, long_inputs, **options)
@@ -172,8 +173,8 @@ def test_steps_in_a_row_in_one_graph_are_as_with_a_wait_behind_every_call(select
     steps, tokens = 6, 256
     shape = Shape((3000, 700, 90), 32, 8, 128, 16, 1, torch.bfloat16)
     x = growing_inputs(shape, extra_pages=steps * tokens // 16, spare_pages=700)
-    # With bounds a long append is two kernels, without them one.
-    bounds = {} if selector == "quest" else {"page_bounds": None, "bounds_scale": None}
+    # With bounds or means a long append is two kernels, without them one.
+    bounds = {} if selector in ("quest", "page_mean") else BY_BOUNDS | BY_MEANS
     k, v = torch.randn(2, steps, 3, tokens, 8, 128, device="cuda").bfloat16()
     q = 3 * torch.randn(steps, *x.q.shape, device="cuda").bfloat16()
     options = test_decode_attention.options_for(x, selector, token_budget=256, dense_below=1000)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from comparisons import assert_same_state
-from inputs import Shape, make_inputs, random_candidates
+from inputs import BY_MEANS, Shape, make_inputs, random_candidates
 from torch._subclasses import FakeTensorMode
 
 from twilight_ops import backends
@@ -18,6 +18,7 @@ from twilight_ops.capacity import COUNTER_COLUMNS
 SHAPE = Shape((40, 17), 4, 2, 64, 16, 1, torch.float32)
 MAX_TOKENS = 64  # M * S of these inputs
 INF, NAN = math.inf, math.nan
+MEANS = (torch.zeros(8, 2, 32, dtype=torch.uint8), torch.zeros(8, 2, 2, dtype=torch.bfloat16))
 
 
 @functools.cache
@@ -204,10 +205,39 @@ CASES = [
     Case("append_kv", "page_table", lambda t: t.flatten(), "shape [B, M]", "[8]"),
     Case("append_kv", "seq_lens", rows(1), "shape [B] with B = 2", "[1]"),
     Case("append_kv", "seq_lens", on_meta, "device cpu", "meta"),
-    Case("decode_attention", "selector", value("best"), "one of dense, full, quest, shadow_prefix, given", "best"),
+    Case("decode_attention", "selector", value("best"), "one of dense, full, quest, page_mean, shadow_prefix, given", "best"),
     Case("decode_attention", "top_p", value(-0.5), "0 < top_p <= 1", "-0.5"),
     Case("decode_attention", "dense_below", value(-1), ">= 0", "-1"),
     Case("decode_attention", "page_bounds", NOTHING, 'a tensor, because selector is "quest"', "None"),
+    Case(
+        "decode_attention",
+        "page_means",
+        NOTHING,
+        'a tensor, because selector is "page_mean"',
+        "None",
+        also=(("selector", "page_mean"), ("means_scale", None)),
+    ),
+    Case("decode_attention", "means_scale", NOTHING, "given exactly when page_means is given", "one without the other"),
+    Case("decode_attention", "page_means", columns(16), "shape [P, Hkv, 32]", "[8, 2, 16]"),
+    Case("select_pages", "page_bounds", NOTHING, "a tensor", "None"),
+    Case(
+        "select_pages",
+        "page_means",
+        value(MEANS[0]),
+        "None, because page_means is given",
+        "a tensor",
+        also=(("means_scale", MEANS[1]),),
+        blames="page_bounds",
+    ),
+    Case("select_pages", "k_quant", NOTHING, "a tensor (k_quant, k_scale, channel_order and prefix_channels come together)", "None"),
+    Case(
+        "select_pages",
+        "means_scale",
+        value(MEANS[1].float()),
+        "dtype bfloat16",
+        "float32",
+        also=(*BY_MEANS.items(), ("page_means", MEANS[0])),
+    ),
     Case("decode_attention", "selector", value("given"), 'a tensor, because selector is "given"', "None", blames="indices"),
     Case(
         "decode_attention",
@@ -300,6 +330,8 @@ def mutated_arguments() -> list[Case]:
         "k_scale": "shape [P, Hkv, S, 2] with P = 8",
         "page_bounds": "shape [P, Hkv, 2, D] with P = 8",
         "bounds_scale": "shape [P, Hkv, 2] with P = 8",
+        "page_means": "shape [P, Hkv, 32] with P = 8",
+        "means_scale": "shape [P, Hkv, 2] with P = 8",
         "budget_counters": f"shape [Hkv, {COUNTER_COLUMNS}] with Hkv = 2",
         "kept_indices": f"shape [B, Hkv, {MAX_TOKENS}] with B = 2",
         "kept_counts": "shape [B, Hkv] with B = 2",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inputs import Shape, make_inputs, random_candidates
+from inputs import BY_MEANS, Shape, make_inputs, random_candidates
 
 from twilight_ops import Shadow, backends
 from twilight_ops.capacity import COUNTER_COLUMNS
@@ -42,6 +42,7 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
         ("select_pages", "bounds in q's dtype", x.arguments("select_pages", token_budget=32)),
         ("select_pages", "uint8 bounds, fraction", y.arguments("select_pages", token_budget=1, budget_fraction=0.5)),
         ("select_pages", "head budgets", x.arguments("select_pages", head_token_budget=budgets, sink_tokens=2, recent_tokens=3)),
+        ("select_pages", "means", x.arguments("select_pages", token_budget=32, **BY_MEANS)),
         ("select_tokens", "fixed budget", x.arguments("select_tokens", token_budget=16)),
         ("select_tokens", "fraction", y.arguments("select_tokens", token_budget=1, budget_fraction=0.3)),
         ("select_tokens", "head budgets", x.arguments("select_tokens", head_token_budget=budgets, sink_tokens=2, recent_tokens=3)),
@@ -63,6 +64,7 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
             ),
         ),
         ("decode_attention", "quest, uint8 bounds", y.arguments("decode_attention", selector="quest", token_budget=32)),
+        ("decode_attention", "page mean", x.arguments("decode_attention", selector="page_mean", token_budget=32)),
         (
             "decode_attention",
             "shadow prefix",

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from twilight_ops import KV, Always, Budget, Candidates, Observation, PageBounds, Paging, Policy, Pruning, Shadow, kernels
+from twilight_ops import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Shadow, kernels
 from twilight_ops.capacity import COUNTER_COLUMNS
 from twilight_ops.kernels import _launch
 from twilight_ops.kernels.append_kv import append_kv
@@ -96,6 +96,7 @@ def decode(
     codes = (empty(pages, kv_heads, page * dim // 2, dtype=torch.uint8), empty(pages, kv_heads, page, 2, dtype=torch.bfloat16))
     shadow = Shadow(*codes, empty(kv_heads, dim, dtype=ints), empty(kv_heads, dtype=ints))
     bounds = PageBounds(empty(pages, kv_heads, 2, dim, dtype=torch.uint8), empty(pages, kv_heads, 2, dtype=torch.bfloat16))
+    means = PageMeans(empty(pages, kv_heads, dim // 2, dtype=torch.uint8), empty(pages, kv_heads, 2, dtype=torch.bfloat16))
     paging = Paging(empty(batch, max_pages, dtype=ints), empty(batch, dtype=ints))
     if model_bounds:
         bounds = PageBounds(empty(pages, kv_heads, 2, dim, dtype=dtype))
@@ -103,11 +104,11 @@ def decode(
     if selector == "given":
         candidates = Candidates(empty(batch, kv_heads, 40, dtype=ints), empty(batch, kv_heads, dtype=ints))
     new = [empty(batch, query_tokens, kv_heads, dim, dtype=dtype) for _ in range(2)]
-    append_kv(*new, cache, paging, None, shadow, bounds)
+    append_kv(*new, cache, paging, None, shadow, bounds, means)
     q = empty(batch, query_tokens, kv_heads * group, dim, dtype=dtype)
     counters = torch.empty(kv_heads, COUNTER_COLUMNS, dtype=torch.int64)
     policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p))
-    decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters))
+    decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means)
     return q, shadow, paging
 
 
@@ -115,6 +116,9 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     half, brain = torch.float16, torch.bfloat16
     q, shadow, paging = decode("quest", brain, 128, 16, 2048)
     decode("shadow_prefix", brain, 128, 16, 2048)
+    decode("page_mean", brain, 128, 16, 2048)
+    decode("page_mean", half, 96, 32, 64, group=8)
+    decode("page_mean", torch.float32, 256, 16, 32, group=1)
     decode("full", half, 64, 32, 32, query_tokens=2)
     decode("given", brain, 96, 64, 16, group=3)
     decode("dense", half, 256, 16, 64, group=1)

@@ -28,10 +28,10 @@ if INTERPRETED:
     import test_extreme_integers
     import test_prune_top_p
     import triton_interpreter
-    from comparisons import assert_same_state, page_scores, plain_weights, token_scores
+    from comparisons import assert_same_state, page_mean_scores, page_scores, plain_weights, token_scores
     from custom_selector import launch, page_scores_kernel
     from flat import reference
-    from inputs import Shape, make_inputs, random_candidates
+    from inputs import BY_MEANS, Shape, make_inputs, random_candidates
     from selection import Ranking
     from test_append_kv import blank, left_aligned
 
@@ -100,9 +100,10 @@ def test_append_kv_writes_what_the_reference_writes(shape, bounds_dtype):
 @pytest.mark.parametrize("bounds_dtype", ["model", "uint8"])
 def test_select_pages_takes_what_the_oracle_takes(shape, bounds_dtype):
     x = make_inputs(shape, bounds_dtype=bounds_dtype)
-    ranking = Ranking("select_pages", page_scores, True)
-    ranking.check_against_oracle(STAGES, x, token_budget=shape.page_size + 1)
-    ranking.check_against_oracle(STAGES, x, token_budget=1, budget_fraction=0.5, sink_tokens=3, recent_tokens=20)
+    bounds, means = Ranking("select_pages", page_scores, True), Ranking("select_pages", page_mean_scores, True, BY_MEANS)
+    for ranking in (bounds, means) if bounds_dtype == "model" else (bounds,):
+        ranking.check_against_oracle(STAGES, x, token_budget=shape.page_size + 1)
+        ranking.check_against_oracle(STAGES, x, token_budget=1, budget_fraction=0.5, sink_tokens=3, recent_tokens=20)
 
 
 @interpreted
@@ -148,7 +149,7 @@ def test_attend_sparse_lets_no_query_token_see_a_newer_broken_value(listed):
 
 
 @interpreted
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix", "given"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "given"])
 def test_a_table_without_pages_keeps_nothing(selector):
     test_decode_attention.test_decode_attention_of_a_table_without_pages_keeps_nothing(STAGES, selector)
 
@@ -187,13 +188,13 @@ def test_prune_top_p_walks_rows_that_no_program_holds(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_integer_gives_the_result_of_exact_arithmetic(seed):
-    for op in test_extreme_integers.RANKINGS:
-        test_extreme_integers.check_selection(STAGES, op, seed)
+    for kind in test_extreme_integers.RANKINGS:
+        test_extreme_integers.check_selection(STAGES, kind, seed)
     test_extreme_integers.check_pruner(STAGES, seed)
     test_extreme_integers.check_lists(STAGES, seed)
-    test_extreme_integers.check_decode(STAGES, ("dense", "full", "quest", "shadow_prefix")[seed], seed)
+    test_extreme_integers.check_decode(STAGES, ("dense", "full", "quest", "page_mean", "shadow_prefix")[seed], seed)
 
 
 @interpreted
@@ -204,7 +205,7 @@ def test_append_kv_writes_nothing_at_positions_that_no_table_holds():
 
 @interpreted
 @every_shape
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "shadow_prefix", "given"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "given"])
 def test_decode_attention_keeps_the_oracles_set_and_attends_to_it(shape, selector):
     x = make_inputs(shape, bounds_dtype="uint8")
     options = test_decode_attention.options_for(x, selector, token_budget=20, dense_below=16, sink_tokens=2, recent_tokens=3)

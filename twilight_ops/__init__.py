@@ -1,7 +1,7 @@
 """Select-then-Prune sparse attention for decoding: registers `torch.ops.twilight.*`."""
 
 from . import backends
-from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, Paging, Policy, Pruning, Shadow
+from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Shadow
 from .config import LayerOverride, TwilightConfig
 from .explanation import Explanation, explain
 from .layer import PagedKVLayer, Selector
@@ -15,7 +15,7 @@ from .ops.select_tokens import select_tokens
 from .paged_kv_cache import PagedKVCache
 from .presets import ada_kv, duo_attention, pyramid_kv
 from .report import BudgetLog, BudgetReport, budget_report
-from .selectors import DoubleSparsity, Full, MagicPig, Quest, ShadowPrefix, SparQ, Streaming, Tidal
+from .selectors import DoubleSparsity, Full, MagicPig, PageMean, Quest, ShadowPrefix, SparQ, Streaming, Tidal
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,8 @@ __all__ = [
     "MagicPig",
     "Observation",
     "PageBounds",
+    "PageMean",
+    "PageMeans",
     "PagedKVCache",
     "PagedKVLayer",
     "Paging",

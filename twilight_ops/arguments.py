@@ -61,6 +61,19 @@ class PageBounds(NamedTuple):
     bounds_scale: Tensor | None = None
 
 
+class PageMeans(NamedTuple):
+    """4-bit means of each page's keys, less the shadow's centre: mean - k_center = code * scale + zero.
+
+    Args:
+        page_means: [P, Hkv, D / 2] uint8, two codes a byte, low nibble first, channels in the shadow's `channel_order`; in K's own order
+            where `append_kv` was given no shadow.
+        means_scale: [P, Hkv, 2] bf16 (scale, zero).
+    """
+
+    page_means: Tensor
+    means_scale: Tensor
+
+
 class Candidates(NamedTuple):
     """An ascending list of tokens or pages a KV head; without `indices` it stands for every token.
 
@@ -117,7 +130,7 @@ class Policy(NamedTuple):
     """What a decode step decides by.
 
     Args:
-        selector: "dense", "full", "quest", "shadow_prefix" or "given".
+        selector: "dense", "full", "quest", "page_mean", "shadow_prefix" or "given".
         budget: of the selector.
         pruning: share of weight to keep.
         always: tokens that no decision leaves out.

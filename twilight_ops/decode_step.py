@@ -15,8 +15,8 @@ from .ops.prune_top_p import prune_top_p
 
 
 def append(k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, positions: Tensor | None = None) -> None:
-    """Writes k, v [B, T, Hkv, D] into the layer's cache, shadow and bounds; `seq_lens` counts them already."""
-    append_kv(k, v, layer.kv, Paging(page_table, seq_lens), positions, layer.shadow, layer.bounds)
+    """Writes k, v [B, T, Hkv, D] into the layer's cache, shadow, bounds and means; `seq_lens` counts them already."""
+    append_kv(k, v, layer.kv, Paging(page_table, seq_lens), positions, layer.shadow, layer.bounds, layer.means)
     if layer.plan.selector is not None:
         layer.plan.selector.append(k, layer, page_table, seq_lens, positions)
 
@@ -38,7 +38,7 @@ def attend(
             policy = policy._replace(selector="full")
     observe = Observation(layer.budget_counters, kept_indices, kept_counts)
     paging = Paging(page_table, seq_lens)
-    return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe)
+    return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe, layer.means)
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:

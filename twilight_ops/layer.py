@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._settings import normalise, number, of_length, tokens
-from .arguments import KV, Always, Budget, Candidates, PageBounds, Policy, Pruning, Shadow
+from .arguments import KV, Always, Budget, Candidates, PageBounds, PageMeans, Policy, Pruning, Shadow
 from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
 
@@ -130,6 +130,7 @@ class PagedKVLayer:
     shadow: Shadow | None = None
     centred_by_file: bool = False  # else by the first prompt
     bounds: PageBounds | None = None
+    means: PageMeans | None = None
     selector_state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -150,7 +151,8 @@ class PagedKVLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the layer, once."""
-        groups = (self.kv, self.shadow or (), self.bounds or (), self.policy.budget, self.policy.pruning, self.selector_state.values())
+        own = (self.kv, self.shadow or (), self.bounds or (), self.means or ())
+        groups = (*own, self.policy.budget, self.policy.pruning, self.selector_state.values())
         return [self.budget_counters, *(value for group in groups for value in group if isinstance(value, Tensor))]
 
     def nbytes(self) -> dict[str, int]:

@@ -22,7 +22,7 @@ template <typename T, int D>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {
   const dim3 grid(blocks_of(kChunkTokens, p.tokens), p.kv_heads, batch);
   const auto start = [&](void (*kernel)(AppendParams)) { launch_early(kernel, grid, 1, 0, stream, p); };
-  if (p.page_bounds == nullptr) {
+  if (p.page_bounds == nullptr && p.page_means == nullptr) {
     start(append_kernel<T, D, true, false>);
   } else if (grid.x == 1) {
     start(append_kernel<T, D, true, true>);
@@ -68,6 +68,8 @@ void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   p.k_scale = mutable_or_null<__nv_bfloat16>(k_scale);
   p.page_bounds = mutable_or_null<void>(page_bounds);
   p.bounds_scale = mutable_or_null<__nv_bfloat16>(bounds_scale);
+  p.page_means = mutable_or_null<uint8_t>(page_means);
+  p.means_scale = mutable_or_null<__nv_bfloat16>(means_scale);
   p.channel_order = data_or_null<int>(channel_order);
   p.prefix_channels = data_or_null<int>(prefix_channels);
   p.k_center = data_or_null<float>(k_center);

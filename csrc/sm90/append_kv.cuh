@@ -1,4 +1,4 @@
-// K, V, the 4-bit shadow and the page bounds of one step in one launch.
+// K, V, the 4-bit shadow and the pages' bounds and means of one step in one launch.
 //
 // Grid: (chunks of 64 tokens, KV heads, sequences). A warp writes one token's row at a time; once a block's rows are
 // written its warps take the touched pages. Only a prompt of several chunks needs a second launch, because chunks share
@@ -29,6 +29,8 @@ struct AppendParams {
   const int* page_table;
   const int* seq_lens;
   const int* positions;
+  uint8_t* page_means;
+  __nv_bfloat16* means_scale;
   int tokens, kv_heads, page_size, max_pages, num_pages;
 };
 
@@ -82,9 +84,10 @@ struct Appender {
     return static_cast<const T*>(base) + sequence * strides[0] + token * strides[1] + head * strides[2];
   }
 
-  __device__ __forceinline__ float centred(const T* k, int d) const {
-    return to_float(k[d]) - (p.k_center == nullptr ? 0.0f : p.k_center[head * D + d]);
+  __device__ __forceinline__ float center(int d) const {
+    return p.k_center == nullptr ? 0.0f : p.k_center[head * D + d];
   }
+  __device__ __forceinline__ float centred(const T* k, int d) const { return to_float(k[d]) - center(d); }
 
   __device__ void write_row(int token) const {
     const int position = position_of(token), page = page_of(position), lane = threadIdx.x & 31;
@@ -123,8 +126,8 @@ struct Appender {
     *reinterpret_cast<uint32_t*>(p.k_quant + block_of(page) * p.page_size * (D / 2) + offset) = word;
   }
 
-  // Bounds of the page that `token` went to, from the page's live tokens.
-  __device__ void write_bounds(int token) const {
+  // Bounds and mean of the page that `token` went to, from the page's live tokens.
+  __device__ void write_statistics(int token) const {
     const int position = position_of(token), page = page_of(position), lane = threadIdx.x & 31;
     if (page < 0) return;
     const int logical = position / p.page_size;
@@ -134,7 +137,7 @@ struct Appender {
     }
     const int live = min(p.seq_lens[sequence] - logical * p.page_size, p.page_size);
     const T* keys = static_cast<const T*>(p.k_cache) + block_of(page) * p.page_size * D;
-    float low[kPerLane], high[kPerLane];
+    float low[kPerLane], high[kPerLane], sum[kPerLane] = {};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) low[i] = infinity(), high[i] = -infinity();
 #pragma unroll 4
@@ -144,8 +147,50 @@ struct Appender {
         const float x = to_float(keys[slot * D + lane + 32 * i]);
         low[i] = lower(low[i], x);
         high[i] = higher(high[i], x);
+        sum[i] += x;  // slot by slot, as every backend adds them
       }
     }
+    if (p.page_means != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) sum[i] = sum[i] / max(live, 1) - center(lane + 32 * i);
+      write_mean(block_of(page), sum);
+    }
+    if (p.page_bounds != nullptr) write_bounds(block_of(page), live, low, high);
+  }
+
+  // Of a lane's channels lane + 32 i, less their centres.
+  __device__ void write_mean(int64_t block, const float (&mean)[kPerLane]) const {
+    const int lane = threadIdx.x & 31;
+    float low = infinity(), high = -infinity();
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      low = lower(low, mean[i]);
+      high = higher(high, mean[i]);
+    }
+    warp_range(low, high);
+    const Quantiser quantiser(low, high, 15);
+    uint32_t word = 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int place = min(8 * lane + n, D - 1);
+      const int channel = p.channel_order == nullptr ? place : min(max(p.channel_order[head * D + place], 0), D - 1);
+      float x = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const float other = __shfl_sync(~0u, mean[i], channel & 31);
+        if (channel >> 5 == i) x = other;
+      }
+      word |= quantiser.code(x) << (4 * n);
+    }
+    if (lane < D / 8) *reinterpret_cast<uint32_t*>(p.page_means + block * (D / 2) + 4 * lane) = word;
+    if (lane == 0) {
+      p.means_scale[2 * block] = quantiser.scale;
+      p.means_scale[2 * block + 1] = quantiser.zero;
+    }
+  }
+
+  __device__ void write_bounds(int64_t block, int live, float (&low)[kPerLane], float (&high)[kPerLane]) const {
+    const int lane = threadIdx.x & 31;
     float lowest = infinity(), highest = -infinity();
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -153,7 +198,7 @@ struct Appender {
       lowest = lower(lowest, lower(low[i], high[i]));
       highest = higher(highest, higher(low[i], high[i]));
     }
-    const int64_t bounds = block_of(page) * 2 * D;
+    const int64_t bounds = block * 2 * D;
     if (p.bounds_scale == nullptr) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
@@ -171,13 +216,13 @@ struct Appender {
       codes[D + lane + 32 * i] = quantiser.code(high[i]);
     }
     if (lane == 0) {
-      p.bounds_scale[2 * block_of(page)] = quantiser.scale;
-      p.bounds_scale[2 * block_of(page) + 1] = quantiser.zero;
+      p.bounds_scale[2 * block] = quantiser.scale;
+      p.bounds_scale[2 * block + 1] = quantiser.zero;
     }
   }
 };
 
-template <typename T, int D, bool kRows, bool kBounds>
+template <typename T, int D, bool kRows, bool kStatistics>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
   await_earlier_kernels();
   const Appender<T, D> appender{p};
@@ -185,9 +230,9 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   if (kRows) {
     for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_row(token);
   }
-  if (kRows && kBounds) sync_block("rows written");
-  if (kBounds) {
-    for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_bounds(token);
+  if (kRows && kStatistics) sync_block("rows written");
+  if (kStatistics) {
+    for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_statistics(token);
   }
 }
 

@@ -13,7 +13,8 @@ struct Context {
   using T = Value;
   static constexpr int D = kHeadDim, RP = kPaddedRows;
   static constexpr Selector kSelector = kChosen;
-  static constexpr bool kByPage = kSelector == Selector::kQuest;
+  static constexpr bool kByPage = selects_pages(kSelector);
+  static constexpr bool kByMean = kSelector == Selector::kPageMean;
   static constexpr bool kByToken = kSelector == Selector::kShadowPrefix;
   static constexpr bool kSelects = kByPage || kByToken;
   static constexpr bool kOnlyDense = kSelector == Selector::kDense;

@@ -62,6 +62,8 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   p.k_scale = data_or_null<uint8_t>(k_scale);
   p.page_bounds = data_or_null<uint8_t>(page_bounds);
   p.bounds_scale = data_or_null<uint8_t>(bounds_scale);
+  p.page_means = data_or_null<uint8_t>(page_means);
+  p.means_scale = data_or_null<uint8_t>(means_scale);
   p.channel_order = data_or_null<int>(channel_order);
   p.prefix_channels = data_or_null<int>(prefix_channels);
   p.page_table = static_cast<const int*>(page_table.const_data_ptr());

@@ -33,6 +33,8 @@ struct FusedTensors {
   unsigned long long* budget_counters;
   int* kept_indices;
   int* kept_counts;
+  const uint8_t* page_means;
+  const uint8_t* means_scale;  // (scale, zero) as one 32-bit word a page
   void* out;
   float* lse;
   double top_p;

@@ -53,7 +53,10 @@ __device__ void load_queries(const C& c, Share share, bool reads_codes, bool sco
       for (int u = 0; u < kBatch; ++u) {
         if (start + u * kThreads < filled) pages[start + u * kThreads] = entry[u];
       }
-      if (C::kByPage && start < kWarps * kTileTokens) {  // the first pages that are scored
+      if (C::kByMean && start < kWarps * kTileTokens) {
+        prefetch_line(c.p.page_means + static_cast<int64_t>(entry[0]) * (D / 2));
+      }
+      if (C::kByPage && !C::kByMean && start < kWarps * kTileTokens) {  // the first pages that are scored
 #pragma unroll
         for (int d = 0; d < 2 * D; d += 128) {
           prefetch_line(c.p.page_bounds + static_cast<int64_t>(entry[0]) * (2 * D) + d);
@@ -90,7 +93,7 @@ __device__ void load_queries(const C& c, Share share, bool reads_codes, bool sco
       __half* word = reinterpret_cast<__half*>(&q.codes[j / 8][row]);
       word[(nibble & 3) * 2 + nibble / 4] = __float2half_rn(nibble & 1 ? x * 0.0625f : x);
     }
-    for (int d = c.lane; C::kByPage && d < D; d += 32) {
+    for (int d = c.lane; C::kByPage && !C::kByMean && d < D; d += 32) {
       const float x = scale * to_float(rows_out[row * D + d]);
       const int at = (d & 1) * 2 + ((d & 3) >> 1);
       reinterpret_cast<__half*>(&q.bounds[bounds_place(d / 4)][row])[at] = __float2half_rn(x > 0.0f ? 0.0f : x);

@@ -1,5 +1,5 @@
 // Candidate scores of the fused decode kernel: of tokens from the leading channels of the 4-bit shadow, of pages from
-// their 8-bit bounds.
+// their 8-bit bounds or 4-bit means.
 #pragma once
 
 #include "query.cuh"
@@ -358,9 +358,94 @@ struct PageScorer {
     }
   }
 
+  __device__ void score() const {
+    if constexpr (C::kByMean) {
+      score_means();
+    } else {
+      score_bounds();
+    }
+  }
+
+  // Of pages base + 16 m + 8 i + g, 16 or, of 64 channels, 8 bytes of each of four threads, which together read all of
+  // it.
+  static constexpr int kMeanTiles = 2, kMeanWords = D / 32;
+  struct Means {
+    uint32_t words[kMeanTiles][2][kMeanWords];
+    uint32_t scale[kMeanTiles][2];
+  };
+  __device__ __forceinline__ int page_of(int base, int m, int i) const { return base + kTileTokens * m + 8 * i + c.g; }
+  __device__ __forceinline__ void load_means(Means& page, int base) const {
+#pragma unroll
+    for (int m = 0; m < kMeanTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // Behind the last page that one again.
+        const uint32_t block = pages[min(page_of(base, m, i), share.owned - 1)];
+        const uint32_t* codes = reinterpret_cast<const uint32_t*>(c.p.page_means) + block * (D / 8) + kMeanWords * c.t;
+        if constexpr (kMeanWords == 4) {
+          const uint4 four = load_stream(reinterpret_cast<const uint4*>(codes));
+          page.words[m][i][0] = four.x, page.words[m][i][1] = four.y;
+          page.words[m][i][2] = four.z, page.words[m][i][3] = four.w;
+        } else {
+          const uint2 two = __ldg(reinterpret_cast<const uint2*>(codes));
+          page.words[m][i][0] = two.x, page.words[m][i][1] = two.y;
+        }
+        page.scale[m][i] = __ldg(reinterpret_cast<const uint32_t*>(c.p.means_scale) + block);
+      }
+    }
+  }
+
+  // Scores of this block's pages from their 4-bit means, the products of ShadowPrefix with a page for a token; a warp
+  // takes 32 pages at a time, and loads the next before it adds up these.
+  __device__ void score_means() const {
+    constexpr int kStep = kMeanTiles * kTileTokens;
+    SoftmaxSum sum[2];
+    Means page;
+    uint4 queries[kMeanWords];
+    float gain[2], zero_gain[2];
+#pragma unroll
+    for (int i = 0; i < kMeanWords; ++i) {
+      queries[i] = c.g < RP ? q.codes[kMeanWords * c.t + i][c.g % RP] : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      gain[k] = q.gain[c.row_of_column(k)];
+      zero_gain[k] = q.sum[c.row_of_column(k)];
+    }
+    int base = c.warp * kStep;
+    if (base < share.owned) load_means(page, base);
+#pragma unroll 1
+    for (; base < share.owned; base += kWarps * kStep) {
+      float acc[kMeanTiles][4] = {};
+      float2 scale[kMeanTiles][2];
+#pragma unroll
+      for (int m = 0; m < kMeanTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < kMeanWords; ++i) mma_codes4(acc[m], page.words[m][0][i], page.words[m][1][i], queries[i]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scale[m][i] = scale_and_zero(page.scale[m][i]);
+      }
+      if (base + kWarps * kStep < share.owned) load_means(page, base + kWarps * kStep);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        float value[2 * kMeanTiles];
+#pragma unroll
+        for (int n = 0; n < 2 * kMeanTiles; ++n) {
+          const int m = n / 2, i = n % 2, item = page_of(base, m, i);
+          const bool valid = item < share.owned && 2 * c.t + k < RP;
+          const float logit = fmaf(scale[m][i].x, acc[m][2 * i + k] * gain[k], scale[m][i].y * zero_gain[k]);
+          value[n] = finite_or_masked(logit, valid);
+          if (valid) scores.logits[item * RP + c.row_of_column(k)] = logit;
+        }
+        sum[k].add(value);
+      }
+    }
+    publish_sums(c, sum, sums);
+  }
+
   // Scores of this block's pages from their 8-bit bounds; a warp takes 16 pages at a time, and loads the next 16 before
   // it adds up these. Eight columns hold the queries of both halves of a page, or one half of eight rows at a time.
-  __device__ void score() const {
+  __device__ void score_bounds() const {
     constexpr int kPasses = RP == 8 ? 2 : 1;
     SoftmaxSum sum[2];
     Bounds page;

@@ -24,6 +24,8 @@ void run_selector(const FusedParams& p) {
       return twilight::fused_decode_kernel<T, D, RP, Selector::kDense>(p);
     case Selector::kQuest:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kQuest>(p);
+    case Selector::kPageMean:
+      return twilight::fused_decode_kernel<T, D, RP, Selector::kPageMean>(p);
     case Selector::kShadowPrefix:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix>(p);
     default:
@@ -48,10 +50,10 @@ void run_append(const twilight::AppendParams& p, emulated::Index grid, unsigned 
       }
     }
   };
-  const bool bounds = p.page_bounds != nullptr;
-  if (bounds && grid.x == 1) return launch([&] { twilight::append_kernel<T, D, true, true>(p); });
+  const bool statistics = p.page_bounds != nullptr || p.page_means != nullptr;
+  if (statistics && grid.x == 1) return launch([&] { twilight::append_kernel<T, D, true, true>(p); });
   launch([&] { twilight::append_kernel<T, D, true, false>(p); });
-  if (bounds) launch([&] { twilight::append_kernel<T, D, false, true>(p); });
+  if (statistics) launch([&] { twilight::append_kernel<T, D, false, true>(p); });
 }
 
 template <typename T>

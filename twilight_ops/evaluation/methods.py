@@ -179,6 +179,7 @@ STANDARD = (
     "full",
     "shadow_prefix",
     "quest:n/4",
+    "page_mean:n/4",
     "double_sparsity:n/4",
     "sparq:n/8:channels=16",
     "tidal:n/8",

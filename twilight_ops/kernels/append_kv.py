@@ -1,10 +1,10 @@
-"""Triton kernels of twilight::append_kv: K, V and the 4-bit shadow of new tokens, then the bounds of the pages they touched."""
+"""Triton kernels of twilight::append_kv: K, V and the 4-bit shadow of new tokens, then bounds and means of the pages they touched."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import KV, PageBounds, Paging, Shadow
+from ..arguments import KV, PageBounds, PageMeans, Paging, Shadow
 from ._launch import Launch, cdiv, next_power_of_2
 from ._tiles import INF
 
@@ -130,6 +130,23 @@ def write_tokens_kernel(
 
 
 @triton.jit
+def _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS: tl.constexpr, PAGE: tl.constexpr):
+    """One program a token and KV head: the token's page, its live tokens, and whether the page is recomputed here or by the token before.
+
+    Returns its head, its number among the pages of all KV heads, its live tokens (below 1 where it has none), and the answer.
+    """
+    head = tl.program_id(0) % KV_HEADS
+    token = tl.program_id(0) // KV_HEADS % tokens
+    batch = tl.program_id(0) // KV_HEADS // tokens
+    _, logical, page, written = _written_page(positions, seq_lens, page_table, batch, token, token >= 0, tokens, num_pages, max_pages, PAGE)
+    _, other, _, other_written = _written_page(
+        positions, seq_lens, page_table, batch, token - 1, token > 0, tokens, num_pages, max_pages, PAGE
+    )
+    mine = written & ~((token > 0) & other_written & (other == logical))
+    return head, page * KV_HEADS + head, tl.load(seq_lens + batch) - logical * PAGE, mine
+
+
+@triton.jit
 def page_bounds_kernel(
     k_cache,  # [P, Hkv, S, D]
     page_bounds,  # [P, Hkv, 2, D]
@@ -145,20 +162,12 @@ def page_bounds_kernel(
     DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """Grid (B * Hkv * T): one program a token and KV head recomputes the token's page, unless the token before it does."""
-    head = tl.program_id(0) % KV_HEADS
-    token = tl.program_id(0) // KV_HEADS % tokens
-    batch = tl.program_id(0) // KV_HEADS // tokens
-    _, logical, page, written = _written_page(positions, seq_lens, page_table, batch, token, token >= 0, tokens, num_pages, max_pages, PAGE)
-    _, other, _, other_written = _written_page(
-        positions, seq_lens, page_table, batch, token - 1, token > 0, tokens, num_pages, max_pages, PAGE
-    )
-    if written & ~((token > 0) & other_written & (other == logical)):
-        live_tokens = tl.load(seq_lens + batch) - logical * PAGE
+    """Grid (B * Hkv * T)."""
+    _, block, live_tokens, mine = _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS, PAGE)
+    if mine:
         s = tl.arange(0, PAGE)
         d = tl.arange(0, DIM_PAD)
         in_dim = d < HEAD_DIM
-        block = page * KV_HEADS + head
         mask = (s < live_tokens)[:, None] & in_dim[None, :]
         key = tl.load(k_cache + (block * PAGE + s)[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0).to(tl.float32)
         nan = tl.max((key != key).to(tl.int32), 0) > 0
@@ -183,8 +192,69 @@ def page_bounds_kernel(
             tl.store(at + HEAD_DIM, _codes(high, zero, scale, 255), mask=in_dim)
 
 
+@triton.jit
+def page_means_kernel(
+    k_cache,  # [P, Hkv, S, D]
+    page_means,  # [P, Hkv, D / 2]
+    means_scale,  # [P, Hkv, 2]
+    channel_order,  # [Hkv, D] or None
+    k_center,  # [Hkv, D] or None
+    page_table,  # [B, M]
+    seq_lens,  # [B]
+    positions,  # [B, T] or None
+    tokens,
+    num_pages,
+    max_pages,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Grid (B * Hkv * T)."""
+    head, block, live_tokens, mine = _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS, PAGE)
+    if mine:
+        byte = tl.arange(0, HALF_PAD)
+        in_row = byte < HEAD_DIM // 2
+        even = 2 * byte
+        odd = even + 1
+        if channel_order is not None:
+            even = tl.load(channel_order + head * HEAD_DIM + even, mask=in_row, other=0)
+            odd = tl.load(channel_order + head * HEAD_DIM + odd, mask=in_row, other=0)
+        even_mean = tl.zeros([HALF_PAD], tl.float32)
+        odd_mean = tl.zeros([HALF_PAD], tl.float32)
+        live_tokens = tl.minimum(live_tokens, PAGE)
+        # Slot by slot, as every backend adds them.
+        for s in range(live_tokens):
+            row = k_cache + (block * PAGE + s) * HEAD_DIM
+            even_mean += tl.load(row + even, mask=in_row, other=0.0).to(tl.float32)
+            odd_mean += tl.load(row + odd, mask=in_row, other=0.0).to(tl.float32)
+        number = tl.full([HALF_PAD], 1.0, tl.float32) * tl.maximum(live_tokens, 1).to(tl.float32)
+        even_mean = tl.div_rn(even_mean, number)
+        odd_mean = tl.div_rn(odd_mean, number)
+        if k_center is not None:
+            even_mean -= tl.load(k_center + head * HEAD_DIM + even, mask=in_row, other=0.0)
+            odd_mean -= tl.load(k_center + head * HEAD_DIM + odd, mask=in_row, other=0.0)
+        low = tl.min(tl.where(in_row, tl.minimum(even_mean, odd_mean), INF), 0, keep_dims=True)
+        high = tl.max(tl.where(in_row, tl.maximum(even_mean, odd_mean), -INF), 0, keep_dims=True)
+        nan = tl.max(((even_mean != even_mean) | (odd_mean != odd_mean)).to(tl.int32), 0, keep_dims=True) > 0
+        scale, zero = _range_scale(low, high, nan, 15)
+        tl.store(means_scale + block * 2 + tl.arange(0, 1), scale)
+        tl.store(means_scale + block * 2 + 1 + tl.arange(0, 1), zero)
+        scale = scale.to(tl.float32)
+        zero = zero.to(tl.float32)
+        codes = _codes(even_mean, zero, scale, 15) | (_codes(odd_mean, zero, scale, 15) << 4)
+        tl.store(page_means + block * (HEAD_DIM // 2) + byte, codes, mask=in_row)
+
+
 def append_kv(
-    k: Tensor, v: Tensor, kv: KV, paging: Paging, positions: Tensor | None, shadow: Shadow | None, bounds: PageBounds | None
+    k: Tensor,
+    v: Tensor,
+    kv: KV,
+    paging: Paging,
+    positions: Tensor | None,
+    shadow: Shadow | None,
+    bounds: PageBounds | None,
+    means: PageMeans | None,
 ) -> None:
     batch, tokens = k.shape[:2]
     num_pages, kv_heads, page_size, head_dim = kv.k_cache.shape
@@ -225,4 +295,20 @@ def append_kv(
             DIM_PAD=next_power_of_2(head_dim),
             PAGE=page_size,
             num_warps=2,
+        )
+    if means is not None:
+        page_means_kernel[(batch * kv_heads * tokens,)](
+            kv.k_cache,
+            *means,
+            *((None, None) if shadow is None else (shadow.channel_order, shadow.k_center)),
+            *paging,
+            positions,
+            tokens,
+            num_pages,
+            max_pages,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            HALF_PAD=next_power_of_2(head_dim // 2),
+            PAGE=page_size,
+            num_warps=1,
         )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Observation, PageBounds, Paging, Policy, Shadow
+from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
 from ..capacity import Limits
 from ..ops._library import empty_lists
 from ..ops.decode_attention import outputs
@@ -23,6 +23,7 @@ def decode_attention(
     bounds: PageBounds | None,
     candidates: Candidates,
     observe: Observation,
+    means: PageMeans | None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton stages; weights stay logits with their softmax statistics until the pruner has them, and lists carry no pads."""
     out, lse = outputs(q)
@@ -32,10 +33,11 @@ def decode_attention(
     limits = Limits.of(max_tokens, query_tokens, policy.budget, policy.always, policy.dense_below)
     dense_below = max_tokens if policy.selector == "dense" else limits.dense_below
 
-    if policy.selector == "quest":
+    if policy.selector in ("quest", "page_mean"):
+        means = means if policy.selector == "page_mean" else None
         lists = empty_lists(q, batch, kv_heads, limits.page_capacity(page_size))
         budget = (limits, policy.budget.head_token_budget, sm_scale)
-        select_pages.propose(q, bounds, paging, page_size, *budget, *lists, dense_below, pad=False)
+        select_pages.propose(q, bounds, means, shadow, paging, page_size, *budget, *lists, dense_below, pad=False)
         candidates = Candidates(*lists, page_size)
     elif policy.selector == "shadow_prefix":
         lists = empty_lists(q, batch, kv_heads, limits.token_capacity)

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Always, Budget, Candidates, Observation, PageBounds, Paging, Pruning, Shadow
+from ..arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Pruning, Shadow
 from ..capacity import MAX_TABLE_TOKENS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -148,6 +148,16 @@ class Checker:
             self.require(
                 bounds_scale is None, "bounds_scale", f"None, because page_bounds is {str(dtype).removeprefix('torch.')}", "a tensor"
             )
+
+    def means(self, means: PageMeans | None, needed: str | None = None) -> None:
+        """`needed` says why there must be some, in the words of a message."""
+        page_means, means_scale = means or (None, None)
+        if page_means is None and means_scale is None:
+            self.require(needed is None, "page_means", str(needed), None)
+            return
+        self._together("means_scale", means_scale, "page_means", page_means)
+        self.tensor("means_scale", means_scale, ("P", "Hkv", 2), torch.bfloat16)
+        self.tensor("page_means", page_means, ("P", "Hkv", self.sizes["D"] // 2), torch.uint8)
 
     def candidates(self, candidates: Candidates, page_size: int | None) -> None:
         indices, counts, tokens_per_index = candidates

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Observation, PageBounds, Paging, Policy, Shadow
+from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
 from ..capacity import COUNTER_COLUMNS
 from ._checks import Checker
 from ._library import Operator
 from .attend_sparse import outputs
 
-SELECTORS = ("dense", "full", "quest", "shadow_prefix", "given")
+SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "given")
 
 
 def decode_attention(
@@ -21,18 +21,20 @@ def decode_attention(
     bounds: PageBounds | None = None,
     candidates: Candidates = Candidates(),
     observe: Observation = Observation(),
+    means: PageMeans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One decode step of Select-then-Prune attention: `select_*`, `estimate_weights`, `prune_top_p` and `attend_sparse` in one call.
 
     `policy.selector` names the candidates: "dense" attends to everything exactly; "full" estimates every token; "quest" is
-    `select_pages`; "shadow_prefix" is `select_tokens`; "given" takes `candidates` from any other selector. With top_p = 1 and
-    no head_top_p the candidates are attended to as they are. The tokens of `policy.always` are always candidates and always kept: no
-    call loses the newest token. "given" candidates are taken as they are, and of these tokens those that are listed are kept.
+    `select_pages` by bounds, "page_mean" by means; "shadow_prefix" is `select_tokens`; "given" takes `candidates` from any other
+    selector. With top_p = 1 and no head_top_p the candidates are attended to as they are. The tokens of `policy.always` are always
+    candidates and always kept: no call loses the newest token. "given" candidates are taken as they are, and of these tokens those that
+    are listed are kept.
 
     Args:
         q: [B, T, Hq, D], T 1..8, fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous.
-        kv, shadow, bounds: as `append_kv` writes them. The shadow may be None where nothing is pruned and the selector is not
-            "shadow_prefix", the bounds where it is not "quest".
+        kv, shadow, bounds, means: as `append_kv` writes them. The shadow may be None where nothing is pruned and the selector is not
+            "shadow_prefix", the bounds where it is not "quest", the means where it is not "page_mean".
         paging: a live entry of the table outside 0..P-1 reads some valid page.
         policy: its counts of tokens may be larger than the table and then mean all of it.
         sm_scale: factor on q . k, usually D ** -0.5.
@@ -48,7 +50,7 @@ def decode_attention(
 
     Source: Twilight, arXiv 2502.02770, algorithm 1.
     """
-    return OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe)
+    return OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
 
 
 def check(
@@ -61,6 +63,7 @@ def check(
     bounds: PageBounds | None,
     candidates: Candidates,
     observe: Observation,
+    means: PageMeans | None,
 ) -> None:
     c = Checker("decode_attention", q)
     c.query(q)
@@ -76,6 +79,7 @@ def check(
     if policy.prunes or selector == "shadow_prefix" or shadow is not None:
         c.shadow(shadow)
     c.bounds(bounds, q.dtype, 'a tensor, because selector is "quest"' if selector == "quest" else None)
+    c.means(means, 'a tensor, because selector is "page_mean"' if selector == "page_mean" else None)
     if selector == "given":
         c.require(candidates.indices is not None, "indices", 'a tensor, because selector is "given"', None)
     else:

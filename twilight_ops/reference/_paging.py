@@ -69,11 +69,16 @@ def unpack_shadow(k_quant: Tensor, prefix_channels: Tensor, page_size: int) -> T
     return torch.where(odd, byte >> 4, byte & 15)
 
 
+def pack_codes(codes: Tensor) -> Tensor:
+    """Two codes a byte, the even channel in the low nibble."""
+    return (codes[..., ::2] | (codes[..., 1::2] << 4)).to(torch.uint8)
+
+
 def pack_shadow(codes: Tensor, prefix_channels: Tensor) -> Tensor:
     """Inverse of `unpack_shadow`: codes [P, Hkv, S, D] (ordered channels) -> [P, Hkv, S * D / 2] uint8."""
     pages, kv_heads, page_size, head_dim = codes.shape
     index = shadow_byte_index(prefix_channels, page_size, head_dim)[..., ::2]
-    byte = (codes[..., ::2] | (codes[..., 1::2] << 4)).to(torch.uint8)
+    byte = pack_codes(codes)
     packed = torch.zeros(pages, kv_heads, page_size * head_dim // 2, dtype=torch.uint8, device=codes.device)
     return packed.scatter_(2, index.flatten(1).expand(pages, -1, -1), byte.flatten(2))
 

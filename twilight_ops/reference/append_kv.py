@@ -3,14 +3,21 @@
 import torch
 from torch import Tensor
 
-from ..arguments import KV, PageBounds, Paging, Shadow
-from ._paging import pack_shadow, quantise, unpack_shadow
+from ..arguments import KV, PageBounds, PageMeans, Paging, Shadow
+from ._paging import pack_codes, pack_shadow, quantise, unpack_shadow
 
 
 def append_kv(
-    k: Tensor, v: Tensor, kv: KV, paging: Paging, positions: Tensor | None, shadow: Shadow | None, bounds: PageBounds | None
+    k: Tensor,
+    v: Tensor,
+    kv: KV,
+    paging: Paging,
+    positions: Tensor | None,
+    shadow: Shadow | None,
+    bounds: PageBounds | None,
+    means: PageMeans | None,
 ) -> None:
-    """Writes row by row of (sequence, token), then recomputes the bounds of every touched page."""
+    """Writes row by row of (sequence, token), then recomputes bounds and mean of every touched page."""
     (k_cache, v_cache), (page_table, seq_lens) = kv, paging
     tokens = k.shape[1]
     num_pages, kv_heads, page_size, head_dim = k_cache.shape
@@ -30,24 +37,23 @@ def append_kv(
     v_cache[page, :, offset] = v[b, t]
 
     if shadow is not None:
-        k_quant, k_scale, channel_order, prefix_channels, k_center = shadow
-        centred = k[b, t] if k_center is None else k[b, t].float() - k_center
-        ordered = centred.gather(-1, channel_order.long().expand(len(b), -1, -1))
-        codes, scale = quantise(ordered, 15)
+        k_quant, k_scale, _, prefix_channels, _ = shadow
+        codes, scale = _coded(k[b, t], shadow)
         k_scale[page, :, offset] = scale
         touched, row = page.unique(return_inverse=True)
         block = unpack_shadow(k_quant[touched], prefix_channels, page_size)
         block[row, :, offset] = codes
         k_quant[touched] = pack_shadow(block, prefix_channels)
 
-    if bounds is not None:
-        page_bounds, bounds_scale = bounds
+    if bounds is not None or means is not None:
         pairs = torch.stack([b, logical[b, t]], dim=1).unique(dim=0)
         b, logical_page = pairs[:, 0], pairs[:, 1]
         page = page_table.long()[b, logical_page]
         live = seq_lens[b, None] > logical_page[:, None] * page_size + torch.arange(page_size, device=k.device)
         live = live[:, None, :, None]
         keys = k_cache[page]  # [touched, Hkv, S, D]
+    if bounds is not None:
+        page_bounds, bounds_scale = bounds
         low = torch.where(live, keys, torch.inf).amin(2)
         high = torch.where(live, keys, -torch.inf).amax(2)
         has_live = live.any(2)
@@ -58,3 +64,18 @@ def append_kv(
             bounds_scale[page] = scale
         else:
             page_bounds[page] = extremes
+    if means is not None:
+        page_means, means_scale = means
+        total = torch.zeros(len(page), kv_heads, head_dim, device=k.device)
+        for offset in range(page_size):  # in the order of the slots, so that every backend rounds alike
+            total += torch.where(live[:, :, offset], keys[:, :, offset].float(), 0.0)
+        codes, means_scale[page] = _coded(total / live.sum(2).clamp(min=1), shadow)
+        page_means[page] = pack_codes(codes)
+
+
+def _coded(x: Tensor, shadow: Shadow | None) -> tuple[Tensor, Tensor]:
+    """4-bit codes and scale of keys, or of means of them, [N, Hkv, D], as the shadow has them; without one channels stay in order."""
+    if shadow is not None:
+        x = x if shadow.k_center is None else x.float() - shadow.k_center
+        x = x.gather(-1, shadow.channel_order.long().expand(len(x), -1, -1))
+    return quantise(x, 15)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import capacity
-from ..arguments import KV, Candidates, Observation, PageBounds, Paging, Policy, Shadow
+from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
 from ..capacity import COUNTER_HEADER, HISTOGRAM_BINS, Limits, histogram_bin_start
 from ._paging import all_tokens, candidate_tokens
 from .attend_sparse import attend_sparse
@@ -24,6 +24,7 @@ def decode_attention(
     bounds: PageBounds | None,
     candidates: Candidates,
     observe: Observation,
+    means: PageMeans | None,
 ) -> tuple[Tensor, Tensor]:
     batch, query_tokens = q.shape[:2]
     _, kv_heads, page_size, _ = kv.k_cache.shape
@@ -32,8 +33,9 @@ def decode_attention(
     paging = Paging(paging.page_table, paging.seq_lens.clamp(0, max_tokens))
     seq_lens, selector = paging.seq_lens, policy.selector
 
-    if selector == "quest":
-        lists = select_pages(q, bounds, paging, page_size, policy.budget, sm_scale, policy.always)
+    if selector in ("quest", "page_mean"):
+        pages = (bounds, None) if selector == "quest" else (None, means)
+        lists = select_pages(q, pages[0], paging, page_size, policy.budget, sm_scale, policy.always, pages[1], shadow)
         candidates = Candidates(*lists, page_size)
     elif selector == "shadow_prefix":
         candidates = Candidates(*select_tokens(q, shadow, paging, policy.budget, sm_scale, policy.always))

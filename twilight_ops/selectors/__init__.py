@@ -5,6 +5,7 @@ from ..layer import Selector
 from .double_sparsity import DoubleSparsity
 from .full import Full
 from .magicpig import MagicPig
+from .page_mean import PageMean
 from .quest import Quest
 from .shadow_prefix import ShadowPrefix
 from .sparq import SparQ
@@ -19,6 +20,7 @@ __all__ = [
     "DoubleSparsity",
     "Full",
     "MagicPig",
+    "PageMean",
     "Quest",
     "Selector",
     "ShadowPrefix",
