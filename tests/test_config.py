@@ -15,6 +15,7 @@ from twilight_ops import (
     Full,
     LayerOverride,
     MagicPig,
+    PageMean,
     PagedKVCache,
     Quest,
     Selector,
@@ -66,6 +67,7 @@ FIELDS = {
     },
     Full: BUDGETS,
     Quest: {**BUDGETS, "bounds_dtype": (("int8", "model"), ("int4", 8, None))},
+    PageMean: BUDGETS,
     ShadowPrefix: {
         **BUDGETS,
         "tau": ((0.5, np.float32(0.1)), (0.0, 1.0, NAN, True, None)),

@@ -217,7 +217,7 @@ def test_the_step_attends_to_exactly_the_list_after_pruning(selector, top_p):
     )
     if top_p < 1.0:
         weights = estimate_weights(q, layer.shadow, paging, candidates, SCALE)
-        indices, counts, _ = prune_top_p(weights, cache.seq_lens, candidates, KV_HEADS, Pruning(top_p))
+        indices, counts, _ = prune_top_p(weights, cache.seq_lens, candidates, KV_HEADS, Pruning(top_p), layer.policy.always)
         candidates = Candidates(indices, counts)
     expected, _ = attend_sparse(q, layer.kv, paging, candidates, SCALE)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
@@ -234,7 +234,7 @@ def test_ranking_equals_the_reference():
         torch.testing.assert_close(rank.sum_of_softmax(logits, live), _top_k.group_scores(logits, live))
         scores = torch.randint(0, 6, (4, KV_HEADS, 160), generator=g).float()
         scores[0, 0, 0], scores[3, 1, 80] = torch.inf, torch.inf
-        selector = Streaming(token_budget=int(torch.randint(1, 70, (), generator=g)), budget_fraction=0.3)
+        selector = SparQ(token_budget=int(torch.randint(1, 70, (), generator=g)), budget_fraction=0.3)
         cache = make_cache(selector, lens.tolist(), sink_tokens=3, recent_tokens=2)
         found = rank.best_tokens(scores, live, cache.layers[0], cache.page_table, lens, 1)
         positions = torch.arange(160)

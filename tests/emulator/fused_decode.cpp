@@ -27,6 +27,7 @@ void run_selector(const FusedParams& p) {
     case FusedSelector::kPageMean:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kPageMean>(p);
     case FusedSelector::kShadowPrefix:
+    case FusedSelector::kStreaming:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kShadowPrefix>(p);
     default:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kFull>(p);

@@ -22,7 +22,7 @@ void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_by
   const auto launcher = p.selector == FusedSelector::kDense      ? launch_kernel<T, D, RP, FusedSelector::kDense>
                         : p.selector == FusedSelector::kQuest    ? launch_kernel<T, D, RP, FusedSelector::kQuest>
                         : p.selector == FusedSelector::kPageMean ? launch_kernel<T, D, RP, FusedSelector::kPageMean>
-                        : p.selector == FusedSelector::kShadowPrefix
+                        : p.selector == FusedSelector::kShadowPrefix || p.selector == FusedSelector::kStreaming
                             ? launch_kernel<T, D, RP, FusedSelector::kShadowPrefix>
                             : launch_kernel<T, D, RP, FusedSelector::kFull>;
   launcher(p, grid, cluster_size, shared_bytes, stream);
