@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <numeric>
+
 #include "arguments.h"
 #include "attend_sparse.h"
 #include "capacity.h"
@@ -79,6 +81,9 @@ class DecodeRow {
           selection_.use_pages(*call.bounds, call.paging, call.query, b_, h_, arena);
         }
       }
+    } else if (lists_window()) {
+      window_ = TopK(call.budget, h_, length_, 1, call.capacity);
+      capacity = window_.count;
     } else if (!dense_ && call.selector == Selector::kGiven) {
       capacity = call.candidates.listed(row) * call.candidates.unit;
     }
@@ -111,6 +116,8 @@ class DecodeRow {
   }
 
  private:
+  bool lists_window() const { return !dense_ && call_->selector == Selector::kStreaming; }
+
   // Turns what the selector chose into live positions; null stands for all of them.
   void list_candidates() {
     positions_ = nullptr;
@@ -119,6 +126,11 @@ class DecodeRow {
       count_ = selection_.count();
       positions_ = selection_.list();
       if (unit_ > 1) expand_pages();
+    } else if (lists_window()) {
+      count_ = window_.count;
+      positions_ = list_;
+      std::iota(list_, list_ + window_.front, 0);
+      std::iota(list_ + window_.front, list_ + count_, static_cast<int32_t>(length_ - count_ + window_.front));
     } else if (!dense_ && call_->selector == Selector::kGiven) {
       count_ = 0;
       call_->candidates.for_each(row_, length_,
@@ -176,6 +188,7 @@ class DecodeRow {
   bool dense_, selects_, prunes_;
   ShadowQuery shadow_query_, means_query_;
   SelectionRow selection_;
+  TopK window_;  // of sinks and the newest tokens
   EstimateRow estimate_;
   AttendRow attend_;
   TopP* top_p_;

@@ -77,7 +77,8 @@ struct FusedCall {
         rows(padded_rows(r.rows())) {}
 
   bool by_page() const { return selects_pages(selector); }
-  bool by_token() const { return selector == Selector::kShadowPrefix; }
+  bool by_token() const { return selector == Selector::kShadowPrefix || lists_window(); }
+  bool lists_window() const { return selector == Selector::kStreaming; }
   int tokens() const { return static_cast<int>(limits.max_tokens); }
   int candidate_tokens() const { return by_page() ? capacity * request.page_size : by_token() ? capacity : tokens(); }
 };
@@ -86,7 +87,7 @@ struct FusedCall {
 std::string refusal(const PlanRequest& r) {
   const auto got = [](const char* expected, int64_t value) { return expected + (", got " + std::to_string(value)); };
   if (r.selector == Selector::kGiven)
-    return "selector: expected dense, full, quest, page_mean or shadow_prefix, got given";
+    return "selector: expected dense, full, quest, page_mean, shadow_prefix or streaming, got given";
   if (r.dtype_bits != 16) return got("q: expected a dtype of 16 bits", r.dtype_bits);
   if (r.head_dim != 64 && r.head_dim != 128) return got("head_dim: expected 64 or 128", r.head_dim);
   if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());
@@ -103,10 +104,10 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
   const bool by_page = call.by_page(), by_token = call.by_token();
   const int own_tokens = share_of_tokens(call.tokens(), cluster_size);
   const int own_pages = share_of_pages(call.request.max_pages, cluster_size);
-  const int own_items = by_page ? own_pages : by_token ? own_tokens : 0;
-  const int own_candidates = !by_page && !by_token ? 0
-                             : evens_out           ? blocks_of(cluster_size, call.capacity)
-                                                   : std::min(own_items, call.capacity);
+  const int own_items = by_page ? own_pages : by_token && !call.lists_window() ? own_tokens : 0;  // scored
+  const int own_candidates = !by_page && !by_token              ? 0
+                             : evens_out || call.lists_window() ? blocks_of(cluster_size, call.capacity)
+                                                                : std::min(own_items, call.capacity);
   const int slots = by_page ? own_candidates * page_size : by_token ? own_candidates : own_tokens;
   at.evens_out = evens_out;
   at.slot_capacity = call.prunes ? round_up(slots, 4) : 0;
@@ -121,7 +122,7 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
     return static_cast<int>(start);
   };
   at.scratch_at = take(std::max(kScratchLists + at.list_capacity * 4, kWarps * rows * head_dim * 4));
-  at.pages_at = take(by_page ? own_pages * 4 : by_token ? own_tokens / kTileTokens * 4 : 0);
+  at.pages_at = take(by_page ? own_pages * 4 : by_token ? own_items / kTileTokens * 4 : 0);
   const bool lists_pages = call.selector == Selector::kFull;
   at.candidates_at = take((lists_pages ? own_tokens / page_size : own_candidates) * int64_t{8});
   at.bitmap_at = take(std::max(blocks_of(32, own_items), kBoundaryList / 2) * 2 * 4);
@@ -143,10 +144,11 @@ int64_t shared_bytes(const FusedCall& call, int cluster_size, bool evens_out) {
 // Blocks a (sequence, KV head): as many as fill the chip and shared memory asks for, then so many that no share is too
 // long. 0 where the largest cluster's shared memory does not hold the selection.
 int choose_cluster_size(const FusedCall& call) {
-  const int64_t units = call.request.units(), tokens = call.tokens();
+  const int64_t units = call.request.units(), tokens = call.lists_window() ? call.capacity : call.tokens();
+  // Means are a quarter of the bounds' bytes; a window is estimated as Full estimates every token.
+  const Selector alike = call.by_page() ? Selector::kQuest : call.lists_window() ? Selector::kFull : call.selector;
   const ClusterRule& rule = *std::find_if(std::begin(kClusterRules), std::end(kClusterRules), [&](const auto& one) {
-    const bool alike = call.by_page() && one.selector == Selector::kQuest;  // means are a quarter of the bounds' bytes
-    return (one.selector == call.selector || alike) && one.grouped == (call.rows > 1);
+    return one.selector == alike && one.grouped == (call.rows > 1);
   });
   const auto leaves_idle = [&](int size) {
     if (call.selector == Selector::kDense) {

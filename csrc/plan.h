@@ -11,9 +11,10 @@
 
 namespace twilight {
 
-enum class Selector : int { kDense, kFull, kQuest, kPageMean, kShadowPrefix, kGiven };
+enum class Selector : int { kDense, kFull, kQuest, kPageMean, kShadowPrefix, kStreaming, kGiven };
 // By Selector, as decode_attention's argument names them.
-constexpr std::array<const char*, 6> kSelectorNames = {"dense", "full", "quest", "page_mean", "shadow_prefix", "given"};
+constexpr std::array<const char*, 7> kSelectorNames = {"dense",         "full",      "quest", "page_mean",
+                                                       "shadow_prefix", "streaming", "given"};
 constexpr bool selects_pages(Selector selector) {
   return selector == Selector::kQuest || selector == Selector::kPageMean;
 }

@@ -68,7 +68,7 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
     if device != "cpu":
         inputs = on_device(inputs, device)
     overrides = {
-        "selector": rng.choice(["shadow_prefix", "shadow_prefix", "quest", "page_mean", "page_mean", "full", "dense"]),
+        "selector": rng.choice(["shadow_prefix", "shadow_prefix", "quest", "page_mean", "page_mean", "streaming", "full", "dense"]),
         "token_budget": rng.choice([1, 17, 64, 300]),
         "budget_fraction": rng.choice([0.0, 0.125, 0.25]),
         "top_p": rng.choice([0.85, 0.95, 0.5, 0.999, 1.0]),
@@ -98,7 +98,7 @@ def extreme_call(seed: int, device: str = "cpu") -> tuple[DecodeInputs, dict, in
         inputs = on_device(inputs, device)
     large = (2**30, 2**31 - 1, 2**31, 2**62, 2**63 - 1)
     overrides = {
-        "selector": rng.choice(["shadow_prefix", "quest", "page_mean", "full", "dense"]),
+        "selector": rng.choice(["shadow_prefix", "quest", "page_mean", "streaming", "full", "dense"]),
         "token_budget": rng.choice([1, 20, *large]),
         "budget_fraction": rng.choice([0.0, 1 / 3, 1.0]),
         "top_p": rng.choice([0.5, 1.0]),

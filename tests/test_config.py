@@ -16,6 +16,7 @@ from twilight_ops import (
     LayerOverride,
     MagicPig,
     PagedKVCache,
+    PageMean,
     Quest,
     Selector,
     ShadowPrefix,
@@ -67,6 +68,7 @@ FIELDS = {
     },
     Full: BUDGETS,
     Quest: {**BUDGETS, "bounds_dtype": (("int8", "model"), ("int4", 8, None))},
+    PageMean: BUDGETS,
     ShadowPrefix: {
         **BUDGETS,
         "tau": ((0.5, np.float32(0.1)), (0.0, 1.0, NAN, True, None)),
@@ -75,8 +77,8 @@ FIELDS = {
     },
     DoubleSparsity: {
         **BUDGETS,
-        "heavy_channels": ((1, 16), (0, *NOT_A_COUNT)),
-        "label_dtype": (("int8", "model"), ("int4", 8, None)),
+        "heavy_channels": ((8, 16), (0, 4, *NOT_A_COUNT)),
+        "label_dtype": (("int4", "int8", "model"), ("int2", 8, None)),
         "calibration": ((None, "a file"), ("", 3)),
     },
     SparQ: {**BUDGETS, "channels": ((1, 16), (0, *NOT_A_COUNT))},

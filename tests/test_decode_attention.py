@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
 NO_SHADOW = dict.fromkeys(Shadow._fields, None)
 NO_BOUNDS = {"page_bounds": None, "bounds_scale": None}
-SELECTORS = ("full", "quest", "page_mean", "shadow_prefix", "given")
+SELECTORS = ("full", "quest", "page_mean", "shadow_prefix", "streaming", "given")
 
 
 class Decoded:
@@ -47,6 +47,21 @@ def budget_of(options: dict) -> dict:
     return {name: options[name] for name in names if name in options}
 
 
+def window(x, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks and the newest tokens up to the budget, row by row."""
+    indices = torch.full((len(x.seq_lens), x.num_kv_heads, x.max_tokens), -1, dtype=torch.int32)
+    for b, length in enumerate(x.seq_lens.tolist()):
+        for head in range(x.num_kv_heads):
+            budget = max(options["token_budget"], math.ceil(options.get("budget_fraction", 0.0) * length))
+            if options.get("head_token_budget") is not None:
+                budget = int(options["head_token_budget"][head])
+            sinks, newest = options.get("sink_tokens", 0), max(options.get("recent_tokens", 0), x.q.shape[1])
+            newest = max(newest, budget - sinks)
+            tokens = [t for t in range(length) if t < sinks or t >= length - newest]
+            indices[b, head, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+    return indices.to(x.q.device), (indices >= 0).sum(-1).int().to(x.q.device)
+
+
 def candidates_of(backend, x, options: dict):
     """(indices, counts, unit) from the selector's own operator."""
     if options["selector"] in ("quest", "page_mean"):
@@ -54,6 +69,8 @@ def candidates_of(backend, x, options: dict):
         return *backend.select_pages(**x.arguments("select_pages", **budget_of(options), **pages)), x.page_size
     if options["selector"] == "shadow_prefix":
         return *backend.select_tokens(**x.arguments("select_tokens", **budget_of(options))), 1
+    if options["selector"] == "streaming":
+        return *window(x, options), 1
     if options["selector"] == "given":
         return options["indices"], options["counts"], options["tokens_per_index"]
     return None, None, 1
@@ -112,7 +129,7 @@ def options_for(x, selector: str, **options) -> dict:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("selector", ["quest", "page_mean", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["quest", "page_mean", "shadow_prefix", "streaming"])
 def test_decode_attention_equals_the_composed_stages(backend, shape, selector):
     x = make_inputs(shape, device=backend.device)
     check(backend, x, **options_for(x, selector))
@@ -132,7 +149,7 @@ def test_decode_attention_without_pruning_attends_to_all_candidates(backend, sel
     assert selector == "full" or (got.counts[0] < 300).all()
 
 
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "streaming"])
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[10]], ids=str)
 def test_decode_attention_with_p_one_and_full_budget_is_dense_attention(backend, selector, shape):
     x = make_inputs(shape, device=backend.device)
@@ -156,7 +173,7 @@ def test_decode_attention_is_dense_up_to_and_including_dense_below(backend, sele
 
 def test_decode_attention_keeps_sinks_and_recent_tokens(backend):
     x = make_inputs(Shape((300, 40, 5), 4, 2, 64, 16, 1, torch.float32), device=backend.device)
-    for selector in ("full", "quest", "page_mean", "shadow_prefix"):
+    for selector in ("full", "quest", "page_mean", "shadow_prefix", "streaming"):
         got = check(backend, x, **options_for(x, selector, token_budget=96, top_p=0.3, sink_tokens=4, recent_tokens=9))
         assert got.kept[0, :, :4].all() and got.kept[0, :, 291:300].all() and got.kept[2, :, :5].all()
         assert (got.counts[0] < 60).all()
@@ -308,7 +325,7 @@ def test_decode_attention_reads_lengths_beyond_the_page_table_as_full(backend):
     x.page_table[0, -1] = next(p for p in range(x.k_cache.shape[0]) if p not in x.page_table[0, :-1].tolist())
     for cache in (x.k_cache, x.v_cache, x.k_scale, x.page_bounds, x.means_scale):
         cache.nan_to_num_(0.5)
-    for selector in ("dense", "full", "quest", "page_mean", "shadow_prefix"):
+    for selector in ("dense", "full", "quest", "page_mean", "shadow_prefix", "streaming"):
         x.seq_lens.fill_(320)
         want = Decoded(backend, x, **options_for(x, selector))
         x.seq_lens.fill_(2**31 - 1)
@@ -321,7 +338,7 @@ def test_decode_attention_ends_on_page_tables_that_point_nowhere(backend):
     for cache in (x.k_cache, x.v_cache, x.k_scale, x.page_bounds, x.means_scale):
         cache.nan_to_num_(0.5)
     x.page_table[0, 2], x.page_table[0, 3], x.page_table[1, 0] = -1, 2**31 - 1, -(2**31)
-    for selector in ("dense", "full", "quest", "page_mean", "shadow_prefix"):
+    for selector in ("dense", "full", "quest", "page_mean", "shadow_prefix", "streaming"):
         assert Decoded(backend, x, **options_for(x, selector)).out.isfinite().all()
 
 
@@ -341,7 +358,7 @@ def test_decode_attention_is_bitwise_the_same_for_any_number_of_threads(backend,
 
 def test_decode_attention_serves_a_long_context(backend):
     x = make_inputs(Shape((32768,), 4, 1, 128, 16, 1, torch.bfloat16), device=backend.device)
-    for selector in ("quest", "page_mean", "shadow_prefix"):
+    for selector in ("quest", "page_mean", "shadow_prefix", "streaming"):
         got = check(backend, x, **options_for(x, selector, token_budget=8192))
         assert got.counts.max() < 8192
 

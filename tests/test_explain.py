@@ -57,7 +57,7 @@ def test_a_machine_without_a_gpu_says_what_an_h200_would_do():
                 "indices": torch.zeros(1, 2, 3, dtype=torch.int32, device="meta"),
                 "counts": torch.zeros(1, 2, dtype=torch.int32, device="meta"),
             },
-            "selector: expected dense, full, quest, page_mean or shadow_prefix, got given",
+            "selector: expected dense, full, quest, page_mean, shadow_prefix or streaming, got given",
         ),
     ],
 )

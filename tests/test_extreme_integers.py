@@ -198,7 +198,7 @@ def test_lists_of_any_integers_are_read_as_their_live_part(backend, seed):
     check_lists(backend, seed)
 
 
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "streaming"])
 @pytest.mark.parametrize("seed", range(15))
 def test_decode_attention_reads_more_than_the_table_as_the_table(backend, selector, seed):
     check_decode(backend, selector, seed)

@@ -161,6 +161,15 @@ def test_page_means_give_the_reference_sets_and_values(emulator, head_dim, group
     check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
 
 
+@pytest.mark.parametrize("group, head_dim", [(1, 64), (4, 128)])
+@pytest.mark.parametrize("cluster_size", [1, 4])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_window_gives_the_reference_sets_and_values(emulator, group, head_dim, cluster_size, top_p):
+    shape = Shape((1031, 199, 5), group, 1, head_dim, 16, 1, torch.bfloat16)
+    options = {"selector": "streaming", "token_budget": 200, "budget_fraction": 0.3, "top_p": top_p, "sink_tokens": 6}
+    check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
+
+
 @pytest.mark.parametrize("spread", [0.01, 0.1, 1.0])
 def test_a_crowded_boundary_gives_the_same_candidates(emulator, spread):
     """Many scores within a level of each other: the bin is narrowed down, or the scores are made again."""

@@ -51,7 +51,7 @@ def fits(selector: str, tokens: int, cluster_size: int) -> bool:
 
 
 @pytest.mark.parametrize("cluster_size", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "streaming"])
 def test_every_cluster_size_gives_the_reference_set_twice_alike(selector, cluster_size):
     longest = next(n for n in (20000, 9000) if fits(selector, n, cluster_size))
     shape = Shape((longest, 31, 4097), 8, 2, 128, 16, 1, torch.bfloat16)

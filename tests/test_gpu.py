@@ -59,7 +59,7 @@ def _grid() -> list[Shape]:
 GRID = _grid()
 LONG = Shape((32768, 131072, 100), 8, 2, 128, 16, 1, torch.bfloat16)
 TINY = Shape((0, 1, 17, 90), 8, 2, 64, 16, 1, torch.bfloat16)
-SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "given")
+SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "streaming", "given")
 
 
 def check_append(x, backend=STAGES):
@@ -99,7 +99,7 @@ def test_every_operator_matches_the_fp64_oracle(shape):
     for listed in ({}, {"indices": pages, "counts": counts, "tokens_per_index": shape.page_size}):
         check_pruner(x, **listed)
     test_attend_sparse.check(STAGES, x)
-    for selector in ("quest", "page_mean", "shadow_prefix"):
+    for selector in ("quest", "page_mean", "shadow_prefix", "streaming"):
         test_decode_attention.check(STAGES, x, **test_decode_attention.options_for(x, selector, dense_below=shape.page_size))
 
 
@@ -121,7 +121,7 @@ def test_estimate_prune_and_attend_match_the_oracle_on_131072_tokens(long_inputs
     test_attend_sparse.check(STAGES, long_inputs)
 
 
-@pytest.mark.parametrize("selector", ["full", "quest", "page_mean", "shadow_prefix"])
+@pytest.mark.parametrize("selector", ["full", "quest", "page_mean", "shadow_prefix", "streaming"])
 def test_decode_attention_matches_the_oracle_on_131072_tokens(long_inputs, selector):
     options = {"selector": selector, "token_budget": 8192, "budget_fraction": 0.0, "top_p": 0.85, "dense_below": 128}
     test_decode_attention.check(STAGES, long_inputs, **options)

@@ -205,7 +205,7 @@ CASES = [
     Case("append_kv", "page_table", lambda t: t.flatten(), "shape [B, M]", "[8]"),
     Case("append_kv", "seq_lens", rows(1), "shape [B] with B = 2", "[1]"),
     Case("append_kv", "seq_lens", on_meta, "device cpu", "meta"),
-    Case("decode_attention", "selector", value("best"), "one of dense, full, quest, page_mean, shadow_prefix, given", "best"),
+    Case("decode_attention", "selector", value("best"), "one of dense, full, quest, page_mean, shadow_prefix, streaming, given", "best"),
     Case("decode_attention", "top_p", value(-0.5), "0 < top_p <= 1", "-0.5"),
     Case("decode_attention", "dense_below", value(-1), ">= 0", "-1"),
     Case("decode_attention", "page_bounds", NOTHING, 'a tensor, because selector is "quest"', "None"),

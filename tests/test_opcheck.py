@@ -64,6 +64,7 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
             ),
         ),
         ("decode_attention", "quest, uint8 bounds", y.arguments("decode_attention", selector="quest", token_budget=32)),
+        ("decode_attention", "streaming", x.arguments("decode_attention", selector="streaming", token_budget=16, sink_tokens=2)),
         ("decode_attention", "page mean", x.arguments("decode_attention", selector="page_mean", token_budget=32)),
         (
             "decode_attention",

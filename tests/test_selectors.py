@@ -38,6 +38,7 @@ SCALE = HEAD_DIM**-0.5
 
 SELECTORS = [
     DoubleSparsity(token_budget=40, heavy_channels=16),
+    DoubleSparsity(token_budget=40, heavy_channels=16, label_dtype="model"),
     DoubleSparsity(token_budget=1, budget_fraction=0.25, heavy_channels=8, label_dtype="int8"),
     Streaming(token_budget=40, sinks=4),
     SparQ(token_budget=40, channels=16),
@@ -217,7 +218,7 @@ def test_the_step_attends_to_exactly_the_list_after_pruning(selector, top_p):
     )
     if top_p < 1.0:
         weights = estimate_weights(q, layer.shadow, paging, candidates, SCALE)
-        indices, counts, _ = prune_top_p(weights, cache.seq_lens, candidates, KV_HEADS, Pruning(top_p))
+        indices, counts, _ = prune_top_p(weights, cache.seq_lens, candidates, KV_HEADS, Pruning(top_p), layer.policy.always)
         candidates = Candidates(indices, counts)
     expected, _ = attend_sparse(q, layer.kv, paging, candidates, SCALE)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
@@ -234,7 +235,7 @@ def test_ranking_equals_the_reference():
         torch.testing.assert_close(rank.sum_of_softmax(logits, live), _top_k.group_scores(logits, live))
         scores = torch.randint(0, 6, (4, KV_HEADS, 160), generator=g).float()
         scores[0, 0, 0], scores[3, 1, 80] = torch.inf, torch.inf
-        selector = Streaming(token_budget=int(torch.randint(1, 70, (), generator=g)), budget_fraction=0.3)
+        selector = SparQ(token_budget=int(torch.randint(1, 70, (), generator=g)), budget_fraction=0.3)
         cache = make_cache(selector, lens.tolist(), sink_tokens=3, recent_tokens=2)
         found = rank.best_tokens(scores, live, cache.layers[0], cache.page_table, lens, 1)
         positions = torch.arange(160)
@@ -263,7 +264,7 @@ def test_with_all_channels_the_score_selectors_find_the_exact_best_tokens():
     q = query(1)
     for selector in (
         SparQ(token_budget=20, channels=64),
-        DoubleSparsity(token_budget=20, heavy_channels=64),
+        DoubleSparsity(token_budget=20, heavy_channels=64, label_dtype="model"),
         Tidal(token_budget=20, selection_layers=(0,), across_heads=False),
     ):
         cache, k = filled(selector, [150], layers=2)
@@ -306,7 +307,7 @@ def test_sparq_reads_the_channels_in_which_the_query_is_largest():
 
 
 def test_double_sparsity_calibrates_on_real_rows_only():
-    cache = make_cache(DoubleSparsity(heavy_channels=4), [10])
+    cache = make_cache(DoubleSparsity(heavy_channels=4, label_dtype="model"), [10])
     k = torch.rand(1, 30, KV_HEADS, HEAD_DIM)
     k[:, 20:, 0, [3, 9, 33, 60]] += 5
     k[:, 20:, 1, [1, 2, 4, 8]] -= 5
@@ -324,10 +325,27 @@ def test_double_sparsity_reads_its_channels_from_a_calibration_file(tmp_path):
     save_file(tensors, path, metadata={"format": calibration.FORMAT})
     with pytest.raises(ValueError, match=r"calibration: .*: expected an entry for layer 0, got none"):
         make_cache(DoubleSparsity(calibration=path), [10])
-    cache = make_cache(DoubleSparsity(heavy_channels=8, calibration=path), [10], layers=2, dense_layers=1)
-    layer = cache.layers[1]
-    layer.plan.selector.calibrate(query(1, 10), keys_values([10])[0], layer, None, SCALE)
-    assert layer.selector_state["heavy_channels"].equal(order[:, :8])
+    for label_dtype in ("model", "int4"):
+        cache = make_cache(DoubleSparsity(heavy_channels=8, label_dtype=label_dtype, calibration=path), [10], layers=2, dense_layers=1)
+        layer = cache.layers[1]
+        layer.plan.selector.calibrate(query(1, 10), keys_values([10])[0], layer, None, SCALE)
+        labels = layer.selector_state["heavy_channels"] if label_dtype == "model" else layer.shadow.channel_order[:, :8]
+        assert labels.equal(order[:, :8])
+
+
+def test_double_sparsity_labels_in_four_bits_are_the_heavy_channels_of_the_shadow():
+    """The order of the paper's strength, a prefix of as many channels, and the scores that a cache of these codes would have."""
+    selector = DoubleSparsity(token_budget=20, heavy_channels=16)
+    cache, k = filled(selector, [150])
+    shadow, q = cache.layers[0].shadow, query(1)
+    strength = query(1, 150, seed=5).abs().unflatten(2, (KV_HEADS, -1)).sum(3).sum((0, 1)) * k.abs().sum((0, 1))
+    assert shadow.channel_order.equal(strength.argsort(dim=-1, descending=True).int()) and shadow.prefix_channels.tolist() == [16] * 2
+    low, high = k.amin(-1, keepdim=True), k.amax(-1, keepdim=True)
+    zero, scale = low.bfloat16().float(), ((high - low) / 15).bfloat16().float()
+    labels = ((k - zero) / scale).round().clamp(0, 15) * scale + zero
+    labels = labels * torch.zeros(KV_HEADS, HEAD_DIM).scatter(1, shadow.channel_order[:, :16].long(), 1.0)
+    found = lists(selector.select(q, cache.layers[0], cache.page_table, cache.seq_lens, SCALE))
+    assert found == [[best(row, 20, [149]) for row in exact_scores(q, labels)[0]]]
 
 
 def test_magicpig_lists_exactly_the_tokens_with_enough_collisions():
@@ -366,8 +384,9 @@ def test_magicpig_finds_the_key_that_points_along_the_query():
     [
         (lambda: Streaming(sinks=-1), "Streaming: sinks: expected >= 0, got -1"),
         (lambda: SparQ(channels=0), "SparQ: channels: expected >= 1, got 0"),
-        (lambda: DoubleSparsity(heavy_channels=0), "DoubleSparsity: heavy_channels: expected >= 1, got 0"),
-        (lambda: DoubleSparsity(label_dtype="int4"), 'DoubleSparsity: label_dtype: expected "int8" or "model", got \'int4\''),
+        (lambda: DoubleSparsity(heavy_channels=4), "DoubleSparsity: heavy_channels: expected a positive multiple of 8, got 4"),
+        (lambda: DoubleSparsity(heavy_channels=0, label_dtype="int8"), "DoubleSparsity: heavy_channels: expected >= 1, got 0"),
+        (lambda: DoubleSparsity(label_dtype="int2"), 'DoubleSparsity: label_dtype: expected "int4", "int8" or "model", got \'int2\''),
         (lambda: MagicPig(hyperplanes=16), "MagicPig: hyperplanes: expected 1..15, got 16"),
         (lambda: MagicPig(min_collisions=151), "MagicPig: min_collisions: expected 1..tables = 150, got 151"),
         (lambda: Tidal(token_budget=0), "Tidal: token_budget: expected >= 1, got 0"),

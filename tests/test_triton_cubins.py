@@ -121,6 +121,7 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     decode("page_mean", torch.float32, 256, 16, 32, group=1)
     decode("full", half, 64, 32, 32, query_tokens=2)
     decode("given", brain, 96, 64, 16, group=3)
+    decode("streaming", brain, 128, 16, 64)
     decode("dense", half, 256, 16, 64, group=1)
     decode("quest", half, 256, 32, 64, group=8, model_bounds=True)
     decode("shadow_prefix", torch.float32, 64, 16, 32, group=2)

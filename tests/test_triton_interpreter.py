@@ -149,7 +149,7 @@ def test_attend_sparse_lets_no_query_token_see_a_newer_broken_value(listed):
 
 
 @interpreted
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "given"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "streaming", "given"])
 def test_a_table_without_pages_keeps_nothing(selector):
     test_decode_attention.test_decode_attention_of_a_table_without_pages_keeps_nothing(STAGES, selector)
 
@@ -188,13 +188,13 @@ def test_prune_top_p_walks_rows_that_no_program_holds(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_integer_gives_the_result_of_exact_arithmetic(seed):
     for kind in test_extreme_integers.RANKINGS:
         test_extreme_integers.check_selection(STAGES, kind, seed)
     test_extreme_integers.check_pruner(STAGES, seed)
     test_extreme_integers.check_lists(STAGES, seed)
-    test_extreme_integers.check_decode(STAGES, ("dense", "full", "quest", "page_mean", "shadow_prefix")[seed], seed)
+    test_extreme_integers.check_decode(STAGES, ("dense", "full", "quest", "page_mean", "shadow_prefix", "streaming")[seed], seed)
 
 
 @interpreted
@@ -205,7 +205,7 @@ def test_append_kv_writes_nothing_at_positions_that_no_table_holds():
 
 @interpreted
 @every_shape
-@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "given"])
+@pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "streaming", "given"])
 def test_decode_attention_keeps_the_oracles_set_and_attends_to_it(shape, selector):
     x = make_inputs(shape, bounds_dtype="uint8")
     options = test_decode_attention.options_for(x, selector, token_budget=20, dense_below=16, sink_tokens=2, recent_tokens=3)

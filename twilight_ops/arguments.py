@@ -130,7 +130,7 @@ class Policy(NamedTuple):
     """What a decode step decides by.
 
     Args:
-        selector: "dense", "full", "quest", "page_mean", "shadow_prefix" or "given".
+        selector: "dense", "full", "quest", "page_mean", "shadow_prefix", "streaming" or "given".
         budget: of the selector.
         pruning: share of weight to keep.
         always: tokens that no decision leaves out.

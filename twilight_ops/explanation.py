@@ -53,8 +53,8 @@ def explain(
     bounds: PageBounds | None = None,
     candidates: Candidates = Candidates(),
     observe: Observation = Observation(),
-    device: str | torch.device | None = None,
     means: PageMeans | None = None,
+    device: str | torch.device | None = None,
 ) -> Explanation:
     """Which kernel serves a call of `decode_attention`, and why. Nothing is read but shapes, dtypes and settings, and nothing runs.
 

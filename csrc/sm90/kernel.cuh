@@ -16,6 +16,21 @@ namespace {
 template <int RP>
 constexpr int kMinBlocks = RP == 8 ? 1 : 2;
 
+// Makes the first tokens and the newest `wanted` in all candidates, of which no score is needed; returns this block's
+// run of slots.
+template <class C>
+__device__ Run list_window(const C& c, int wanted, View<uint2> candidates) {
+  const int even = blocks_of(c.cluster.size, wanted), first = c.cluster.rank * even;
+  const Run own = {first, min(max(wanted - first, 0), even)};
+#pragma unroll 1
+  for (int i = c.tid(); i < own.count; i += kThreads) {
+    const int slot = own.first + i, token = slot < c.p.sink_tokens ? slot : c.live - wanted + slot;
+    candidates[i] = make_uint2(c.page_row(token) + c.slot_in_page(token), token);
+  }
+  sync_block("window listed");
+  return own;
+}
+
 template <typename T, int D, int RP, Selector kSelector>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(const __grid_constant__ FusedParams p) {
   using C = Context<T, D, RP, kSelector>;
@@ -40,6 +55,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
   const int items = by_page ? blocks_of(c.page_size(), c.live) : c.live;
   const Share share = share_of(c, items, by_page);
   const int wanted = selects ? wanted_items(c, items) : items;
+  const bool lists_window = C::kByToken && p.selector == Selector::kStreaming;
 
   TileStream<C> stream{c, share, shared.streamed_tiles(), share.owned};
   if (dense) {
@@ -47,15 +63,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
   } else if (!C::kSelects) {
     list_pages(c, share.first >> p.log2_page_size, blocks_of(c.page_size(), share.owned), shared.candidates());
   }
-  load_queries(c, share, !dense, wanted < items, 8 * shadow.lead_words, fixed.queries, shared.pages());
+  load_queries(c, share, !dense, wanted < items && !lists_window, 8 * shadow.lead_words, fixed.queries, shared.pages());
   if (!dense) cluster.started();
   TWILIGHT_PHASE("query read");
 
   Run run = {share.first, share.owned};  // of slots
   if constexpr (C::kSelects) {
     if (selects) {
-      run =
-          choose_candidates(c, scorer_of(c, share, shadow, shared), wanted, items, shared.top_k(), shared.candidates());
+      run = lists_window ? list_window(c, wanted, shared.candidates())
+                         : choose_candidates(c, scorer_of(c, share, shadow, shared), wanted, items, shared.top_k(),
+                                             shared.candidates());
       TWILIGHT_PHASE("candidates dealt");
     }
   }

@@ -27,6 +27,7 @@ void run_selector(const FusedParams& p) {
     case Selector::kPageMean:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kPageMean>(p);
     case Selector::kShadowPrefix:
+    case Selector::kStreaming:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix>(p);
     default:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kFull>(p);

@@ -9,6 +9,7 @@ from ..ops._library import empty_lists
 from ..ops.decode_attention import outputs
 from . import select_pages, select_tokens
 from ._shadow_logits import shadow_logits
+from ._window import sinks_and_window
 from .attend_sparse import run_attend
 from .prune_top_p import thresholds, union
 
@@ -42,6 +43,10 @@ def decode_attention(
     elif policy.selector == "shadow_prefix":
         lists = empty_lists(q, batch, kv_heads, limits.token_capacity)
         select_tokens.propose(q, shadow, paging, limits, policy.budget.head_token_budget, sm_scale, *lists, dense_below, pad=False)
+        candidates = Candidates(*lists)
+    elif policy.selector == "streaming":
+        lists = _empty_lists(batch, kv_heads, limits.token_capacity, q)
+        sinks_and_window(paging, page_size, limits, policy.budget.head_token_budget, *lists)
         candidates = Candidates(*lists)
     elif policy.selector != "given":
         candidates = Candidates()

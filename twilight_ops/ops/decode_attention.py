@@ -8,7 +8,7 @@ from ._checks import Checker
 from ._library import Operator
 from .attend_sparse import outputs
 
-SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "given")
+SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "streaming", "given")
 
 
 def decode_attention(
@@ -26,10 +26,10 @@ def decode_attention(
     """One decode step of Select-then-Prune attention: `select_*`, `estimate_weights`, `prune_top_p` and `attend_sparse` in one call.
 
     `policy.selector` names the candidates: "dense" attends to everything exactly; "full" estimates every token; "quest" is
-    `select_pages` by bounds, "page_mean" by means; "shadow_prefix" is `select_tokens`; "given" takes `candidates` from any other
-    selector. With top_p = 1 and no head_top_p the candidates are attended to as they are. The tokens of `policy.always` are always
-    candidates and always kept: no call loses the newest token. "given" candidates are taken as they are, and of these tokens those that
-    are listed are kept.
+    `select_pages` by bounds, "page_mean" by means; "shadow_prefix" is `select_tokens`; "streaming" proposes the first `sink_tokens` and
+    the newest tokens up to the budget, and reads nothing for it; "given" takes `candidates` from any other selector. With top_p = 1 and
+    no head_top_p the candidates are attended to as they are. The tokens of `policy.always` are always candidates and always kept: no
+    call loses the newest token. "given" candidates are taken as they are, and of these tokens those that are listed are kept.
 
     Args:
         q: [B, T, Hq, D], T 1..8, fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous.

@@ -7,6 +7,7 @@ from .. import capacity
 from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
 from ..capacity import COUNTER_HEADER, HISTOGRAM_BINS, Limits, histogram_bin_start
 from ._paging import all_tokens, candidate_tokens
+from ._window import sinks_and_window
 from .attend_sparse import attend_sparse
 from .estimate_weights import estimate_weights
 from .prune_top_p import prune_top_p
@@ -39,6 +40,8 @@ def decode_attention(
         candidates = Candidates(*lists, page_size)
     elif selector == "shadow_prefix":
         candidates = Candidates(*select_tokens(q, shadow, paging, policy.budget, sm_scale, policy.always))
+    elif selector == "streaming":
+        candidates = Candidates(*sinks_and_window(seq_lens, kv_heads, limits, policy.budget.head_token_budget))
     elif selector != "given":
         candidates = Candidates()
 
