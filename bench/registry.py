@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, decode_step
+from twilight_ops import Full, PagedKVLayer, Quest, ShadowPrefix, TwilightConfig, decode_step
 from twilight_ops.evaluation.methods import Method as MeasuredMethod
 from twilight_ops.evaluation.methods import parse_method
 
@@ -213,13 +213,19 @@ def triton_stages() -> Callable:
     return kernels.stage("decode_attention")
 
 
+def decode_arguments(data: Workload, index: int, layer: PagedKVLayer) -> dict[str, object]:
+    """Of `decode_attention`, with the sinks and the newest tokens that the layer's configuration keeps."""
+    always = {"sink_tokens": layer.plan.sink_tokens, "recent_tokens": layer.plan.recent_tokens}
+    return call_arguments("decode_attention", data, index, layer, **always)
+
+
 def twilight_method(family: str, name: str, data: Workload, options: argparse.Namespace) -> Method:
     """The operator, or with family "stages" the Triton stages that serve it where no fused kernel does."""
     attend = triton_stages() if family == "stages" else operator("decode_attention")
     config = config_of(name, data, options)
     layers, sizes = data.layers(config), data.sizes
     plan = layers[0].plan
-    arguments = [call_arguments("decode_attention", data, i, layer) for i, layer in enumerate(layers)]
+    arguments = [decode_arguments(data, i, layer) for i, layer in enumerate(layers)]
     calls = [partial(attend, **a) for a in arguments]
     dense = takes_dense_path(data, config)
 
@@ -252,7 +258,7 @@ def light_chunks(data: Workload, index: int, arguments: dict) -> list[speed_of_l
     if arguments["selector"] == "dense":
         return speed_of_light.decode_chunks(arguments)
     sizes = data.sizes
-    chosen = {name: arguments[name] for name in ("token_budget", "budget_fraction")}
+    chosen = {name: arguments[name] for name in ("token_budget", "budget_fraction", "sink_tokens", "recent_tokens")}
     op = workload.SELECT_OPS[arguments["selector"]]
     candidates = operator(op)(**call_arguments(op, data, index, **chosen))
     max_tokens = data.paging.page_table.shape[1] * sizes.page_size
@@ -268,7 +274,7 @@ def light_chunks(data: Workload, index: int, arguments: dict) -> list[speed_of_l
 def light_method(name: str, data: Workload, options: argparse.Namespace) -> Method:
     """The reading kernel with the cluster size that serves it best."""
     layers = data.layers(config_of(name, data, options))
-    chunks = [light_chunks(data, i, call_arguments("decode_attention", data, i, layer)) for i, layer in enumerate(layers)]
+    chunks = [light_chunks(data, i, decode_arguments(data, i, layer)) for i, layer in enumerate(layers)]
     by_cluster: dict[int, float] = {}
     units = data.sizes.lists
     for size in (c for c in speed_of_light.CLUSTER_SIZES if c == 1 or units * c <= speed_of_light.MAX_BLOCKS):

@@ -258,7 +258,7 @@ class Workload:
 def call_arguments(op: str, data: Workload, index: int, layer: PagedKVLayer | None = None, **given: object) -> dict[str, object]:
     """Arguments by name of `torch.ops.twilight.<op>` on buffer set `index`: what its schema asks for, of the layer, its plan and `given`.
 
-    No sinks and no newest tokens but the step's own are asked for.
+    No sinks and no newest tokens but the step's own are asked for, unless they are given.
     """
     layer = data.cache.layers[index] if layer is None else layer
     policy = layer.policy

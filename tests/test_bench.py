@@ -175,6 +175,21 @@ def test_speed_of_light_reads_prefixes_and_tails_for_the_shadow_prefix(data, pre
     assert tails.nbytes == int(counts.sum()) * tails.size
 
 
+def test_speed_of_light_reads_prefixes_that_differ_between_heads(data):
+    arguments = configured(data, ShadowPrefix(token_budget=128, budget_fraction=0.0))
+    arguments["prefix_channels"] = torch.tensor([32, 128], dtype=torch.int32)
+    tokens = torch.arange(3, 1003, 11, dtype=torch.int32).expand(2, 2, -1).contiguous()
+    counts = torch.tensor([[91, 80], [17, 90]], dtype=torch.int32)
+    codes, _, tails, *_ = speed_of_light.decode_chunks(arguments, (tokens, counts), kept_of(arguments))
+    table = data.cache.page_table.long()
+    for unit in range(SMALL.lists):
+        b, h = divmod(unit, SMALL.num_kv_heads)
+        block = arguments["k_quant"][table[b], h]  # [M, S * D / 2]
+        assert torch.equal(chunk_bytes(codes)[unit].flatten(), block[:, : 16 * (32, 128)[h] // 2].flatten())
+        rows = block[:, 16 * 32 // 2 :].reshape(-1, 48)[tokens[b, h, : counts[b, h]].long()]  # multiples of 16 bytes
+        assert torch.equal(chunk_bytes(tails)[unit].flatten(), rows.flatten() if h == 0 else rows.flatten()[:0])
+
+
 def test_speed_of_light_reads_all_of_k_and_v_for_dense(data):
     arguments = configured(data, Quest())
     arguments["selector"] = "dense"

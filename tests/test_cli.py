@@ -227,6 +227,7 @@ REFUSED = {
     "json is a folder": ([*TINY, "--json", "/tmp"], "json: expected a file, got the folder /tmp"),
     "demo's json": (["demo", "--random-tiny", "--json", "/no/such/x"], "json: expected a file in a folder that exists"),
     "calibration's file": (["calibrate", "--random-tiny", "--text", __file__, "--out", "/no/such/x"], "out: expected a file in a folder"),
+    "no folder": (["eval", "--random-tiny"], "out: expected --out FOLDER, got none"),
     "eval's folder": (["eval", "--random-tiny", "--out", __file__], "out: expected a folder that can be written"),
     "one file twice": (
         [*TINY, "--json", "/tmp/x", "--budget-log", "/tmp/../tmp/x"],

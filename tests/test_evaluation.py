@@ -20,7 +20,7 @@ from comparisons import assert_close_to_oracle
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.cli import eval as command
 from twilight_ops.cli.models import ByteTokenizer, random_tiny
-from twilight_ops.evaluation import language, mass, methods, prefill, report, runner, tasks, texts
+from twilight_ops.evaluation import language, mass, methods, prefill, report, runner, smoke, tasks, texts
 from twilight_ops.evaluation.aggregation import AGGREGATIONS, ExactTopK
 from twilight_ops.evaluation.bytes_read import bytes_read
 from twilight_ops.evaluation.ceiling import ExactTopP
@@ -387,10 +387,10 @@ def test_a_run_writes_tables_and_resumes_after_an_interruption(tmp_path, monkeyp
     ]
     row = table[4]
     assert row["kl"] == pruned["kl"] and row["without"]["kl"] == cells[f"language/400/{quest} p=1"]["kl"]
-    assert 0 < row["mass_lowest"] <= row["mass_p1"] <= row["mass_mean"] <= 1 and row["mass_rows"] == 3 * 4 * 4
+    assert 0 < row["mass_lowest"] <= row["mass_p1"] <= row["mass_mean"] <= 1 and row["mass_rows"] == 4 * 4
     assert {"command", "commit", "machine", "versions", "documents", "tokens_a_document"} <= set(row)
     table = (whole / "table.md").read_text()
-    assert "400 tokens, teacher-forced prose" in table and "| full |" in table and "passkey, 400 tokens" in table
+    assert "400 tokens, teacher-forced" in table and "| full |" in table and "passkey, 400 tokens" in table
     assert result["options"]["seed"] == 0 and result["versions"]["torch"] == torch.__version__
     logs = sorted(path.name for path in (whole / "budget").iterdir())
     assert logs == ["400_full_p=0.9_0.jsonl", "400_quest_64_p=0.9_0.jsonl"]
@@ -499,6 +499,25 @@ def test_tasks_are_compared_with_dense_sample_by_sample():
         ("quest", "-", "0.9", "81.2%", "2 of 3"),
         ("full", "-", "0.9", "62.5%", "3 of 3"),
     ]
+
+
+def test_the_smoke_set_fails_when_a_default_is_worse_and_when_it_did_not_run():
+    def rows(**worse):
+        found = [{"setting": "dense", "task": "passkey", "score": 1.0}]
+        for setting, limits in smoke.LIMITS.items():
+            good = {name: getattr(limits, name) for name in ("kl", "worst_kl", "bytes_share", "mass_mean")}
+            found.append({"setting": setting, "task": "language"} | good | worse)
+            found.append({"setting": setting, "task": "passkey", "score": worse.get("score", 1.0)})
+        return found
+
+    # What runs is what has limits, and its defaults are among them.
+    assert list(smoke.LIMITS) == [methods.parse_method(text).setting for text in smoke.SETTINGS["methods"]]
+    assert methods.Method(TwilightConfig().selector, TwilightConfig().top_p).setting in smoke.LIMITS
+    assert smoke.failures(rows()) == []
+    for worse in ({"kl": 1.0}, {"worst_kl": 9.0}, {"bytes_share": 1.0}, {"mass_mean": 0.1}, {"kl": math.nan}):
+        assert len(smoke.failures(rows(**worse))) == len(smoke.LIMITS)
+    assert len(smoke.failures(rows(score=0.0))) == sum(limits.passkey > 0 for limits in smoke.LIMITS.values()) == 2
+    assert smoke.failures([]) == [f"{setting}: expected a result, got none" for setting in smoke.LIMITS]
 
 
 def test_options_that_change_cells_are_part_of_the_fingerprint():

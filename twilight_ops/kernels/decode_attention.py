@@ -45,7 +45,7 @@ def decode_attention(
         select_tokens.propose(q, shadow, paging, limits, policy.budget.head_token_budget, sm_scale, *lists, dense_below, pad=False)
         candidates = Candidates(*lists)
     elif policy.selector == "streaming":
-        lists = _empty_lists(batch, kv_heads, limits.token_capacity, q)
+        lists = empty_lists(q, batch, kv_heads, limits.token_capacity)
         sinks_and_window(paging, page_size, limits, policy.budget.head_token_budget, *lists)
         candidates = Candidates(*lists)
     elif policy.selector != "given":
