@@ -15,8 +15,8 @@ def select_pages(
     """Selects the pages whose bounds promise the largest attention weight, one ascending list a KV head.
 
     `score[page] = sum over the group's heads and query tokens of softmax over pages(sm_scale * sum_d max(q_d min_d, q_d max_d))`.
-    The best `ceil(budget / page_size)` pages are taken, ties to the lower page. Pages of the tokens of `always` are taken first. A
-    page whose score is NaN or +inf ranks above all others.
+    `ceil(budget / page_size)` pages are taken, chosen as `select_tokens` chooses tokens: pages of the tokens of `always` first, then
+    by bins of scores, of the last bin the lowest pages. A page whose score is NaN or +inf ranks above all others.
 
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
