@@ -1,4 +1,4 @@
-"""Triton kernels of twilight::select_pages: the bound on each page's logits, then the ranking."""
+"""Triton kernels of twilight::select_pages: the bound on each page's logits, then the choice."""
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from ._tiles import (
     live_length,
     physical_page,
     power_of_two,
+    rounded_to_level,
     scale_and_zero,
     softmax_finish,
     softmax_step,
@@ -122,7 +123,7 @@ def page_logits_kernel(
         if bounds_scale is not None:
             scale, zero = scale_and_zero(tl.broadcast_to(tl.load(bounds_scale + block)[:, None], [BLOCK, ROWS_PAD]))
             bound = bound * product_factor * scale + q_sum[None, :] * zero
-        logit = bound * up[None, :]
+        logit = rounded_to_level(bound * up[None, :])
         weighed = tl.where(live[:, None] & (logit < INF), logit, -INF)
         reference, peak, total = softmax_step(weighed, reference, peak, total, start == first)
         tl.store(out[None, :] + page[:, None], logit, mask=live[:, None] & in_rows[None, :])
