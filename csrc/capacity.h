@@ -21,6 +21,14 @@ constexpr int64_t kMaxTableTokens = int64_t{1} << 29;
 // What an int32 position can be: the limit where there is no page table.
 constexpr int64_t kMaxTokens = INT32_MAX;
 
+// A selection's logits are multiples of 2 ** (1 / kLogitLevels). Positive fp32 patterns without this many of their last
+// bits are bins: of candidate scores eight an octave, of weights 32.
+constexpr float kLogitLevels = 256.0f;
+constexpr int kScoreBinShift = 20, kWeightBinShift = 18;
+constexpr int kLowestScoreBin = ((127 - 96) << 3) - 1;  // of all scores below 2^-96
+// Estimated weights are added up as integers of this unit.
+constexpr float kMassUnit = 0x1p31f;
+
 // Token counts of one call, none beyond what its page table holds, so that no sum or product of them overflows. Made
 // once, where a call comes in.
 struct Limits {

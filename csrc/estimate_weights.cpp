@@ -14,7 +14,7 @@ void EstimateRow::start(const ShadowQuery& shadow_query, const Paging& paging, c
   query_ = &query;
   b_ = b;
   length_ = paging.length(b);
-  softmax_.prepare(query.rows, capacity, /*keep_logits=*/false, arena);
+  softmax_.prepare(query.rows, capacity, /*keep_logits=*/false, /*by_level=*/false, arena);
 }
 
 void EstimateRow::run(int phase, int64_t part) {

@@ -111,8 +111,6 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
   const int slots = by_page ? own_candidates * page_size : by_token ? own_candidates : own_tokens;
   at.evens_out = evens_out;
   at.slot_capacity = call.prunes ? round_up(slots, 4) : 0;
-  // Of 16,384 candidates about 1,700 weights a row are listed, by up to 32 warps and not evenly.
-  at.list_capacity = rows > 1 && call.candidate_tokens() > 8192 ? 4096 : 2048;
 
   // Streamed tiles: lines of global memory become whole lines here.
   int64_t end = round_up(fused_shared_bytes(head_dim, rows), 128);
@@ -121,11 +119,10 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
     end = start + bytes;
     return static_cast<int>(start);
   };
-  at.scratch_at = take(std::max(kScratchLists + at.list_capacity * 4, kWarps * rows * head_dim * 4));
+  at.scratch_at = take(std::max({kScoreBins, rows * kWeightBins, kWarps * rows * head_dim}) * 4);
   at.pages_at = take(by_page ? own_pages * 4 : by_token ? own_items / kTileTokens * 4 : 0);
   const bool lists_pages = call.selector == Selector::kFull;
   at.candidates_at = take((lists_pages ? own_tokens / page_size : own_candidates) * int64_t{8});
-  at.bitmap_at = take(std::max(blocks_of(32, own_items), kBoundaryList / 2) * 2 * 4);
   const int64_t score_stride = by_token ? blocks_of(2, rows) : rows;
   at.state_at = take(std::max(own_items * score_stride, at.slot_capacity * int64_t{rows}) * 4);
 

@@ -28,12 +28,13 @@ Selector selector_named(const Name& name) {
 // The kernel's measures that the plan needs.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxRows = 8;          // query rows of a KV head: the columns of one tensor-core product
-constexpr int kTileTokens = 16;      // rows of one tensor-core product
-constexpr int kBlockTokens = 128;    // a block's share of a sequence is a multiple of this
-constexpr int kBoundaryList = 256;   // keys that share the threshold's bin and are ranked one by one
-constexpr int kScratchLists = 8192;  // bytes before the lists in scratch: the histograms
+constexpr int kMaxRows = 8;        // query rows of a KV head: the columns of one tensor-core product
+constexpr int kTileTokens = 16;    // rows of one tensor-core product
+constexpr int kBlockTokens = 128;  // a block's share of a sequence is a multiple of this
 constexpr int kMaxClusterSize = 16;
+constexpr int kScoreBins = 1 << (31 - kScoreBinShift);
+// Bins of weights that have any mass, 2^-31 to 1, and some above.
+constexpr int kWeightBins = 1024, kLowestWeightBin = (127 - 31) << (23 - kWeightBinShift);
 constexpr int kStreamSlots = 3;  // tiles of keys or of values that a warp holds or has on their way
 
 constexpr int blocks_of(int size, int items) { return (items + size - 1) / size; }
@@ -47,8 +48,8 @@ constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; 
 
 // sizeof(FusedShared), the part of shared memory that depends on nothing else; the kernel asserts it.
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
-  if (head_dim == 64) return padded_rows == 1 ? 4064 : padded_rows == 4 ? 7152 : 11264;
-  return padded_rows == 1 ? 5088 : padded_rows == 4 ? 10480 : 17664;
+  if (head_dim == 64) return padded_rows == 1 ? 3136 : padded_rows == 4 ? 6192 : 10288;
+  return padded_rows == 1 ? 4160 : padded_rows == 4 ? 9520 : 16688;
 }
 
 struct DeviceLimits {
@@ -79,9 +80,8 @@ struct PlanRequest {
 
 // What lies where in a block's dynamic shared memory, behind FusedShared.
 struct SharedLayout {
-  int scratch_at, pages_at, candidates_at, bitmap_at, state_at;  // bytes
+  int scratch_at, pages_at, candidates_at, state_at;  // bytes
   int slot_capacity;
-  int list_capacity;  // weights a block lists for the rows it solves; a row with more is solved from all
   // Whether blocks hand each other even shares of the candidates, and of long lists of survivors.
   int evens_out;
 };

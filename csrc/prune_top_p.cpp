@@ -1,4 +1,4 @@
-// twilight::prune_top_p. Rows (sequence, KV head) in parallel: each query row finds its threshold, then the group's
+// twilight::prune_top_p. Rows (sequence, KV head) in parallel: each query row finds its lowest bin, then the group's
 // sets are united.
 #include "prune_top_p.h"
 
@@ -8,8 +8,7 @@
 namespace twilight {
 namespace {
 
-constexpr float kMassUnit = 0x1p40f;
-constexpr int64_t kSortLimit = 48;
+constexpr int kHighestBin = 0x3f800000 >> kWeightBinShift;  // of 1
 
 inline int64_t mass_of(float w) { return static_cast<int64_t>(w * kMassUnit); }
 
@@ -19,7 +18,13 @@ inline float as_float(uint32_t key) {
   return w;
 }
 
-// Sum of trunc(w * 2^40), in two exact 20-bit halves because vectors convert to 32-bit integers only.
+inline uint32_t bin_of(float w) {
+  uint32_t key;
+  std::memcpy(&key, &w, 4);
+  return key >> kWeightBinShift;
+}
+
+// Sum of trunc(w * 2^31), of the upper 20 bits and the lower 11 because vectors convert to signed 32-bit integers only.
 int64_t total_mass(const float* weights, int64_t n) {
   constexpr int64_t kFlush = 1024;  // additions before a 32-bit lane could overflow
   int64_t total = 0, i = 0;
@@ -30,9 +35,9 @@ int64_t total_mass(const float* weights, int64_t n) {
       const VecF scaled = load(weights + i) * 0x1p20f;
       const VecI whole = __builtin_convertvector(scaled, VecI);
       high += whole;
-      low += __builtin_convertvector((scaled - __builtin_convertvector(whole, VecF)) * 0x1p20f, VecI);
+      low += __builtin_convertvector((scaled - __builtin_convertvector(whole, VecF)) * 0x1p11f, VecI);
     }
-    for (int lane = 0; lane < kLanes; ++lane) total += (static_cast<int64_t>(high[lane]) << 20) + low[lane];
+    for (int lane = 0; lane < kLanes; ++lane) total += (static_cast<int64_t>(high[lane]) << 11) + low[lane];
   }
   for (; i < n; ++i) total += mass_of(weights[i]);
   return total;
@@ -48,47 +53,6 @@ int64_t collect(const float* weights, int64_t n, float cutoff, uint32_t* keys) {
   for (; i < n; ++i)
     if (weights[i] >= cutoff) std::memcpy(keys + count++, weights + i, 4);
   return count;
-}
-
-struct Reached {
-  float threshold;
-  int64_t mass;  // of all weights at or above it
-};
-
-// The largest key whose mass together with that of all larger ones is at least `need`; there is one.
-Reached reach(uint32_t* keys, int64_t n, int64_t need, Arena& arena) {
-  constexpr uint32_t kSmallest = 87u << 23;  // 2^-40: below it a weight has no mass
-  constexpr int kShifts[] = {19, 9, 0};
-  constexpr uint32_t kBins[] = {641, 1024, 512};
-  Arena::Scope scope(arena);
-  int64_t* bins = arena.take<int64_t>(1024);
-  int64_t above = 0;
-  for (int level = 0; n > kSortLimit && level < 3; ++level) {
-    const int shift = kShifts[level];
-    const uint32_t base = level == 0 ? kSmallest >> shift : (keys[0] >> shift) & ~(kBins[level] - 1);
-    std::fill(bins, bins + kBins[level], int64_t{0});
-    for (int64_t i = 0; i < n; ++i) bins[(keys[i] >> shift) - base] += mass_of(as_float(keys[i]));
-    int64_t bin = kBins[level] - 1;
-    while (above + bins[bin] < need) above += bins[bin--];
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      keys[kept] = keys[i];
-      kept += (keys[i] >> shift) - base == bin;
-    }
-    n = kept;
-  }
-  std::sort(keys, keys + std::min(n, kSortLimit), std::greater<uint32_t>());
-  // More than kSortLimit keys are left only where they are all the same.
-  const bool same = n > kSortLimit;
-  for (int64_t i = 0; i < n;) {
-    const uint32_t key = keys[same ? 0 : i];
-    int64_t equal = 1;
-    while (i + equal < n && (same || keys[i + equal] == key)) ++equal;
-    above += equal * mass_of(as_float(key));
-    if (above >= need) return {as_float(key), above};
-    i += equal;
-  }
-  return {0.0f, above};
 }
 
 }  // namespace
@@ -111,17 +75,20 @@ TopP top_p_row(const float* weights, int64_t n, double p, Arena& arena) {
   const int64_t total = total_mass(weights, n);
   if (total == 0) return {0.0f, 1.0f, true};
   const int64_t need = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(p * static_cast<double>(total))));
-  if (need > total) return {0.0f, 1.0f, false};
 
-  // Weights whose mass is at most (total - need) / n cannot be needed: all of them together leave `need` to the others.
-  const int64_t smallest = (total - need) / n + 1;
-  const float cutoff = std::nextafter(static_cast<float>(smallest) / kMassUnit, 0.0f);
+  // Weights of at most this mass can be left out even together: the cut is not below the bin of such a weight.
+  const int64_t spare = std::max<int64_t>((total - need) / n, 1);
+  const uint32_t lowest = bin_of(static_cast<float>(spare) / kMassUnit);
   Arena::Scope scope(arena);
   uint32_t* keys = arena.take<uint32_t>(n + kLanes);
-  const int64_t count = collect(weights, n, std::max(cutoff, 0x1p-40f), keys);
-  const Reached reached = reach(keys, count, need, arena);
-  const float mass = static_cast<float>(static_cast<double>(reached.mass) / static_cast<double>(total));
-  return {reached.threshold, mass, false};
+  const int64_t count = collect(weights, n, as_float(lowest << kWeightBinShift), keys);
+  int64_t* bins = arena.take<int64_t>(kHighestBin + 1 - lowest);
+  std::fill(bins, bins + kHighestBin + 1 - lowest, int64_t{0});
+  for (int64_t i = 0; i < count; ++i) bins[(keys[i] >> kWeightBinShift) - lowest] += mass_of(as_float(keys[i]));
+  int64_t bin = kHighestBin - lowest, reached = bins[bin];
+  while (reached < need) reached += bins[--bin];
+  const float mass = static_cast<float>(static_cast<double>(reached) / static_cast<double>(total));
+  return {as_float((lowest + bin) << kWeightBinShift), mass, false};
 }
 
 int64_t union_of_rows(const float* const* weights, const TopP* rows, int64_t num_rows, const int32_t* positions,

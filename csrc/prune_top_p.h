@@ -1,4 +1,4 @@
-// The smallest set of weights that reaches p, counted in integers; see prune_top_p.cpp.
+// The fewest bins of weights that reach p, counted in integers; see prune_top_p.cpp.
 #pragma once
 
 #include "capacity.h"

@@ -14,7 +14,7 @@ class SelectionRow {
     top_k_ = top_k;
     list_ = arena.take<int32_t>(top_k.count + kLanes);
     if (takes_all()) return;
-    softmax_.prepare(rows, top_k.items, keep_logits, arena);
+    softmax_.prepare(rows, top_k.items, keep_logits, /*by_level=*/true, arena);
     softmax_.set_items(top_k.items);
     scores_ = arena.take<float>(round_up(top_k.items, kLanes));
   }

@@ -1,6 +1,7 @@
 // Softmax over many items, cut into parts that threads may share; partial sums are added in the order of the parts.
 #pragma once
 
+#include "capacity.h"
 #include "dot.h"
 #include "parallel.h"
 
@@ -10,9 +11,11 @@ class SoftmaxRows {
  public:
   static constexpr int64_t kPartItems = 1024;
 
-  // With `keep_logits` the exponentials do not replace the logits.
-  void prepare(int64_t rows, int64_t capacity, bool keep_logits, Arena& arena) {
+  // With `keep_logits` the exponentials do not replace the logits; with `by_level` they are of logits rounded as a
+  // selection's are.
+  void prepare(int64_t rows, int64_t capacity, bool keep_logits, bool by_level, Arena& arena) {
     rows_ = rows;
+    by_level_ = by_level;
     const int64_t parts = ceil_div(capacity, kPartItems);
     // Not a multiple of 4096 bytes, or the same item of all rows would compete for one set of the cache.
     stride_ = parts * kPartItems + 80;
@@ -43,7 +46,7 @@ class SoftmaxRows {
       VecF peaks = splat(-kInf);
       VecI broken = {};
       for (int64_t i = range.begin; i < end; i += kLanes) {
-        const VecF x = load(l + i);
+        const VecF x = value(l + i);
         broken |= is_broken(x);
         peaks = max(peaks, x < kInf ? x : peaks);
       }
@@ -52,7 +55,7 @@ class SoftmaxRows {
       const VecF base = splat(peak == -kInf ? 0.0f : peak);
       VecF total = {};
       for (int64_t i = range.begin; i < end; i += kLanes) {
-        const VecF x = load(l + i);
+        const VecF x = value(l + i);
         VecF e = exp(x - base);
         if (any_broken) {
           const VecI out = is_broken(x);
@@ -92,7 +95,16 @@ class SoftmaxRows {
   }
 
  private:
+  VecF value(const float* logit) const {
+    const VecF x = load(logit);
+    if (!by_level_) return x;
+    constexpr float kLevel = 0.693147180559945309f / kLogitLevels;
+    const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    return (x * (1.0f / kLevel) + magic - magic) * kLevel;
+  }
+
   int64_t rows_ = 0, items_ = 0, stride_ = 0;
+  bool by_level_ = false;
   float *logits_, *values_, *peaks_, *totals_, *factors_;
   uint8_t* broken_;
 };

@@ -1,4 +1,5 @@
-// The ranking shared by select_pages and select_tokens: sum of softmaxes over the group, then the best items.
+// The ranking shared by select_pages and select_tokens: sum of softmaxes over the group, then a choice of items by
+// bins of their scores.
 #pragma once
 
 #include "capacity.h"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from inputs import DecodeInputs, mean_keys, shadow_keys
 from torch import Tensor
 
-from twilight_ops.capacity import HISTOGRAM_BINS
+from twilight_ops.capacity import HISTOGRAM_BINS, LOGIT_LEVELS
 
 # A kernel may be this many times worse than the straightforward PyTorch computation in the same dtype: both errors are maxima of a few
 # thousand roundings, and two correct orders of summation were seen to differ by 2.3.
@@ -101,24 +103,30 @@ def score_rounding(scores: Tensor, scores_fp32: Tensor) -> float:
     return 2 * float(error.max()) + torch.finfo(torch.float32).eps if error.numel() else 0.0
 
 
-def assert_best_chosen(scores: Tensor, scores_fp32: Tensor, chosen: Tensor) -> None:
-    """No rejected item [..., N] has a higher score than a chosen one, by more than rounding; NaN scores take no part."""
-    low = scores.masked_fill(~chosen, torch.inf).nan_to_num(torch.inf).amin(-1)
-    high = scores.masked_fill(chosen, -torch.inf).nan_to_num(-torch.inf).amax(-1)
-    assert (low >= high * (1 - score_rounding(scores, scores_fp32))).all(), "a rejected item scores higher than a chosen one"
+def score_bins(scores: Tensor) -> Tensor:
+    """Bins of scores, -1 where they are NaN: eight an octave, in the order of the scores."""
+    mantissa, exponent = scores.double().frexp()
+    bins = exponent * 8 + ((mantissa - 0.5) * 16).floor()
+    return torch.where(scores.isnan(), -1e9, bins.clamp(min=-96 * 8))
+
+
+def assert_best_bins_chosen(scores: Tensor, chosen: Tensor) -> None:
+    """Of all bins but the chosen items' lowest all items [..., N] are chosen, of that one the lowest positions; NaN take no part."""
+    bins, position = score_bins(scores), torch.arange(scores.shape[-1], device=scores.device)
+    cut = bins.masked_fill(~chosen, 1e9).amin(-1, keepdim=True)
+    last = position.where(chosen & (bins == cut), -1).amax(-1, keepdim=True)
+    assert torch.equal(chosen, (bins > cut) | ((bins == cut) & (position <= last)))
 
 
 def top_k_borderline(scores: Tensor, scores_fp32: Tensor, chosen: Tensor) -> Tensor:
-    """Items whose score lies within rounding of the cut: the lowest chosen and the highest rejected score of the row.
+    """How many items [...] rounding may move into, or out of, the bin in which the budget ends: each may change two of the chosen.
 
     scores [..., N] fp64, NaN where not live; chosen [..., N] booleans without the items that are always taken.
     """
     rounding = score_rounding(scores, scores_fp32)
-    low = scores.masked_fill(~chosen, torch.inf).nan_to_num(torch.inf).amin(-1, keepdim=True)
-    high = scores.masked_fill(chosen, -torch.inf).nan_to_num(-torch.inf).amax(-1, keepdim=True)
-    near_low = (scores - low).abs() <= rounding * low.abs()
-    near_high = (scores - high).abs() <= rounding * high.abs()
-    return (near_low | near_high) & ((low - high).abs() <= rounding * low.abs())
+    cut = score_bins(scores).masked_fill(~chosen, 1e9).amin(-1, keepdim=True)
+    low, high = score_bins(scores * (1 - rounding)), score_bins(scores * (1 + rounding))
+    return ((low != high) & (low <= cut) & (high >= cut) & ~scores.isnan()).sum(-1)
 
 
 def top_p_borderline(weights: Tensor, top_p: Tensor | float, num_kv_heads: int, rounding: float) -> Tensor:
@@ -188,14 +196,16 @@ def paged_rows(x: DecodeInputs, pages: Tensor) -> Tensor:
     return rows
 
 
-def group_sum_of_softmax(x: DecodeInputs, logits: Tensor, live: Tensor) -> Tensor:
+def group_sum_of_softmax(x: DecodeInputs, logits: Tensor, live: Tensor, rounded: bool = True) -> Tensor:
     """Score [B, Hkv, N] of the selectors: softmax over live items, summed over the group and the query tokens; NaN where not live."""
+    level = math.log(2) / LOGIT_LEVELS
+    logits = (logits / level).round() * level if rounded else logits
     weights = logits.masked_fill(~live[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
     scores = weights.unflatten(2, (x.num_kv_heads, x.group_size)).sum(dim=(1, 3))
     return scores.masked_fill(~live[:, None], torch.nan)
 
 
-def token_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
+def token_scores(x: DecodeInputs, dtype: torch.dtype, rounded: bool = True) -> Tensor:
     """Scores [B, Hkv, M * S] that select_tokens ranks, the obvious way: channels outside the prefix are zero."""
     rank = torch.empty_like(x.channel_order).scatter_(
         1, x.channel_order.long(), torch.arange(x.q.shape[-1]).int().to(x.q.device).expand_as(x.channel_order)
@@ -203,7 +213,7 @@ def token_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
     leading = rank < x.prefix_channels[:, None]  # [Hkv, D]
     keys = paged_rows(x, shadow_keys(x, dtype)) * leading
     live = torch.arange(x.max_tokens, device=x.q.device) < x.seq_lens[:, None]
-    return group_sum_of_softmax(x, plain_logits(x, keys, dtype), live)
+    return group_sum_of_softmax(x, plain_logits(x, keys, dtype), live, rounded)
 
 
 def _owned_pages(x: DecodeInputs, pages: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""twilight::prune_top_p: the smallest set whose mass reaches p, bit for bit the same everywhere."""
+"""twilight::prune_top_p: the fewest bins of weights whose mass reaches p, bit for bit the same everywhere."""
 
 import math
+import struct
 
 import pytest
 import torch
@@ -49,33 +50,38 @@ def softmax_rows(*size: int, seed: int = 0, spread: float = 3.7) -> torch.Tensor
     return (torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread).softmax(-1)
 
 
-def assert_smallest_set(weights: list[float], kept: list[bool], top_p: float) -> None:
-    """Exactly, in integers: the mass reaches p, and without its lightest weight class it does not; ties are kept together."""
+def bin_of(weight: float) -> int:
+    """Leading bits of the fp32 pattern: 32 bins an octave."""
+    return struct.unpack("<I", struct.pack("<f", weight))[0] >> 18
+
+
+def assert_whole_bins(weights: list[float], kept: list[bool], top_p: float) -> None:
+    """Exactly, in integers: whole bins from the highest down, whose mass reaches p, and does not without the lowest of them."""
     mass = [math.floor(w * WEIGHT_UNIT) for w in weights]
     need = max(1, math.ceil(top_p * sum(mass)))
     inside = [i for i, k in enumerate(kept) if k]
     assert sum(mass[i] for i in inside) >= need
-    lightest = min(weights[i] for i in inside)
-    assert sum(mass[i] for i in inside if weights[i] > lightest) < need
-    assert all(k == (w >= lightest) for w, k in zip(weights, kept, strict=True))
+    cut = min(bin_of(weights[i]) for i in inside)
+    assert sum(mass[i] for i in inside if bin_of(weights[i]) > cut) < need
+    assert all(k == (bin_of(w) >= cut) for w, k in zip(weights, kept, strict=True))
 
 
 # Weights as fp32 sees them: anything from a denormal to 1, with many equal ones.
 weight = st.one_of(
     st.floats(0.0, 1.0, width=32, allow_nan=False),
-    st.sampled_from([0.0, 2.0**-149, 2.0**-41, 2.0**-40, 1e-5, 0.25, 0.5, 1.0]),
+    st.sampled_from([0.0, 2.0**-149, 2.0**-32, 2.0**-31, 1e-5, 0.25, 0.5, 1.0]),
 )
 probability = st.one_of(st.floats(1e-3, 1.0, exclude_max=True), st.sampled_from([1e-3, 0.5, 0.85, 0.95, 1.0 - 2.0**-53]))
 
 
 @PROPERTY
 @given(weights=st.lists(weight, min_size=1, max_size=80), top_p=probability)
-def test_prune_top_p_keeps_the_smallest_set_that_reaches_p(backend, weights, top_p):
+def test_prune_top_p_keeps_the_fewest_bins_that_reach_p(backend, weights, top_p):
     kept, mass = prune(backend, row(weights), top_p)
     if sum(math.floor(w * WEIGHT_UNIT) for w in weights) == 0:
         assert kept.all() and mass.item() == 1.0
         return
-    assert_smallest_set(row(weights).flatten().tolist(), kept.flatten().tolist(), top_p)
+    assert_whole_bins(row(weights).flatten().tolist(), kept.flatten().tolist(), top_p)
     assert mass.item() >= top_p * (1 - 1e-6)
 
 
@@ -93,18 +99,18 @@ def test_prune_top_p_is_exact_wherever_the_maximum_sits(backend, size, peak, spr
     weights = logits.softmax(0)
     kept, _ = prune(backend, row(weights), top_p)
     assert kept[0, 0, peak % size]
-    assert_smallest_set(weights.tolist(), kept.flatten().tolist(), top_p)
+    assert_whole_bins(weights.tolist(), kept.flatten().tolist(), top_p)
 
 
 @PROPERTY
 @given(top_p=probability, distinct=st.integers(1, 6), seed=st.integers(0, 2**16))
-def test_prune_top_p_keeps_all_ties_at_the_threshold(backend, top_p, distinct, seed):
+def test_prune_top_p_keeps_equal_weights_together(backend, top_p, distinct, seed):
     rng = torch.Generator().manual_seed(seed)
     values = torch.rand(distinct, generator=rng)
     weights = values[torch.randint(0, distinct, (200,), generator=rng)]
     weights = weights / weights.sum()
     kept, _ = prune(backend, row(weights), top_p)
-    assert_smallest_set(weights.tolist(), kept.flatten().tolist(), top_p)
+    assert_whole_bins(weights.tolist(), kept.flatten().tolist(), top_p)
 
 
 @PROPERTY
@@ -148,9 +154,34 @@ def test_prune_top_p_is_exact_on_a_realistic_row_of_131072(backend):
     weights = softmax_rows(1, 1, 4, 131072)
     kept, mass = prune(backend, weights, 0.85)
     for head in range(4):
-        assert_smallest_set(weights[0, 0, head].tolist(), kept[0, head].tolist(), 0.85)
-    assert (mass >= 0.85).all() and (mass < 0.851).all()
+        assert_whole_bins(weights[0, 0, head].tolist(), kept[0, head].tolist(), 0.85)
+    assert (mass >= 0.85).all() and (mass < 0.855).all()
     assert 200 < kept.sum(-1).float().mean() < 2000, "a spread of 3.7 leaves a fraction of a percent"
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.85, 0.95, 0.99])
+@pytest.mark.parametrize("spread", [1.0, 2.0, 3.7])
+def test_prune_top_p_keeps_hardly_more_than_the_exact_nucleus(backend, spread, top_p):
+    """Of fp64 masses: never less than p, every token that the nucleus has, a few percent more tokens than it."""
+    weights = softmax_rows(1, 1, 16, 8192, spread=spread)
+    kept, mass = prune(backend, weights, top_p)
+    exact = weights[0, 0].double()
+    ordered = exact.sort(dim=-1, descending=True)
+    needed = (ordered.values.cumsum(-1) < top_p * exact.sum(-1, keepdim=True)).sum(-1) + 1
+    nucleus = torch.zeros(16, 8192, dtype=torch.bool).scatter(1, ordered.indices, torch.arange(8192) < needed[:, None])
+    kept = kept[0].cpu()
+    share = (exact * kept).sum(-1) / exact.sum(-1)
+    # Masses lose less than a unit a token.
+    assert (share >= top_p - 8192 / WEIGHT_UNIT).all() and (share - mass[0, 0].cpu()).abs().max() <= 8192 / WEIGHT_UNIT
+    assert (kept | ~nucleus).all()
+    assert kept.sum() <= 1.03 * needed.sum()
+
+
+def test_prune_top_p_keeps_more_for_a_larger_p(backend):
+    weights = softmax_rows(1, 1, 4, 1000, spread=2.0)
+    levels = [0.05 * i for i in range(1, 20)] + [0.99, 0.999, 0.9999, 1.0]
+    sets = [prune(backend, weights, p)[0] for p in levels]
+    assert all((more | ~fewer).all() for fewer, more in zip(sets, sets[1:], strict=False))
 
 
 def test_prune_top_p_counts_weights_above_one_as_one_and_negative_ones_as_nothing(backend):
@@ -280,7 +311,7 @@ def test_prune_top_p_takes_any_number_of_slots(backend):
     for slots in (1, 2, 15, 16, 17, 63, 1000):
         weights = softmax_rows(1, 1, 2, slots, seed=slots)
         kept, _ = prune(backend, weights, 0.7)
-        assert_smallest_set(weights[0, 0, 0].tolist(), kept[0, 0].tolist(), 0.7)
+        assert_whole_bins(weights[0, 0, 0].tolist(), kept[0, 0].tolist(), 0.7)
 
 
 def test_prune_top_p_serves_shapes_with_no_slots(backend):

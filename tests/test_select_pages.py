@@ -60,7 +60,7 @@ def test_select_pages_takes_two_newest_pages_when_the_query_tokens_straddle_them
     assert member[0, 0].tolist() == [False, True, True, False]
 
 
-def test_select_pages_breaks_ties_towards_the_lower_page(backend, ranking):
+def test_select_pages_takes_the_lowest_of_pages_with_equal_scores(backend, ranking):
     x = make_inputs(SMALL, device=backend.device)
     x.page_bounds.fill_(1.0)
     x.page_means.fill_(0x55)

@@ -44,12 +44,29 @@ def test_select_tokens_gives_forced_tokens_a_place_beyond_the_budget(backend):
     assert (member.sum(-1) == 16).all()
 
 
-def test_select_tokens_breaks_ties_towards_the_lower_position(backend):
+def test_select_tokens_takes_the_lowest_positions_of_equal_scores(backend):
     x = make_inputs(SMALL, device=backend.device)
     x.k_quant.fill_(0x77)
     x.k_scale.fill_(1.0)
     member = RANKING.check_against_oracle(backend, x, exact=True, token_budget=33)
     assert member[0, :, :32].all() and member[0, :, 299].all() and (member[0].sum(-1) == 33).all()
+
+
+def test_select_tokens_takes_hardly_other_tokens_than_the_best(backend):
+    """Of fp64 scores, without rounding or bins: as many as asked for, and nearly all of the mass that the best have."""
+    x = make_inputs(Shape((4000,), 8, 2, 128, 16, 1, torch.float32), device=backend.device)
+    member = listed_set(*backend.select_tokens(**x.arguments("select_tokens", token_budget=500)), x.max_tokens)
+    scores = token_scores(x, torch.float64, rounded=False)[0].nan_to_num(0.0)
+    scores[:, 3999] = 1e9  # the newest token
+    best = scores.topk(500, dim=-1)
+    assert (member[0].sum(-1) == 500).all()
+    others = member[0] ^ torch.zeros_like(member[0]).scatter(1, best.indices, True)
+    assert (others.sum(-1) <= 0.1 * 500).all()
+    # They score within a bin, and a rounding, of the worst of the best.
+    ratio = (scores / best.values[:, -1:])[others]
+    assert (ratio <= 1.126).all() and (ratio >= 1 / 1.126).all()
+    scores[:, 3999] = 0.0
+    assert ((scores * member[0]).sum(-1) >= 0.998 * best.values[:, 1:].sum(-1)).all()
 
 
 def test_select_tokens_follows_one_budget_a_head_clamped_to_the_capacity(backend):

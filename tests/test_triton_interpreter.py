@@ -108,20 +108,17 @@ def test_select_pages_takes_what_the_oracle_takes(shape, bounds_dtype):
 
 @interpreted
 @every_shape
-@pytest.mark.parametrize("margin", [None, 0.0, 4.0], ids=["resident", "tight bound", "loose bound"])
-def test_select_tokens_takes_what_the_oracle_takes(shape, margin, monkeypatch):
-    if margin is not None:
-        # Several chunks a row; some bounds leave too few keys or more than there is room for, and the whole row is ranked.
-        for name, value in {"RESIDENT": 0, "BOUND": 16, "FILTER": 32, "LIST": 32}.items():
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "histogram"])
+def test_select_tokens_takes_what_the_oracle_takes(shape, resident, monkeypatch):
+    if not resident:
+        # Several blocks a row.
+        for name, value in {"RESIDENT": 0, "COUNT": 16, "LIST": 32}.items():
             monkeypatch.setattr(_rank, name, Launch(value, 1, 1, "small enough for these rows"))
-        monkeypatch.setattr(_rank, "SAMPLE_RUN", 4)
-        monkeypatch.setattr(_rank, "SAMPLE_MARGIN", margin)
-        monkeypatch.setattr(_rank, "_list_room", lambda num_items, capacity: 32)
     x = make_inputs(shape)
     ranking = Ranking("select_tokens", token_scores, False)
     ranking.check_against_oracle(STAGES, x, token_budget=20)
     ranking.check_against_oracle(STAGES, x, token_budget=7, budget_fraction=0.3, sink_tokens=3, recent_tokens=5)
-    # Equal scores everywhere: ties go to the lower positions.
+    # Equal scores everywhere: the lowest positions.
     x.k_quant.fill_(0x55)
     x.k_scale.fill_(1.0)
     ranking.check_against_oracle(STAGES, x, exact=True, token_budget=20)
@@ -183,7 +180,6 @@ def test_prune_top_p_walks_rows_that_no_program_holds(monkeypatch):
     for name in ("RESIDENT", "SHORT", "LOOPED"):
         monkeypatch.setattr(pruner, name, Launch(32, 1, 1, "several tiles a row"))
     monkeypatch.setattr(pruner, "BISECT", Launch(32, 1, 1, "several tiles a list"))
-    monkeypatch.setattr(pruner, "BISECT_SHORT", 32)
     check_pruner(make_inputs(FEW), PRUNER[3])
 
 

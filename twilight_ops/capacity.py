@@ -11,8 +11,14 @@ from .arguments import Always, Budget
 MAX_TABLE_TOKENS = 2**29
 # What an int32 position can be: the limit where there is no page table.
 MAX_TOKENS = 2**31 - 1
+# Logits of a selection are multiples of 2 ** (1 / LOGIT_LEVELS), so that 16 bits hold one and every backend has the same.
+LOGIT_LEVELS = 256
+# Positive fp32 patterns without this many of their last bits are bins: of candidate scores eight an octave, of weights 32.
+SCORE_BIN_SHIFT = 20
+LOWEST_SCORE_BIN = ((127 - 96) << 3) - 1  # of all scores below 2**-96, where exponentials of several rows begin to underflow
+WEIGHT_BIN_SHIFT = 18
 # Estimated weights are added up as integers of this unit, so that every backend gets the same sums in any order.
-WEIGHT_UNIT = 2**40
+WEIGHT_UNIT = 2**31
 
 
 class Limits(NamedTuple):

@@ -114,7 +114,7 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         ("reason", ctypes.c_char * 160),
         *[(name, ctypes.c_int) for name in ("selector", "prunes", "capacity", "cluster_size", "grid", "shared_bytes")],
-        ("offsets", ctypes.c_int * 7),
+        ("offsets", ctypes.c_int * 5),
         ("evens_out", ctypes.c_int),
     ]
 

@@ -165,13 +165,10 @@ __device__ __forceinline__ void list_pages(const C& c, int begin, int count, Vie
   }
 }
 
-// All that lies before the lists in scratch, whichever of the histograms comes next.
-template <class C>
-__device__ __forceinline__ void clear_histograms(const C& c, View<uint32_t> histogram) {
-  constexpr int kVectors = kScratchLists / sizeof(uint4);
+template <int kBins, class C>
+__device__ __forceinline__ void clear_histogram(const C& c, View<uint32_t> histogram) {
+  constexpr int kVectors = kBins / 4;
   static_assert(kVectors % kThreads == 0, "whole vectors of every thread");
-  static_assert(kScoreBins * 4 <= kScratchLists && kMassBins * 8 <= kScratchLists && kRowBins * 8 <= kScratchLists,
-                "every histogram");
 #pragma unroll
   for (int i = 0; i < kVectors; i += kThreads) histogram.as<uint4>()[i + c.tid()] = make_uint4(0, 0, 0, 0);
 }

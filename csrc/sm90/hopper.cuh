@@ -103,14 +103,21 @@ __device__ __forceinline__ uint32_t cluster_address(const void* p, int peer) {
 
 template <typename V>
 __device__ __forceinline__ V cluster_read(const V* p, int peer) {
-  static_assert(sizeof(V) == 4 || sizeof(V) == 8, "one or two words");
-  uint32_t words[2] = {};
-  if (sizeof(V) == 4) {
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(words[0]) : "r"(cluster_address(p, peer)) : "memory");
-  } else {
+  constexpr int kWords = sizeof(V) / 4;
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4, "one, two or four words");
+  uint32_t words[4] = {};
+  const uint32_t address = cluster_address(p, peer);
+  if (kWords == 1) {
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+  } else if (kWords == 2) {
     asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
                  : "=r"(words[0]), "=r"(words[1])
-                 : "r"(cluster_address(p, peer))
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
                  : "memory");
   }
   V out;
@@ -131,19 +138,6 @@ __device__ __forceinline__ void cluster_write(V* p, int peer, V value) {
                  : "memory");
   }
 }
-
-// Words of another block's shared memory.
-template <typename V>
-struct ClusterArray {
-  static_assert(sizeof(V) == 4, "one word");
-  uint32_t address;
-  __device__ __forceinline__ ClusterArray(V* p, int peer) : address(cluster_address(p, peer)) {}
-  __device__ __forceinline__ void write(int i, V value) const {
-    uint32_t word;
-    memcpy(&word, &value, 4);
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address + 4 * i), "r"(word) : "memory");
-  }
-};
 
 // Starts to copy 16 bytes to shared memory, or fills in zeros.
 __device__ __forceinline__ void start_copy(void* to, const void* from, bool there) {

@@ -1,4 +1,4 @@
-// One launch a layer: candidate scores, exact top-k, 4-bit estimate, exact top-p, attention on the survivors, merge.
+// One launch a layer: candidate scores, their choice, 4-bit estimates, top-p, attention on the survivors, merge.
 //
 // Grid: a cluster of C blocks a (sequence, KV head). Each block owns an even share of the sequence while scoring. Of
 // the candidates while estimating and of the survivors while attending it owns an even share too, handed over through

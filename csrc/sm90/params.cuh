@@ -7,11 +7,8 @@
 
 namespace twilight {
 
-constexpr int kScoreBins = 2048;      // of candidate scores
-constexpr int kMassBins = 1024;       // of estimated weights, where a row is solved from all of them
-constexpr int kRowBins = 1024;        // of the weights listed for the rows that a block solves, which divide them
 constexpr int kUnsharedSlots = 1024;  // a block with so few slots attends to its own survivors: evening out costs more
-constexpr int kMaxParts = kMaxClusterSize * kWarps;  // listing warps of a cluster
+constexpr int kMaxParts = kMaxClusterSize * kWarps;  // counting warps of a cluster
 
 // What the kernel is told that no plan needs.
 struct FusedTensors {

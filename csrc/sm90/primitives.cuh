@@ -1,5 +1,4 @@
-// Building blocks of the fused Hopper kernels: tensor-core products, cluster barriers, scans and order-preserving
-// histograms.
+// Building blocks of the fused Hopper kernels: tensor-core products, cluster barriers and scans.
 #pragma once
 
 #ifdef __CUDACC__
@@ -159,15 +158,13 @@ __device__ __forceinline__ V warp_inclusive_scan(V v) {
   return v;
 }
 
-// Exclusive prefix sum over the block; `scratch` has kWarps entries, and is free again behind it. Every thread must
-// call it.
-template <typename V>
-__device__ __forceinline__ V block_exclusive_scan(V v, unsigned long long* scratch, V& total) {
-  V* totals = reinterpret_cast<V*>(scratch);
-  const V inclusive = warp_inclusive_scan(v);
+// Exclusive prefix sum over the block; `totals` has kWarps entries, and is free again behind it. Every thread must call
+// it.
+__device__ __forceinline__ uint32_t block_exclusive_scan(uint32_t v, uint32_t* totals, uint32_t& total) {
+  const uint32_t inclusive = warp_inclusive_scan(v);
   if ((threadIdx.x & 31) == 31) totals[threadIdx.x >> 5] = inclusive;
   sync_block("warps' totals written");
-  V before = 0;
+  uint32_t before = 0;
   total = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
@@ -177,25 +174,5 @@ __device__ __forceinline__ V block_exclusive_scan(V v, unsigned long long* scrat
   sync_block("warps' totals read");
   return before + inclusive - v;
 }
-
-constexpr uint32_t kInfinityKey = 0x7f800000u;
-constexpr uint32_t kForcedKey = 0x7fffffffu;  // above every score
-
-// Order-preserving bins over the bits of a non-negative float: one an octave below 2^(kLow - 127), 32 an octave above.
-// The last bin holds infinity and forced items; finite keys must end below it.
-template <int kLow, int kLastBin>
-struct FloatBins {
-  __device__ static __forceinline__ int of(uint32_t bits) {
-    const uint32_t low = static_cast<uint32_t>(kLow) << 23;
-    if (bits < low) return static_cast<int>(bits >> 23);
-    return min(kLow + static_cast<int>((bits - low) >> 18), kLastBin);
-  }
-  __device__ static __forceinline__ uint32_t first_key(int bin) {
-    if (bin == kLastBin) return kInfinityKey;
-    if (bin <= kLow) return static_cast<uint32_t>(bin) << 23;
-    return (static_cast<uint32_t>(kLow) << 23) + (static_cast<uint32_t>(bin - kLow) << 18);
-  }
-  __device__ static __forceinline__ int log2_width(int bin) { return bin < kLow || bin == kLastBin ? 23 : 18; }
-};
 
 }  // namespace twilight

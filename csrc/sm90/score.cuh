@@ -7,18 +7,18 @@
 namespace twilight {
 namespace {
 
-// What a block keeps of its items: base-2 logits of every row, and, once the norms of all rows are known, a sortable
-// key in the place of the first.
+// What a block keeps of its items: base-2 logits of every row, rounded to levels, and, once the norms of all rows are
+// known, the bin of the item's score in the place of the first.
 template <class C>
 struct Scores {
   static constexpr int RP = C::RP;
-  // Tokens scored by several rows keep each row's logit in 16 bits until the rows' softmax norms are known. That
-  // settles which items are chosen but for a narrow band around the boundary, whose scores are computed again.
+  // Tokens scored by several rows keep each row's level in 16 bits until the rows' softmax norms are known.
   static constexpr bool kLevels = !C::kByPage && RP > 1;
   static constexpr int kStride = kLevels ? RP / 2 : RP;
-  static constexpr float kLevelsPerUnit = 256.0f;
-  static constexpr uint32_t kLevelBits = 0x4b400000u;  // 1.5 * 2^23, to which levels of 16 bits are added
+  static constexpr float kLevelZero = 12582912.0f;  // 1.5 * 2^23: a float to which levels are added as integers
+  static constexpr uint32_t kLevelBits = 0x4b400000u;
   static constexpr float kLowestLevel = -128.0f;
+  static constexpr uint32_t kForcedBin = kScoreBins - 1;  // above every score's
 
   const C& c;
   const Share share;
@@ -35,14 +35,19 @@ struct Scores {
     return make_int2(begin - share.first, end - share.first);
   }
 
-  __device__ __forceinline__ uint32_t rank_key(float score, int item, int2 competing) const {
-    const uint32_t key = min(__float_as_uint(score), kInfinityKey);  // NaNs too
-    const uint32_t distance = item - competing.x, span = max(competing.y - competing.x, 0);
-    return distance < span ? key : kForcedKey;
+  __device__ static __forceinline__ float rounded(float logit) {
+    return (fmaf(logit, kLogitLevels, kLevelZero) - kLevelZero) * (1.0f / kLogitLevels);
   }
 
-  // Sortable score of one owned item: the sum over the rows of its softmax. It replaces the first of the item's logits.
-  __device__ __forceinline__ uint32_t score_key(int item, int2 competing, const float (&lowered)[RP]) const {
+  __device__ __forceinline__ uint32_t bin_of(float score, int item, int2 competing) const {
+    const uint32_t bits = min(__float_as_uint(score), 0x7f800000u);  // NaNs too
+    const uint32_t bin = max(bits >> kScoreBinShift, static_cast<uint32_t>(kLowestScoreBin));
+    const uint32_t distance = item - competing.x, span = max(competing.y - competing.x, 0);
+    return distance < span ? bin : kForcedBin;
+  }
+
+  // Of one owned item; its score is the sum over the rows of its softmax.
+  __device__ __forceinline__ uint32_t make_bin(int item, int2 competing, const float (&norms)[RP]) const {
     float score = 0.0f;
     if (kLevels) {
       const uint32_t* words = levels() + item * kStride;
@@ -53,17 +58,18 @@ struct Scores {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const float level = __uint_as_float(__byte_perm(pair[r / 2], kLevelBits, r & 1 ? 0x7632 : 0x7610));
-          score += exp2_fast(fmaf(level, 1.0f / kLevelsPerUnit, lowered[2 * i + r]));
+          score +=
+              exp2_fast(fmaf(level, 1.0f / kLogitLevels, kLowestLevel - kLevelZero / kLogitLevels) - norms[2 * i + r]);
         }
       }
     } else {
 #pragma unroll
-      for (int r = 0; r < RP; ++r) score += exp2_fast(logits[item * RP + r] + lowered[r]);
+      for (int r = 0; r < RP; ++r) score += exp2_fast(logits[item * RP + r] - norms[r]);
     }
-    return rank_key(score, item, competing);
+    return bin_of(score, item, competing);
   }
 
-  __device__ __forceinline__ uint32_t& stored_key(int item) const { return levels()[item * kStride]; }
+  __device__ __forceinline__ uint32_t& stored_bin(int item) const { return levels()[item * kStride]; }
 };
 
 // Scores of this block's tokens.
@@ -149,7 +155,8 @@ struct TokenScorer {
   __device__ __forceinline__ void keep_logits(const float (&acc)[kSums][4], const uint32_t (&packed)[RP][kScales],
                                               int base, const float (&gain)[2], const float (&zero_gain)[2],
                                               float (&z)[2], uint32_t& outside) const {
-    constexpr float kLevelOffset = 12582912.0f + (kReference - Scores<C>::kLowestLevel) * Scores<C>::kLevelsPerUnit;
+    constexpr float kOffset =
+        Scores<C>::kLevelZero + (kLevels ? (kReference - Scores<C>::kLowestLevel) * kLogitLevels : 0.0f);
     const int first_token = base + tile_of(0, 0) * kTileTokens + c.g;
     uint32_t* level_words = scores.levels() + first_token * Scores<C>::kStride + c.row_of_column(0) / 2;
 #pragma unroll
@@ -161,16 +168,16 @@ struct TokenScorer {
         for (int k = 0; k < 2; ++k) {
           const int token = base + tile_of(st, k) * kTileTokens + c.g + 8 * half;
           const float2 scale = scale_and_zero(packed[st][RP == 1 ? 2 * k + half : half]);
-          const float zero = kLevels ? fmaf(scale.y, zero_gain[k], -kReference) : scale.y * zero_gain[k];
-          const float logit = fmaf(acc[st][2 * half + k], scale.x * gain[k], zero);
-          float x = kLevels ? logit : logit - kReference;
+          float x = fmaf(acc[st][2 * half + k], scale.x * gain[k], fmaf(scale.y, zero_gain[k], -kReference));
           if (!kWhole && token >= share.owned) x = Scores<C>::kLowestLevel - kReference;
+          const float shifted = fmaf(x, kLogitLevels, kOffset);
+          x = fmaf(shifted, 1.0f / kLogitLevels, -kOffset / kLogitLevels);
           z[k] += exp2_fast(x);
           if (kLevels) {
-            level[k] = __float_as_uint(fmaf(x, Scores<C>::kLevelsPerUnit, kLevelOffset));
+            level[k] = __float_as_uint(shifted);
             outside |= level[k] ^ Scores<C>::kLevelBits;
           } else if (kWhole || token < share.owned) {
-            scores.logits[token] = logit;
+            scores.logits[token] = x + kReference;
           }
         }
         const int behind = st * C::kCopies * kTileTokens + 8 * half;  // the first token
@@ -241,8 +248,8 @@ struct TokenScorer {
     publish_sums(c, sum, sums);
   }
 
-  // The same for several rows in two passes over the leading codes: their sums, then the tokens' keys.
-  __device__ void score_twice(bool makes_keys) const {
+  // The same for several rows in two passes over the leading codes: their sums, then the tokens' bins.
+  __device__ void score_twice(bool makes_bins) const {
     SoftmaxSum sum[2];
     float gain[2], zero_gain[2], norm[2];
 #pragma unroll
@@ -271,51 +278,20 @@ struct TokenScorer {
           float logit[2];
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            logit[k] = fmaf(acc[st][2 * half + k], scale.x * gain[k], scale.y * zero_gain[k]);
+            logit[k] = Scores<C>::rounded(fmaf(acc[st][2 * half + k], scale.x * gain[k], scale.y * zero_gain[k]));
             const float value[1] = {finite_or_masked(logit[k], token < share.owned)};
-            if (!makes_keys) sum[k].add(value);
+            if (!makes_bins) sum[k].add(value);
           }
-          if (!makes_keys) continue;
+          if (!makes_bins) continue;
           float score = exp2_fast(logit[0] - norm[0]) + exp2_fast(logit[1] - norm[1]);
 #pragma unroll
           for (int mask = 1; mask < RP / 2; mask <<= 1) score += __shfl_xor_sync(~0u, score, mask);
           if (c.row_of_column(0) == 0 && token < share.owned)
-            scores.stored_key(token) = scores.rank_key(score, token, competing);
+            scores.stored_bin(token) = scores.bin_of(score, token, competing);
         }
       }
     }
-    if (!makes_keys) publish_sums(c, sum, sums);
-  }
-
-  // Score of one owned token, from its codes; four threads share it.
-  __device__ float exact_score(int token) const {
-    const uint32_t row = row_of(token), lead = shadow.lead_word(row);
-    const uint32_t packed = shadow.load_scale(row);
-    float acc[RP] = {};
-#pragma unroll 1
-    for (int w = c.t; w < shadow.lead_words; w += 4) {
-      const uint32_t codes = shadow.load_codes(lead + w);
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        // As mma_codes4 sees a code: odd ones 16-fold, which their queries make up for.
-        const float code = static_cast<float>(codes >> (4 * n - (n & 1) * 4) & (n & 1 ? 0xf0u : 0xfu)) * 0x1p-24f;
-#pragma unroll
-        for (int r = 0; r < RP; ++r) {
-          const __half* query = reinterpret_cast<const __half*>(&q.codes[w][r]);
-          acc[r] = fmaf(code, __half2float(query[(n & 3) * 2 + n / 4]), acc[r]);
-        }
-      }
-    }
-    const float2 scale = scale_and_zero(packed);
-    float score = 0.0f;
-#pragma unroll
-    for (int r = 0; r < RP; ++r) {
-      acc[r] += __shfl_xor_sync(~0u, acc[r], 1);
-      acc[r] += __shfl_xor_sync(~0u, acc[r], 2);
-      const float logit = fmaf(acc[r], scale.x * q.gain[r], scale.y * q.prefix_sum[r]);
-      score += exp2_fast(logit - scores.norm[r]);
-    }
-    return score;
+    if (!makes_bins) publish_sums(c, sum, sums);
   }
 };
 
@@ -503,7 +479,7 @@ struct PageScorer {
           const float own = second ? other_pages : first_pages, others = second ? first_pages : other_pages;
           const float product = own + __shfl_xor_sync(~0u, others, RP == 8 ? 4 : 6);
           const bool valid = item < share.owned && mine && (2 * c.t + k) % (RP == 8 ? 8 : 4) < RP;
-          const float logit = fmaf(scale.x, product * gain[k], scale.y * zero_gain[k]);
+          const float logit = Scores<C>::rounded(fmaf(scale.x, product * gain[k], scale.y * zero_gain[k]));
           value[k][i] = finite_or_masked(logit, valid);
           if (valid) scores.logits[item * RP + c.row_of_column(k)] = logit;
         }

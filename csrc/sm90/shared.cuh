@@ -5,19 +5,16 @@
 // -----------+---------------------------+-------------------------+--------------------------+----------------------
 // queries    | query rows, operands      | load_queries            | every stage              | the end
 // sums       | softmax sums of blocks    | publish_row_sum *       | read_norms, write_output | 2 cluster barriers on
-// scratch    | histogram of scores       | TopK::count_keys        | find_bin *               | "boundary listed"
-//            | boundary keys             | TopK::mark_items        | settle_boundary *        | "candidates dealt"
-//            | bins; lists of weights    | list_weights *          | Thresholds               | "thresholds sent"
+// scratch    | histogram of scores       | TopK::count_scores      | find_cut *               | "candidates dealt"
+//            | masses by bins of weights | count_weights           | solve_rows *             | "thresholds sent"
 //            | tiles of keys and values  | TileStream              | their warp               | "tiles read"
 //            | output rows of warps      | attend                  | attend                   | "partial rows sent"
 //            | factors of blocks         | write_output            | write_output             | the end
 // pages      | pages, tiles of the share | load_queries            | score, TopK              | "candidates dealt"
 // candidates | (row, position) of units  | TopK *, list_pages      | prune                    | "survivors listed"
 //            |                           |                         | attend *, write_kept *   | "kept rows written"
-// bitmap     | marked items              | TopK::mark_items        | deal_candidates          | "candidates dealt"
-//            | last weights of rows      | Thresholds              | Thresholds               | "thresholds sent"
-// state      | item logits, then keys    | score, TopK::count_keys | TopK                     | "candidates dealt"
-//            | logits of candidates      | Estimator               | Thresholds *             | "thresholds sent"
+// state      | item logits, then bins    | score, count_scores     | TopK                     | "candidates dealt"
+//            | logits of candidates      | Estimator               | Thresholds               | "thresholds sent"
 //            |                           |                         | list_survivors           | "survivors listed"
 //            | slots of survivors        | list_survivors          | attend *, write_kept *   | "kept rows written"
 //
@@ -52,34 +49,19 @@ struct Sums {
 
 template <int RP>
 struct TopKState {
-  uint2 above_inside[kMaxClusterSize];  // of every block
-  uint32_t group_counts[64];            // this block's histogram by groups of 32 bins; read by the cluster
+  uint32_t group_counts[64];  // this block's histogram by groups of 32 bins; read by the cluster
   uint32_t group_total[64];
   float norm[RP];
-  uint32_t own_above, own_inside;  // items above the boundary and inside it
-  uint32_t local_boundary;
-  int bin, in_bin, need;
-  uint32_t boundary_key, ties_needed;
-  uint32_t rank_greater[kMaxClusterSize], rank_equal[kMaxClusterSize];
-  int rank_ties[kMaxClusterSize];
-  int rank_first[kMaxClusterSize + 1];  // candidates before each block
-  int rank_offset[kMaxClusterSize + 1];
+  int bin, need;               // where the wanted items end, and how many of that bin are wanted
+  int above[kMaxClusterSize];  // items of every block above the bin
+  int in_bin[kMaxClusterSize];
 };
 
 template <int RP>
 struct ThresholdState {
-  // What every listing warp of the cluster found for the rows solved here.
-  unsigned long long part_mass[kMaxParts];
-  int part_size[kMaxParts];
-  // Of a row that is solved from all estimates.
-  unsigned long long mass_above, mass_captured;
-  uint32_t mass_key, listed;
-  int bin;
-  int published_slots;  // read by the cluster
+  unsigned long long part_mass[kMaxParts];  // what every counting warp of the cluster has of the rows solved here
   float norm[RP];
   float threshold[RP], captured[RP];
-  uint32_t found_size[RP];
-  bool from_all[RP];  // rows whose lists do not settle them
 };
 
 struct SurvivorState {
@@ -98,7 +80,7 @@ template <int D, int RP>
 struct FusedShared {
   Queries<D, RP> queries;
   OutputState<D, RP> output;
-  unsigned long long scan_totals[kWarps];  // of block_exclusive_scan, which leaves it free
+  uint32_t scan_totals[kWarps];  // of block_exclusive_scan, which leaves it free
   Sums<RP> sums;
   TopKState<RP> top_k;
   ThresholdState<RP> thresholds;
@@ -121,20 +103,15 @@ struct View {
 template <int RP>
 struct TopKStorage {
   TopKState<RP>& state;
-  unsigned long long* const scan_totals;
-  const View<uint32_t> histogram;      // [kScoreBins]
-  const View<uint32_t> boundary_keys;  // [2][kBoundaryList]: this block's, read by the cluster; the whole cluster's
-  const View<uint2> marks;             // bitmaps of items: above the boundary, inside it
+  uint32_t* const scan_totals;
+  const View<uint32_t> histogram;  // [kScoreBins]
 };
 
 // What the thresholds are found in.
 template <int RP>
 struct ThresholdStorage {
   ThresholdState<RP>& state;
-  unsigned long long* const scan_totals;
-  const View<uint32_t> bins;          // [kRowBins][2]
-  const View<float> lists;            // [list_capacity] weights
-  const View<uint32_t> last_weights;  // [RP][32], or [kBoundaryList]
+  const View<uint32_t> bins;  // [RP][kWeightBins] masses
 };
 
 // Views of a block's shared memory.
@@ -149,18 +126,16 @@ struct Storage {
   __device__ __forceinline__ View<uint32_t> pages() const { return {p.pages_at}; }
   // (first row, first position) of pages or tokens.
   __device__ __forceinline__ View<uint2> candidates() const { return {p.candidates_at}; }
-  // [items][Scores::kStride] base-2 logits, then keys.
+  // [items][Scores::kStride] base-2 logits, then bins.
   __device__ __forceinline__ View<float> scores() const { return {p.state_at}; }
   __device__ __forceinline__ View<float> estimates() const { return {p.state_at}; }  // [RP][slot_capacity] logits
   __device__ __forceinline__ View<int> survivors() const { return {p.state_at}; }    // slots
   __device__ __forceinline__ View<T> streamed_tiles() const { return {p.scratch_at}; }
   __device__ __forceinline__ View<float> warp_rows() const { return {p.scratch_at}; }  // [kWarps][RP][D]
   __device__ __forceinline__ TopKStorage<RP> top_k() const {
-    return {fixed().top_k, fixed().scan_totals, {p.scratch_at}, {p.scratch_at, kScratchLists}, {p.bitmap_at}};
+    return {fixed().top_k, fixed().scan_totals, {p.scratch_at}};
   }
-  __device__ __forceinline__ ThresholdStorage<RP> thresholds() const {
-    return {fixed().thresholds, fixed().scan_totals, {p.scratch_at}, {p.scratch_at, kScratchLists}, {p.bitmap_at}};
-  }
+  __device__ __forceinline__ ThresholdStorage<RP> thresholds() const { return {fixed().thresholds, {p.scratch_at}}; }
 };
 
 }  // namespace twilight

@@ -130,7 +130,6 @@ struct Block {
   Index index;
   int rank;
   Barrier barrier;
-  int any[2] = {};
 };
 
 struct Warp {
@@ -152,7 +151,7 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   Warp* warp;
   int index, lane;
-  unsigned collectives = 0, block_votes = 0;
+  unsigned collectives = 0;
   bool done = false;
   const Barrier* waits_for = nullptr;
   unsigned waits_generation = 0;
@@ -328,16 +327,6 @@ EMULATOR_OWN inline void run_cluster(Index first_block, int blocks, int threads,
 #define blockIdx (emulated::block_index())
 #define dynamic_shared (emulated::block().shared)
 
-inline int __syncthreads_or(int predicate) {
-  emulated::Block& block = emulated::block();
-  int& any = block.any[emulated::self().block_votes++ % 2];
-  __atomic_fetch_or(&any, predicate != 0, __ATOMIC_RELAXED);
-  emulated::arrive_and_wait(block.barrier, "__syncthreads_or");
-  const int result = __atomic_load_n(&any, __ATOMIC_RELAXED);
-  emulated::arrive_and_wait(block.barrier, "__syncthreads_or, read");
-  __atomic_store_n(&any, 0, __ATOMIC_RELAXED);
-  return result;
-}
 inline void __syncwarp() { emulated::exchange("__syncwarp", 0u); }
 inline uint32_t __ballot_sync(uint32_t, bool predicate) {
   const auto& slots = emulated::exchange("__ballot_sync", static_cast<uint32_t>(predicate));
@@ -345,7 +334,6 @@ inline uint32_t __ballot_sync(uint32_t, bool predicate) {
   for (int lane = 0; lane < 32; ++lane) bits |= slots[lane][0] << lane;
   return bits;
 }
-inline bool __all_sync(uint32_t, bool predicate) { return __ballot_sync(~0u, predicate) == ~0u; }
 template <typename V>
 inline V __shfl_sync(uint32_t, V value, int lane) {
   return emulated::take_from("__shfl_sync", value, lane & 31);
@@ -363,16 +351,6 @@ inline V __shfl_up_sync(uint32_t, V value, int step) {
 template <typename V, typename A>
 inline V atomicAdd(V* p, A amount) {
   return __atomic_fetch_add(p, static_cast<V>(amount), __ATOMIC_RELAXED);
-}
-inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
-  uint32_t before = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (before < value && !__atomic_compare_exchange_n(p, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return before;
-}
-template <typename V>
-inline V atomicExch(V* p, V value) {
-  return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
 }
 template <typename V>
 inline V __ldg(const V* p) {
@@ -469,14 +447,6 @@ template <typename V>
 inline void cluster_write(V* p, int peer, V value) {
   memcpy(cluster_place(p, peer), &value, sizeof(V));
 }
-
-template <typename V>
-struct ClusterArray {
-  V* p;
-  int peer;
-  ClusterArray(V* p, int peer) : p(p), peer(peer) {}
-  void write(int i, V value) const { cluster_write(p + i, peer, value); }
-};
 
 inline void await_earlier_kernels() {
   emulated::order_with_kernel();

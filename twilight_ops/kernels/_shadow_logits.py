@@ -17,6 +17,7 @@ from ._tiles import (
     live_length,
     nibble_order,
     power_of_two,
+    rounded_to_level,
     row_word,
     scale_and_zero,
     slot_tokens,
@@ -226,6 +227,7 @@ def _range_logits(
 
         seen = word != DEAD
         if PREFIX:
+            logit = rounded_to_level(logit)
             # NaN and +inf stay out of the sum; the ranking puts them first.
             weighed = tl.where(seen & (logit < INF), logit, -INF)
         else:

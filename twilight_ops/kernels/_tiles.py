@@ -1,7 +1,11 @@
 """Device functions shared by the Triton kernels: where a slot's token lives, what its codes are, what it weighs."""
 
+import math
+
 import triton
 import triton.language as tl
+
+from .. import capacity
 
 # The interpreter has no inline assembly; it takes the portable line of `unpack_codes`.
 NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -10,6 +14,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 # A visible logit of -inf is stored as this, so that -inf alone can mean "not visible".
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+LEVEL = tl.constexpr(math.log(2) / capacity.LOGIT_LEVELS)
 
 # Two NaN with all bits set, which no rounding produces.
 DEAD = tl.constexpr(-1)
@@ -82,6 +88,12 @@ def row_word(at, live):
 def scale_and_zero(word):
     """The two bf16 of a word."""
     return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_to_level(logit):
+    """A selection's logits are multiples of LEVEL; adding 1.5 * 2**23 rounds to an integer."""
+    return ((logit * (1.0 / LEVEL) + 12582912.0) - 12582912.0) * LEVEL
 
 
 @triton.jit

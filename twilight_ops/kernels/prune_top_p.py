@@ -1,6 +1,4 @@
-"""Triton kernels of twilight::prune_top_p: an exact threshold a query head, then the union over the group as an ascending list."""
-
-import math
+"""Triton kernels of twilight::prune_top_p: the bins that a query head keeps, then the union over the group as an ascending list."""
 
 import torch
 import triton
@@ -8,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Always, Budget, Candidates, Observation, Pruning
-from ..capacity import MAX_TOKENS, WEIGHT_UNIT, Limits
+from ..capacity import MAX_TOKENS, WEIGHT_BIN_SHIFT, WEIGHT_UNIT, Limits
 from ..ops.prune_top_p import outputs
 from ._counters import count_row, mean_mass
 from ._launch import Launch, next_power_of_2, query_rows
@@ -17,15 +15,16 @@ from ._tiles import INF, estimated_weight, in_order, listed_slots, slot_tokens, 
 RESIDENT = Launch(4096, 8, 1, "H200, B64: 43 us for 4096 slots; 8192 in 128 registers took 124, and a looped row 72 for every 8192", 64)
 SHORT = Launch(2048, 4, 1, "16 weights a thread")
 LOOPED = Launch(4096, 8, 1, "longer rows are read twice, for their sum and for the survivors; the second time from L2")
-# Survivors of the cut are a few hundred to two thousand of 8192.
-BISECT = Launch(2048, 4, 1, "16 weights a thread; a probe is one pass over registers and one sum over the threads")
-BISECT_SHORT = 512
+BISECT = Launch(1024, 4, 1, "8 weights a thread; the cut leaves a few hundred to two thousand of 8192, and a probe finds them in L1")
 UNION = Launch(2048, 8, 1, "8 slots a thread and a scan; one program a KV head")
 
-HALF_UNIT = tl.constexpr(float(math.isqrt(WEIGHT_UNIT)))  # twice
-HALF_BITS = tl.constexpr(20)
+UNIT_MASS = tl.constexpr(1.0 / WEIGHT_UNIT)
+HIGH_UNIT = tl.constexpr(2.0**20)
+LOW_UNIT = tl.constexpr(WEIGHT_UNIT / 2.0**20)
+LOW_BITS = tl.constexpr((WEIGHT_UNIT >> 20).bit_length() - 1)
+SHIFT = tl.constexpr(WEIGHT_BIN_SHIFT)
 # No weight counts as more than 1.
-HIGHEST_KEY = tl.constexpr((127 << 23) + 1)
+BEYOND = tl.constexpr((127 << (23 - WEIGHT_BIN_SHIFT)) + 1)
 
 
 @triton.jit
@@ -85,17 +84,17 @@ def _row_flags(weight, nan, top, QUERY_TOKENS: tl.constexpr, FROM_LOGITS: tl.con
 
 @triton.jit
 def _mass_words(weight):
-    """The high and low 20 bits of trunc(weight * 2**40), both exact in fp32."""
-    scaled = tl.maximum(weight, 0.0) * HALF_UNIT
+    """The high 20 and the low bits of trunc(weight * WEIGHT_UNIT), both exact in fp32."""
+    scaled = tl.maximum(weight, 0.0) * HIGH_UNIT
     high = scaled.to(tl.int32)
-    low = ((scaled - high.to(tl.float32)) * HALF_UNIT).to(tl.int32)
+    low = ((scaled - high.to(tl.float32)) * LOW_UNIT).to(tl.int32)
     return high, low
 
 
 @triton.jit
 def _thread_mass(high, low):
     """Each row's sum of a `_by_thread` tile of masses: a thread's own words stay far below 2**31."""
-    return (tl.sum(high, 1).to(tl.int64) << HALF_BITS) + tl.sum(low, 1).to(tl.int64)
+    return (tl.sum(high, 1).to(tl.int64) << LOW_BITS) + tl.sum(low, 1).to(tl.int64)
 
 
 @triton.jit
@@ -118,22 +117,20 @@ def _needed(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total):
 
 
 @triton.jit
-def _needed_and_cut(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots):
-    """Whether all is kept, the mass needed, and the least weight of a survivor: all lighter ones may be left out even together."""
+def _needed_and_lowest(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots):
+    """Whether all is kept, the mass needed, and the lowest bin of a survivor: all lighter ones may be left out even together."""
     p, need = _needed(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total)
     keep_all = (flags >= 2) | (p >= 1.0) | (total == 0)
-    # Weights of at most this mass are left out; the least fp32 of more mass is the next integer's, rounded up.
-    cut = tl.maximum(total - need, 0) // tl.maximum(slots, 1) + 1
-    exact = cut.to(tl.float64) / (HALF_UNIT * HALF_UNIT)
-    least = exact.to(tl.float32)
-    bits = least.to(tl.int32, bitcast=True) + tl.where(least.to(tl.float64) < exact, 1, 0)
-    return keep_all, need, tl.where(keep_all, HIGHEST_KEY, bits)
+    # Weights of at most this mass are left out, but not those in the bin of one.
+    spare = tl.maximum((total - need) // tl.maximum(slots, 1), 1)
+    lowest = (spare.to(tl.float32) * UNIT_MASS).to(tl.int32, bitcast=True) >> SHIFT
+    return keep_all, need, tl.where(keep_all, BEYOND, lowest)
 
 
 @triton.jit
-def _list_survivors(survivors, places, slot, weight, cut, base):
-    """Appends weights whose bits are at least `cut`, with their slots, in any order; returns how many there are now."""
-    taken = weight.to(tl.int32, bitcast=True) >= cut
+def _list_survivors(survivors, places, slot, weight, lowest, base):
+    """Appends weights of at least bin `lowest`, with their slots, in any order; returns how many there are now."""
+    taken = weight.to(tl.int32, bitcast=True) >> SHIFT >= lowest
     flag = taken.to(tl.int32)
     own = tl.sum(flag, 1)
     at = (base + tl.cumsum(own, 0) - own)[:, None] + tl.cumsum(flag, 1) - flag
@@ -183,9 +180,9 @@ def _survivors_tile(
     high, low = _mass_words(weight)
     total = _mass_sum(high, low)
     flags = _row_flags(weight, nan, softmax[0], QUERY_TOKENS, FROM_LOGITS)
-    keep_all, need, cut = _needed_and_cut(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots)
+    keep_all, need, lowest = _needed_and_lowest(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots)
     _store_marks(keep + base, weight, slot, slots, keep_all)
-    return total, flags, keep_all, need, cut, _list_survivors(survivors + base, places + base, slot, weight, cut, 0)
+    return total, flags, keep_all, need, lowest, _list_survivors(survivors + base, places + base, slot, weight, lowest, 0)
 
 
 @triton.jit
@@ -227,7 +224,7 @@ def _survivors_looped(
         masses += _thread_mass(high, low)
         flags |= _row_flags(weight, nan, softmax[0], QUERY_TOKENS, FROM_LOGITS)
     total = tl.sum(masses, 0)
-    keep_all, need, cut = _needed_and_cut(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots)
+    keep_all, need, lowest = _needed_and_lowest(top_p, head_top_p, batch, query_head, stride_pb, stride_ph, total, flags, slots)
     count = tl.zeros([], tl.int32)
     for start in range(0, slots, TILE):
         slot = start + _by_thread(TILE, THREADS)
@@ -235,8 +232,8 @@ def _survivors_looped(
             weights, indices, row, out_row, slot, slots, length, capacity, softmax, QUERY_TOKENS, UNIT, LISTED, FROM_LOGITS
         )
         _store_marks(keep + base, weight, slot, slots, keep_all)
-        count = _list_survivors(survivors + base, places + base, slot, weight, cut, count)
-    return total, flags, keep_all, need, cut, count
+        count = _list_survivors(survivors + base, places + base, slot, weight, lowest, count)
+    return total, flags, keep_all, need, lowest, count
 
 
 @triton.jit
@@ -251,7 +248,7 @@ def survivors_kernel(
     survivors,  # [B, T, Hq, capacity] fp32
     places,  # [B, T, Hq, capacity] int32
     masses,  # [B * T * Hq, 2] int64: needed, total
-    cuts,  # [B * T * Hq, 2] int32: survivors, bits of the least weight that may be one
+    cuts,  # [B * T * Hq, 2] int32: survivors, lowest bin of one
     keep,  # [B, T, Hq, capacity] uint8
     mass,  # [B, T, Hq]
     top_p: tl.float64,
@@ -273,7 +270,7 @@ def survivors_kernel(
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Grid (B * T * Hq): one program sums one query head's mass and lists the weights that its threshold can be among.
+    """Grid (B * T * Hq): one program sums one query head's mass and lists the weights that it may keep.
 
     What weighs so little that all of its like together could be left out is left out at once. Rows that keep everything are done here.
     """
@@ -308,93 +305,35 @@ def survivors_kernel(
         stride_ph,
     )
     if slots <= TILE_SMALL:
-        total, flags, keep_all, need, cut, count = _survivors_tile(
+        total, flags, keep_all, need, lowest, count = _survivors_tile(
             *arguments, QUERY_TOKENS, UNIT, LISTED, peaks is not None, TILE_SMALL, THREADS
         )
     elif BLOCK == 0 or slots <= TILE_LARGE:
-        total, flags, keep_all, need, cut, count = _survivors_tile(
+        total, flags, keep_all, need, lowest, count = _survivors_tile(
             *arguments, QUERY_TOKENS, UNIT, LISTED, peaks is not None, TILE_LARGE, THREADS
         )
     else:
-        total, flags, keep_all, need, cut, count = _survivors_looped(
+        total, flags, keep_all, need, lowest, count = _survivors_looped(
             *arguments, QUERY_TOKENS, UNIT, LISTED, peaks is not None, BLOCK, THREADS
         )
     tl.store(masses + out_row * 2, need)
     tl.store(masses + out_row * 2 + 1, total)
     tl.store(cuts + out_row * 2, count)
-    tl.store(cuts + out_row * 2 + 1, cut)
+    tl.store(cuts + out_row * 2 + 1, lowest)
     if keep_all:
         tl.store(mass + out_row, tl.where(flags > 0, 1.0, 0.0))
 
 
 @triton.jit
-def _single(at_low, at_high, low):
-    """Whether one weight at most lies in low..high: two would have at least twice the mass of `low`."""
-    one = low.to(tl.float32, bitcast=True).to(tl.float64) * (HALF_UNIT * HALF_UNIT)
-    return at_low - at_high < 2 * one.to(tl.int64)
-
-
-@triton.jit
-def _bisect_tile(survivors, places, keep, count, need, cut, TILE: tl.constexpr, THREADS: tl.constexpr):
-    """Marks the heaviest survivors that reach the mass needed, and returns their mass: all survivors in registers."""
-    entry = _by_thread(TILE, THREADS)
-    weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
-    key = weight.to(tl.int32, bitcast=True)
-    high, low = _mass_words(weight)
-    bottom = cut
-    ceiling = tl.full([], HIGHEST_KEY, tl.int32)
-    at_bottom = _mass_sum(high, low)
-    at_ceiling = tl.zeros([], tl.int64)
-    # The mass at or above `bottom` reaches what is needed, that at or above `ceiling` does not.
-    while (ceiling - bottom > 1) and not _single(at_bottom, at_ceiling, bottom):
-        middle = bottom + (ceiling - bottom) // 2
-        above = key >= middle
-        reached = _mass_sum(tl.where(above, high, 0), tl.where(above, low, 0))
-        if reached >= need:
-            bottom = middle
-            at_bottom = reached
-        else:
-            ceiling = middle
-            at_ceiling = reached
-    kept = (key >= bottom) & (entry < count)
-    tl.store(keep + tl.load(places + entry, mask=kept, other=0), 1, mask=kept)
-    return at_bottom
-
-
-@triton.jit
-def _probe_list(survivors, count, key, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """Mass of the survivors whose float bits are at least `key`."""
+def _probe(survivors, count, bin, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """Mass of the survivors of at least this bin."""
     reached = tl.zeros([], tl.int64)
     for start in range(0, count, BLOCK):
         entry = start + _by_thread(BLOCK, THREADS)
         weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
-        high, low = _mass_words(tl.where(weight.to(tl.int32, bitcast=True) >= key, weight, 0.0))
+        high, low = _mass_words(tl.where(weight.to(tl.int32, bitcast=True) >> SHIFT >= bin, weight, 0.0))
         reached += _mass_sum(high, low)
     return reached
-
-
-@triton.jit
-def _bisect_list(survivors, places, keep, count, need, cut, BLOCK: tl.constexpr, THREADS: tl.constexpr):
-    """`_bisect_tile` for any number of survivors, read again for each probe."""
-    bottom = cut
-    ceiling = tl.full([], HIGHEST_KEY, tl.int32)
-    at_bottom = _probe_list(survivors, count, bottom, BLOCK, THREADS)
-    at_ceiling = tl.zeros([], tl.int64)
-    while (ceiling - bottom > 1) and not _single(at_bottom, at_ceiling, bottom):
-        middle = bottom + (ceiling - bottom) // 2
-        reached = _probe_list(survivors, count, middle, BLOCK, THREADS)
-        if reached >= need:
-            bottom = middle
-            at_bottom = reached
-        else:
-            ceiling = middle
-            at_ceiling = reached
-    for start in range(0, count, BLOCK):
-        entry = start + _by_thread(BLOCK, THREADS)
-        weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
-        kept = (weight.to(tl.int32, bitcast=True) >= bottom) & (entry < count)
-        tl.store(keep + tl.load(places + entry, mask=kept, other=0), 1, mask=kept)
-    return at_bottom
 
 
 @triton.jit
@@ -410,29 +349,41 @@ def threshold_kernel(
     max_tokens,
     capacity,
     dense_below,
-    SMALL: tl.constexpr,
-    LARGE: tl.constexpr,
+    BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Grid (B * T * Hq): one program finds one query head's threshold by bisection on the float bits, and marks what it keeps."""
+    """Grid (B * T * Hq): one program finds the lowest bin that one query head keeps, by bisection, and marks what it keeps."""
     out_row = tl.program_id(0)
     length = tl.minimum(tl.maximum(tl.load(seq_lens + out_row // rows_a_sequence), 0), max_tokens)
     if length <= dense_below:
         return
     count = tl.load(cuts + out_row * 2)
     # A row without survivors keeps everything, and is done.
-    if count > 0:
-        cut = tl.load(cuts + out_row * 2 + 1)
-        need = tl.load(masses + out_row * 2)
-        base = out_row.to(tl.int64) * capacity
-        if count <= SMALL:
-            kept = _bisect_tile(survivors + base, places + base, keep + base, count, need, cut, SMALL, THREADS)
-        elif count <= LARGE:
-            kept = _bisect_tile(survivors + base, places + base, keep + base, count, need, cut, LARGE, THREADS)
+    if count == 0:
+        return
+    cut = tl.load(cuts + out_row * 2 + 1)
+    need = tl.load(masses + out_row * 2)
+    survivors += out_row.to(tl.int64) * capacity
+    places += out_row.to(tl.int64) * capacity
+    keep += out_row.to(tl.int64) * capacity
+    beyond = tl.full([], BEYOND, tl.int32)
+    at_cut = _probe(survivors, count, cut, BLOCK, THREADS)
+    # The mass from bin `cut` on reaches what is needed, that from `beyond` on does not.
+    while beyond - cut > 1:
+        middle = (cut + beyond) // 2
+        reached = _probe(survivors, count, middle, BLOCK, THREADS)
+        if reached >= need:
+            cut = middle
+            at_cut = reached
         else:
-            kept = _bisect_list(survivors + base, places + base, keep + base, count, need, cut, LARGE, THREADS)
-        total = tl.load(masses + out_row * 2 + 1)
-        tl.store(mass + out_row, (kept.to(tl.float64) / total.to(tl.float64)).to(tl.float32))
+            beyond = middle
+    for start in range(0, count, BLOCK):
+        entry = start + _by_thread(BLOCK, THREADS)
+        weight = tl.load(survivors + entry, mask=entry < count, other=0.0)
+        kept = (weight.to(tl.int32, bitcast=True) >> SHIFT >= cut) & (entry < count)
+        tl.store(keep + tl.load(places + entry, mask=kept, other=0), 1, mask=kept)
+    total = tl.load(masses + out_row * 2 + 1)
+    tl.store(mass + out_row, (at_cut.to(tl.float64) / total.to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
@@ -578,7 +529,6 @@ def thresholds(
         THREADS=32 * launch.num_warps,
         **launch.options,
     )
-    bisect_large = min(BISECT.block, padded)
     threshold_kernel[(rows,)](
         seq_lens,
         survivors,
@@ -591,8 +541,7 @@ def thresholds(
         max_tokens,
         capacity,
         dense_below,
-        SMALL=min(BISECT_SHORT, bisect_large),
-        LARGE=bisect_large,
+        BLOCK=BISECT.block,
         THREADS=32 * BISECT.num_warps,
         **BISECT.options,
     )

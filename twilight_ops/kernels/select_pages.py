@@ -1,4 +1,4 @@
-"""Triton kernels of twilight::select_pages: the bound on each page's logits, or its mean key's logits, then the ranking."""
+"""Triton kernels of twilight::select_pages: the bound on each page's logits, or its mean key's logits, then the choice."""
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from ._tiles import (
     nibble_order,
     physical_page,
     power_of_two,
+    rounded_to_level,
     scale_and_zero,
     softmax_finish,
     softmax_step,
@@ -144,7 +145,7 @@ def page_logits_kernel(
         if rows_scale is not None:
             scale, zero = scale_and_zero(tl.broadcast_to(tl.load(rows_scale + block)[:, None], [BLOCK, ROWS_PAD]))
             dot = dot * product_factor * scale + q_sum[None, :] * zero
-        logit = dot * up[None, :]
+        logit = rounded_to_level(dot * up[None, :])
         weighed = tl.where(live[:, None] & (logit < INF), logit, -INF)
         reference, peak, total = softmax_step(weighed, reference, peak, total, start == first)
         tl.store(out[None, :] + page[:, None], logit, mask=live[:, None] & in_rows[None, :])

@@ -1,4 +1,4 @@
-"""Triton kernels of twilight::select_tokens: prefix logits of every token, then the ranking."""
+"""Triton kernels of twilight::select_tokens: prefix logits of every token, then the choice."""
 
 import torch
 from torch import Tensor

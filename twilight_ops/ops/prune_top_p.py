@@ -1,4 +1,4 @@
-"""twilight::prune_top_p: the smallest set of candidates whose estimated weight reaches p."""
+"""twilight::prune_top_p: the candidates of most estimated weight that reach p together."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,14 @@ from ._library import Operator, empty_lists
 def prune_top_p(
     weights: Tensor, seq_lens: Tensor, candidates: Candidates, num_kv_heads: int, pruning: Pruning, always: Always = Always()
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keeps, per query head, the smallest set of tokens with mass >= p, then the union over each KV head's group.
+    """Keeps, per query head, the smallest number of whole bins of weights with mass >= p, then the union over each KV head's group.
 
-    Mass is counted in integers, `mass(w) = trunc(w * 2**40)`, so that every backend adds up the same number in any order:
-    `need = max(1, ceil(p * sum mass))` in float64; the threshold is the largest weight t with `sum of mass(w), w >= t` reaching
-    `need`; every token with `w >= t` is kept, ties included. p = 1 keeps every live candidate. So does a row with a NaN weight, or with
-    no mass at all. Candidates among the tokens of `always` are kept whatever their weight: no call loses the newest token.
+    A weight's bin is its fp32 pattern without the last 18 bits: 32 bins an octave, each 2 to 3% wide. So equal weights stay together,
+    and what is kept is the smallest set with mass >= p but for less than a bin. Mass is counted in integers,
+    `mass(w) = trunc(w * 2**31)`, so that every backend adds up the same number in any order: `need = max(1, ceil(p * sum mass))` in
+    float64, and bins are kept from the highest down until their mass reaches `need`. p = 1 keeps every live candidate. So does a row
+    with a NaN weight, or with no mass at all. Candidates among the tokens of `always` are kept whatever their weight: no call loses
+    the newest token.
 
     Args:
         weights: [B, T, Hq, N] fp32 in 0..1, as `estimate_weights` returns; larger values count as 1, negative as 0.
@@ -33,7 +35,7 @@ def prune_top_p(
     Raises:
         RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward.
 
-    Source: Twilight, arXiv 2502.02770, algorithm 1 (binary search), made exact.
+    Source: Twilight, arXiv 2502.02770, algorithm 1, with a histogram instead of a binary search.
     """
     return OPERATOR(weights, seq_lens, candidates, num_kv_heads, pruning, always)
 

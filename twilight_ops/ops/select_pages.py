@@ -22,9 +22,9 @@ def select_pages(
     """Selects the pages whose bounds or means promise the largest attention weight, one ascending list a KV head.
 
     `score[page] = sum over the group's heads and query tokens of softmax over pages(sm_scale * x)`, with
-    `x = sum_d max(q_d min_d, q_d max_d)` of bounds, `x = sum_d q_d mean_d` of means. The best
-    `ceil(budget / page_size)` pages are taken, ties to the lower page. Pages of the tokens of `always` are taken first. A page whose
-    score is NaN or +inf ranks above all others.
+    `x = sum_d max(q_d min_d, q_d max_d)` of bounds, `x = sum_d q_d mean_d` of means. `ceil(budget / page_size)` pages are taken, chosen
+    as `select_tokens` chooses tokens: pages of the tokens of `always` first, then by bins of scores, of the last bin the lowest pages.
+    A page whose score is NaN or +inf ranks above all others.
 
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.

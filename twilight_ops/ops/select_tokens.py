@@ -11,12 +11,14 @@ from ._library import Operator, empty_lists
 def select_tokens(
     q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always = Always()
 ) -> tuple[Tensor, Tensor]:
-    """Selects the tokens whose prefix score is largest, one ascending list a KV head.
+    """Selects tokens of the largest prefix scores, one ascending list a KV head.
 
     `score[token] = sum over the group's heads and query tokens of softmax over tokens(sm_scale * sum_{j < r} q_{o(j)} k'_{o(j)})`, where
     k' is the dequantised shadow, o = channel_order[h] and r = prefix_channels[h]: only the page's leading prefix block is read.
-    The best `budget` tokens are taken, ties to the lower position; the tokens of `always` first. A token whose score is NaN or +inf
-    ranks above all others.
+    Before the softmax, logits are rounded to 1/256 of an octave, multiples of ln(2) / 256.
+    `budget` tokens are taken: the tokens of `always` first, then by bins of scores from the highest down, and of the bin in which the
+    budget ends the lowest positions. A score's bin is its fp32 pattern without the last 20 bits: eight bins an octave, each 7 to 12%
+    wide; those below 2**-96 share one. A token whose score is NaN or +inf ranks above all others.
 
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.

@@ -1,19 +1,23 @@
-"""The ranking shared by the selectors' references."""
+"""The choice of candidates shared by the selectors' references."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from ..capacity import Limits
+from ..capacity import LOGIT_LEVELS, LOWEST_SCORE_BIN, SCORE_BIN_SHIFT, Limits
+
+_LEVELS = LOGIT_LEVELS * math.log2(math.e)
+_FORCED = 0x7FFFFFFF >> SCORE_BIN_SHIFT  # above every score, infinity too
 
 
 def group_scores(logits: Tensor, live: Tensor) -> Tensor:
-    """Sum over query tokens and group heads of the softmax over live items.
+    """Sum over query tokens and group heads of the softmax over live items, of logits rounded to 1 / LOGIT_LEVELS of an octave.
 
     logits [B, T, Hkv, G, N], live [B, Hkv, N] -> scores [B, Hkv, N]. NaN and +inf logits stay out of the softmax's maximum and sum
     and make the item's own score +inf.
     """
+    logits = (logits * _LEVELS).round() / _LEVELS
     live = live[:, None, :, None]
     broken = live & (logits.isnan() | (logits == math.inf))
     logits = logits.masked_fill(~live | broken, -math.inf)
@@ -35,14 +39,15 @@ def row_budget(seq_lens: Tensor, kv_heads: int, limits: Limits, head_token_budge
 
 
 def take_best(scores: Tensor, live: Tensor, forced: Tensor, budget: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The `budget` best live items a row, forced ones first, ties to the lower index: ascending indices, -1 pads, and counts.
+    """`budget` live items a row, forced ones first, then by bins of their scores: ascending indices, -1 pads, and counts.
 
+    Bins are taken from the highest down, and of the bin in which the budget ends its lowest items.
     scores, live, forced [B, Hkv, N]; budget [B, Hkv] items.
     """
     forced = forced & live
-    rank = torch.where(live, scores, -1.0).sort(dim=-1, descending=True, stable=True).indices
-    level = (forced.int() + live.int()).gather(-1, rank)
-    rank = rank.gather(-1, level.sort(dim=-1, descending=True, stable=True).indices)
+    bins = (scores.float().view(torch.int32) >> SCORE_BIN_SHIFT).clamp(min=LOWEST_SCORE_BIN)
+    bins = torch.where(live, torch.where(forced, _FORCED, bins), -1)
+    rank = bins.sort(dim=-1, descending=True, stable=True).indices
     counts = torch.minimum(torch.maximum(budget, forced.sum(-1)), live.sum(-1)).clamp(max=capacity)
     rank = rank[..., :capacity]
     slots = torch.arange(rank.shape[-1], device=rank.device)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import Always, Budget, Candidates, Pruning
-from ..capacity import MAX_TOKENS, WEIGHT_UNIT, Limits
+from ..capacity import MAX_TOKENS, WEIGHT_BIN_SHIFT, WEIGHT_UNIT, Limits
 from ._paging import candidate_tokens
+
+_BINS = (0x3F800000 >> WEIGHT_BIN_SHIFT) + 1  # the last is that of 1.0
 
 
 def prune_top_p(
@@ -28,18 +30,17 @@ def prune_top_p(
 
     head_live = live.repeat_interleave(heads // num_kv_heads, dim=1)[:, None].expand_as(weights)
     broken = (weights.isnan() & head_live).any(-1)
-    w = torch.where(head_live, weights.nan_to_num(nan=0.0).clamp(0.0, 1.0), 0.0)
-    order = w.sort(dim=-1, descending=True)
-    mass = (order.values * WEIGHT_UNIT).long().cumsum(-1)
-    total = mass[..., -1]
+    w = torch.where(head_live & (weights > 0.0), weights.clamp(max=1.0), 0.0)
+    bins = (w.view(torch.int32) >> WEIGHT_BIN_SHIFT).long()
+    mass = torch.zeros((*bins.shape[:-1], _BINS), dtype=torch.int64, device=w.device).scatter_add_(-1, bins, (w * WEIGHT_UNIT).long())
+    reached = mass.flip(-1).cumsum(-1).flip(-1)  # of a bin and all above it
+    total = reached[..., 0]
     need = (p * total.double()).ceil().long().clamp(min=1)
-    last = (mass < need[..., None]).sum(-1, keepdim=True).clamp(max=slots - 1)
-    threshold = order.values.gather(-1, last)
+    cut = (reached >= need[..., None]).sum(-1, keepdim=True).clamp(min=1) - 1  # the highest bin that reaches it
     keep_all = broken | (p >= 1.0) | (total == 0)
-    keep = head_live & (keep_all[..., None] | (w >= threshold))
+    keep = head_live & (keep_all[..., None] | (bins >= cut))
 
-    captured = torch.where(keep, (w * WEIGHT_UNIT).long(), 0).sum(-1)
-    row_mass = (captured.double() / total.double().clamp(min=1.0)).float()
+    row_mass = (reached.gather(-1, cut)[..., 0].double() / total.double().clamp(min=1.0)).float()
     row_mass = torch.where(keep_all, 1.0, row_mass).masked_fill(~head_live.any(-1), 0.0)
 
     union = keep.view(batch, query_tokens, num_kv_heads, -1, slots).any(dim=3).any(dim=1)

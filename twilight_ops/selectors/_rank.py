@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Candidates
-from ..reference._top_k import row_budget
+from ..reference._top_k import row_budget, take_best
 from ._paged import read_keys
 
 
@@ -20,15 +20,6 @@ def real_rows(k: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         return torch.ones(1, k.shape[1], 1, 1, device=k.device)
     return (positions >= 0)[..., None, None].float()
-
-
-def sum_of_softmax(logits: Tensor, live: Tensor) -> Tensor:
-    """Scores [B, Hkv, N]: logits [B, T, Hkv, G, N] softmaxed over live tokens [B, Hkv, N], summed over T and G; broken logits win."""
-    live = live[:, None, :, None]
-    broken = live & ~(logits < torch.inf)  # NaN or +inf
-    finite = logits.masked_fill(~live | broken, torch.finfo(logits.dtype).min)
-    weights = finite.softmax(-1).masked_fill(~live | broken, 0.0)
-    return weights.masked_fill(broken, torch.inf).sum(dim=(1, 3))
 
 
 def live_tokens(seq_lens: Tensor, num_kv_heads: int, max_tokens: int) -> Tensor:
@@ -46,9 +37,9 @@ def exact_logits(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scal
 
 
 def best_tokens(scores: Tensor, eligible: Tensor, layer, page_table: Tensor, seq_lens: Tensor, query_tokens: int) -> Candidates:
-    """The best eligible tokens within the budget, ascending; sinks and the newest tokens first, ties to the lower position.
+    """Eligible tokens within the budget by bins of their scores, as `select_tokens` takes them; the tokens of `always` first.
 
-    scores (>= 0) and eligible [B, Hkv, N]; a token beyond seq_lens is never taken, forced tokens are whether eligible or not.
+    scores (>= 0) and eligible [B, Hkv, N]; a token beyond seq_lens is never taken, those of `always` are whether eligible or not.
     """
     asked = layer.limits(page_table, query_tokens)
     _, kv_heads, max_tokens = scores.shape
@@ -56,18 +47,6 @@ def best_tokens(scores: Tensor, eligible: Tensor, layer, page_table: Tensor, seq
     live = live_tokens(seq_lens, kv_heads, max_tokens)
     newest = seq_lens[:, None, None] - asked.recent_tokens
     forced = live & ((positions < asked.sink_tokens) | (positions >= newest))
-    eligible = live & (eligible | forced)
-
-    largest = torch.finfo(scores.dtype).max
-    key = torch.where(forced, torch.inf, scores.nan_to_num(nan=largest, posinf=largest))
-    key = torch.where(eligible, key, -1.0)
-    # A stable sort, not topk: equal scores must go to the lower position on every device.
-    rank = key.sort(dim=-1, descending=True, stable=True).indices[..., : asked.token_capacity]
     budget = row_budget(seq_lens, kv_heads, asked, layer.policy.budget.head_token_budget)
-    counts = torch.maximum(budget, forced.sum(-1)).clamp(max=asked.token_capacity)
-    counts = torch.minimum(counts, eligible.sum(-1))
-
-    slots = torch.arange(rank.shape[-1], device=rank.device)
-    taken = slots < counts[..., None]
-    indices = torch.where(taken, rank, max_tokens).sort(dim=-1).values
-    return Candidates(torch.where(taken, indices, -1).int(), counts.int())
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return Candidates(*take_best(scores, live & (eligible | forced), forced, budget, asked.token_capacity))

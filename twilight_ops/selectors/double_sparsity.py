@@ -11,8 +11,9 @@ from .._settings import integer, normalise, one_of, optional, path
 from ..arguments import Candidates, Paging
 from ..layer import Selector, stored_bytes
 from ..ops.select_tokens import select_tokens
+from ..reference._top_k import group_scores
 from ._paged import allocate_rows, read_rows, write_rows
-from ._rank import best_tokens, group_query, live_tokens, real_rows, sum_of_softmax
+from ._rank import best_tokens, group_query, live_tokens, real_rows
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class DoubleSparsity(Selector):
         if "label_scale" in state:
             logits = logits * read_rows(state["label_scale"], page_table)[..., 0][:, None, :, None]
         live = live_tokens(seq_lens, labels.shape[1], labels.shape[2])
-        return best_tokens(sum_of_softmax(logits, live), live, layer, page_table, seq_lens, q.shape[1])
+        return best_tokens(group_scores(logits, live), live, layer, page_table, seq_lens, q.shape[1])
 
     def scan_bytes(self, layer) -> list[float]:
         if self.uses_shadow:

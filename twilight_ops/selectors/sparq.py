@@ -9,8 +9,9 @@ from torch import Tensor
 from .._settings import integer, normalise
 from ..arguments import Candidates
 from ..layer import Selector, stored_bytes
+from ..reference._top_k import group_scores
 from ._paged import read_keys
-from ._rank import best_tokens, group_query, live_tokens, sum_of_softmax
+from ._rank import best_tokens, group_query, live_tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SparQ(Selector):
         logits = torch.einsum("bthgr,bhnr->bthgn", query.gather(-1, where), keys) * sm_scale
         logits = logits / covered.clamp(min=1e-6).sqrt()[..., None]
         live = live_tokens(seq_lens, kv_heads, keys.shape[2])
-        return best_tokens(sum_of_softmax(logits, live), live, layer, page_table, seq_lens, q.shape[1])
+        return best_tokens(group_scores(logits, live), live, layer, page_table, seq_lens, q.shape[1])
 
     def scan_bytes(self, layer) -> list[float]:
         kv_heads, head_dim = layer.num_kv_heads, layer.head_dim

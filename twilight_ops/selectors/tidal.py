@@ -9,8 +9,9 @@ from torch import Tensor
 from .._settings import each, flag, integer, normalise
 from ..arguments import Candidates
 from ..layer import Selector, stored_bytes
+from ..reference._top_k import group_scores
 from ._paged import allocate_rows, physical_pages, read_rows
-from ._rank import best_tokens, exact_logits, sum_of_softmax
+from ._rank import best_tokens, exact_logits
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Tidal(Selector):
             selected = read_rows(flags, page_table)[..., 0]  # [B, Hkv, N]
             return best_tokens(selected.float(), selected, layer, page_table, seq_lens, q.shape[1])
         logits, live = exact_logits(q, layer, page_table, seq_lens, sm_scale)
-        scores = sum_of_softmax(logits, live)
+        scores = group_scores(logits, live)
         if self.across_heads:
             scores = scores.sum(1, keepdim=True).expand_as(scores)
         best = best_tokens(scores, live, layer, page_table, seq_lens, q.shape[1])
