@@ -13,7 +13,7 @@
 //            | factors of blocks         | write_output            | write_output             | the end
 // pages      | pages, tiles of the share | load_queries            | score, TopK              | "candidates dealt"
 // candidates | (row, position) of units  | TopK *, list_pages      | prune                    | "survivors listed"
-//            |                           |                         | attend *, write_kept *   | "kept rows written"
+//            |                           | list_window             | attend *, write_kept *   | "kept rows written"
 // bitmap     | marked items              | TopK::mark_items        | deal_candidates          | "candidates dealt"
 //            | last weights of rows      | Thresholds              | Thresholds               | "thresholds sent"
 // state      | item logits, then keys    | score, TopK::count_keys | TopK                     | "candidates dealt"
