@@ -175,7 +175,7 @@ def test_candidates_are_shared_out_where_multiprocessors_hold_several_blocks():
 @pytest.mark.parametrize(
     "selector, settings, reason",
     [
-        ("given", {}, "selector: expected dense, full, quest or shadow_prefix, got given"),
+        ("given", {}, "selector: expected dense, full, quest, page_mean, shadow_prefix or streaming, got given"),
         ("quest", {"dtype_bits": 32}, "q: expected a dtype of 16 bits, got 32"),
         ("quest", {"head_dim": 96}, "head_dim: expected 64 or 128, got 96"),
         ("quest", {"query_tokens": 3}, "q: expected at most 8 query rows a KV head, got 12"),

@@ -1,4 +1,4 @@
-"""The selectors that are plain PyTorch: their lists, their state, and that a compiled step captures them."""
+"""The selectors of other papers: their lists, their state, and that a compiled step captures them."""
 
 from __future__ import annotations
 

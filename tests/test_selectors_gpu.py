@@ -1,4 +1,4 @@
-"""The selectors that are plain PyTorch, on a GPU: inside one captured step, with the selections that a CPU makes of the same tokens."""
+"""The selectors of other papers, on a GPU: inside one captured step, with the selections that a CPU makes of the same tokens."""
 
 from __future__ import annotations
 

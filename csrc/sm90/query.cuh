@@ -53,10 +53,9 @@ __device__ void load_queries(const C& c, Share share, bool reads_codes, bool sco
       for (int u = 0; u < kBatch; ++u) {
         if (start + u * kThreads < filled) pages[start + u * kThreads] = entry[u];
       }
-      if (C::kByMean && start < kWarps * kTileTokens) {
-        prefetch_line(c.p.page_means + static_cast<int64_t>(entry[0]) * (D / 2));
-      }
-      if (C::kByPage && !C::kByMean && start < kWarps * kTileTokens) {  // the first pages that are scored
+      if (C::kByMean) {
+        if (start < kThreads) prefetch_line(c.p.page_means + static_cast<int64_t>(entry[0]) * (D / 2));
+      } else if (C::kByPage && start < kWarps * kTileTokens) {  // the first pages that are scored
 #pragma unroll
         for (int d = 0; d < 2 * D; d += 128) {
           prefetch_line(c.p.page_bounds + static_cast<int64_t>(entry[0]) * (2 * D) + d);

@@ -12,7 +12,7 @@
 //            | factors of blocks         | write_output            | write_output             | the end
 // pages      | pages, tiles of the share | load_queries            | score, TopK              | "candidates dealt"
 // candidates | (row, position) of units  | TopK *, list_pages      | prune                    | "survivors listed"
-//            |                           |                         | attend *, write_kept *   | "kept rows written"
+//            |                           | list_window             | attend *, write_kept *   | "kept rows written"
 // state      | item logits, then bins    | score, count_scores     | TopK                     | "candidates dealt"
 //            | logits of candidates      | Estimator               | Thresholds               | "thresholds sent"
 //            |                           |                         | list_survivors           | "survivors listed"
