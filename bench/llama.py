@@ -37,7 +37,7 @@ from twilight_ops.decode_step import append, decode_step
 from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, join_linears
 from twilight_ops.integration.hf.generate import cache_argument
 
-from .rows import WORLD_SIZE, speed_up
+from .rows import WORLD_SIZE, accuracy_of, setting_of, speed_up
 from .run import Entry, Op, tokens_of
 from .timing import Method, Timing, read_bandwidth, step_us
 from .workload import ENERGY_DECAY, PAGE_COHERENCE, SPREAD, candidate_budget
@@ -288,6 +288,7 @@ def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Met
             if budget is not None:
                 columns |= {"live": budget.live, "candidates": budget.candidates.mean, "kept": budget.kept.mean}
                 columns["captured_mass"] = budget.captured_mass
+                columns |= accuracy_of(setting_of(cache.twilight))
         if options.device == "cuda" and WORLD_SIZE == 1:  # shards of the random layers share one layer's memory
             columns["peak_over_kv"] = (torch.cuda.max_memory_allocated() - data.weight_bytes - data.kv_bytes) / data.kv_bytes
         return columns | {"setup_s": round(time.perf_counter() - started, 1)}
@@ -501,6 +502,6 @@ class ModelOp(Op):
 
 
 DECODE_COLUMNS = """method ms p10_ms p90_ms tokens_per_s x_hf x_dense x_floor attention_share
-candidates kept captured_mass extra_over_kv peak_over_kv error"""
+candidates kept captured_mass kl_31k accuracy extra_over_kv peak_over_kv error"""
 DECODE = ModelOp("llama", "decode", __doc__, HF_STATIC, decode_method, DECODE_COLUMNS)
 PREFILL = ModelOp("prefill", "prefill", __doc__, HF_DYNAMIC, prefill_method, "method ms p10_ms p90_ms x_hf x_dense extra_over_kv error")

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 
 from twilight_ops import Full, PagedKVLayer, Quest, ShadowPrefix, TwilightConfig, decode_step
-from twilight_ops.evaluation.methods import Method as MeasuredMethod
 from twilight_ops.evaluation.methods import parse_method
 
 from . import heads, peers, rows, speed_of_light, timing, workload
@@ -186,12 +185,6 @@ def config_of(name: str, data: Workload, options: argparse.Namespace) -> Twiligh
     return TwilightConfig(selector=selectors[name](), dense_layers=layers, **common)
 
 
-def setting_text(config: TwilightConfig) -> str:
-    """How the evaluation spells the method of a configuration, whose page size and dense_below it does not name."""
-    given = {name: getattr(config, name) for name in ("sink_tokens", "recent_tokens")}
-    return MeasuredMethod(config.selector, config.top_p, tuple((k, v) for k, v in given.items() if v is not None)).setting
-
-
 def prunes(name: str, data: Workload, options: argparse.Namespace) -> bool:
     return not takes_dense_path(data, config_of(name, data, options))
 
@@ -240,8 +233,7 @@ def twilight_method(family: str, name: str, data: Workload, options: argparse.Na
             "takes_dense_path": dense,
         }
         if not dense:
-            setting = setting_text(config)
-            columns |= {"setting": setting} | rows.accuracy_of(setting)
+            columns |= rows.accuracy_of(rows.setting_of(config))
         if family == "twilight" and options.device == "cuda":
             columns["served_by"] = served_by(arguments[0])
         return columns
@@ -431,7 +423,8 @@ LONG = {"cpu": "one", "cuda": "two-batches"}
 DECODE_NOTES = (
     "x best dense, x FA2: how many times as fast as the fastest dense peer, and as torch's FlashAttention 2, of this run. MB: the least "
     "the method must read; of light: speed of a kernel that only reads those bytes, in one launch. I0, I1: candidates and kept tokens a "
-    "KV head (the union of its group's query heads); mass: true attention mass of the kept tokens, mean over query heads."
+    "KV head (the union of its group's query heads); mass: true attention mass of the kept tokens, mean over query heads. kl 31k, "
+    "accuracy: of that setting on a real model at 31k tokens (bench/results/accuracy_qwen.jsonl); at another accuracy it is no speed-up."
 )
 DECODE_ABOUT = """twilight::decode_attention against the dense attention that others offer, in one run.
 

@@ -10,8 +10,12 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from twilight_ops import TwilightConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -95,8 +99,16 @@ ACCURACY_LENGTH = 31_000
 EQUAL, NOT_EQUAL, NOT_MEASURED = "equal", "not at equal accuracy", "not measured"
 
 
+def setting_of(config: TwilightConfig) -> str:
+    """How `python -m twilight_ops eval` spells the method of a configuration, whose page size and dense_below it does not name."""
+    from twilight_ops.evaluation.methods import Method
+
+    given = {"dense_layers": config.dense_layers or None, "sink_tokens": config.sink_tokens, "recent_tokens": config.recent_tokens}
+    return Method(config.selector, config.top_p, tuple((name, value) for name, value in given.items() if value is not None)).setting
+
+
 def accuracy_of(setting: str, path: Path = ACCURACY) -> dict[str, object]:
-    """What `python -m twilight_ops eval` found of a method's very setting on a real model at 31k tokens, the worst of its runs.
+    """Columns of a row: what `python -m twilight_ops eval` found of its setting on a real model at 31k tokens, the worst of its runs.
 
     `accuracy` is "equal" up to a KL of MAX_KL to dense and MAX_PERPLEXITY_CHANGE, "not at equal accuracy" beyond, and "not measured"
     where the file of results has no such row.
@@ -107,7 +119,8 @@ def accuracy_of(setting: str, path: Path = ACCURACY) -> dict[str, object]:
         if row.get("task") == "language" and row["length"] >= ACCURACY_LENGTH and row["setting"] == setting
     ]
     if not found:
-        return {"accuracy": NOT_MEASURED}
+        return {"setting": setting, "accuracy": NOT_MEASURED}
     kl, change = max(row["kl"] for row in found), max((row["perplexity_change"] for row in found), key=abs)
     equal = kl <= MAX_KL and abs(change) <= MAX_PERPLEXITY_CHANGE
-    return {"accuracy": EQUAL if equal else NOT_EQUAL, "kl_31k": round(kl, 5), "perplexity_change_31k": round(change, 5)}
+    told = {"setting": setting, "accuracy": EQUAL if equal else NOT_EQUAL}
+    return told | {"kl_31k": round(kl, 5), "perplexity_change_31k": round(change, 5)}

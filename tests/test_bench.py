@@ -671,7 +671,8 @@ def test_data_are_those_asked_for_and_every_row_says_which(tmp_path, capsys):
 
 def test_a_setting_is_at_equal_accuracy_only_where_that_was_measured(tmp_path):
     path = tmp_path / "accuracy.jsonl"
-    assert rows.accuracy_of("quest:0.85", path) == {"accuracy": rows.NOT_MEASURED}
+    assert rows.accuracy_of("quest:0.85", path) == {"setting": "quest:0.85", "accuracy": rows.NOT_MEASURED}
+    assert rows.setting_of(TwilightConfig(Quest(), 0.85, dense_layers=2, recent_tokens=0)) == "quest:0.85:dense_layers=2,recent_tokens=0"
 
     def measured(setting, kl, change, length=31_000, task="language"):
         return {"task": task, "length": length, "setting": setting, "kl": kl, "perplexity_change": change}
@@ -687,6 +688,7 @@ def test_a_setting_is_at_equal_accuracy_only_where_that_was_measured(tmp_path):
             {"task": "passkey", "length": 31_000, "setting": "tidal:0.9", "score": 1.0},
         ],
     )
-    assert rows.accuracy_of("full:0.95", path) == {"accuracy": rows.EQUAL, "kl_31k": 0.002, "perplexity_change_31k": -0.002}
+    equal = {"setting": "full:0.95", "accuracy": rows.EQUAL, "kl_31k": 0.002, "perplexity_change_31k": -0.002}
+    assert rows.accuracy_of("full:0.95", path) == equal
     assert rows.accuracy_of("quest:0.85", path)["accuracy"] == rows.accuracy_of("quest:0.95", path)["accuracy"] == rows.NOT_EQUAL
     assert rows.accuracy_of("tidal:0.9", path)["accuracy"] == rows.NOT_MEASURED

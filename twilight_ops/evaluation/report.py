@@ -97,7 +97,10 @@ _MEASURED = ("live", "candidates", "kept", "pruned", "bytes_share", "mass_mean",
 
 def rows(run: dict, cells: Sequence[dict]) -> list[dict]:
     """One row a method and p, beside the same selector without the pruner, with what the run was: what `table.jsonl` holds."""
-    shared = {name: run[name] for name in ("model", "dtype", "device", "machine", "backend", "commit", "command", "versions", "documents")}
+    shared = {
+        name: run[name]
+        for name in ("model", "parameters", "dtype", "device", "machine", "backend", "commit", "command", "versions", "documents")
+    }
     shared["tokens_a_document"] = run["options"]["forced_tokens"]
     found = []
     measured = [cell for cell in cells if "method" in cell and "equal_tokens_of" not in cell]

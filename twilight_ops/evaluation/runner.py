@@ -154,6 +154,14 @@ class CellStore:
         return key in self.cells
 
 
+def machine() -> str:
+    """The processor's name, or its kind where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def commit() -> str:
     """Of the checkout that the package lies in, "+" where it was modified, "none" where there is no checkout."""
 
@@ -181,7 +189,7 @@ def describe(model_name: str, model, options: Options, documents: Sequence[str])
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if device == "cuda" else platform.machine(),
         "backend": (backends.CUDA if device == "cuda" else backends.CPU).name,
-        "machine": " ".join((platform.processor() or platform.machine(), platform.system())),
+        "machine": machine(),
         "commit": commit(),
         "command": shlex.join(["python", "-m", "twilight_ops", *sys.argv[1:]]),
         "versions": {

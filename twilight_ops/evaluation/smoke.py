@@ -33,9 +33,9 @@ class Limits:
 
 
 # Measured on an AVX-512 machine: KL .00125, .00405, .0290; worst token .0066, .0183, .154; bytes 37.9, 24.1, 15.5%; mass .971, .943, .848.
-# The room is for other machines, whose rounding moves tokens across p, and for changes that trade a percent: a third of the KL, two
-# thirds of the worst token, which is one of 64, a twentieth of the bytes and .01 of the mass. What they are to catch is larger: without the
-# newest 64 tokens Full has 1.5 times the KL (docs/accuracy-smollm2.md). Quest finds a third of the passkeys, so none is asked of it.
+# Rounding hardly moves them: plain PyTorch with AVX2 gives Full a KL that differs by .04%. The room is for changes that trade a little: a
+# third of the KL, two thirds of the worst token, which is one of 64, a twentieth of the bytes and .01 of the mass. A loss is larger:
+# without the newest 64 tokens Full has 1.5 times the KL (docs/accuracy-smollm2.md). Quest finds a third of the passkeys, so none is asked.
 LIMITS = {
     "full:0.95": Limits(kl=0.0017, worst_kl=0.011, bytes_share=0.40, mass_mean=0.961, passkey=1.0),
     "shadow_prefix:0.95": Limits(kl=0.0054, worst_kl=0.031, bytes_share=0.253, mass_mean=0.933, passkey=1.0),
