@@ -23,9 +23,9 @@ STAGES = ("select", "estimate", "prune", "attend")
 PHASES_OF = {
     "query read": ("query read",),
     "candidates scored": ("candidates scored", "scores normalized"),
-    "candidates chosen": ("scores counted", "bin found", "boundary marked", "boundary settled", "candidates dealt"),
+    "candidates chosen": ("scores counted", "bin found", "candidates dealt"),
     "weights estimated": ("weights estimated", "weights normalized"),
-    "pruned": ("weights listed", "thresholds found", "survivors listed", "survivors shared out"),
+    "pruned": ("weights counted", "thresholds found", "survivors listed", "survivors shared out"),
     "attended": ("attended", "written"),
 }
 # (B, Hq, Hkv, L) of a layer call.

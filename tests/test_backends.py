@@ -182,7 +182,7 @@ def test_candidates_are_shared_out_where_multiprocessors_hold_several_blocks():
         ("quest", {"bounds_bits": 16}, "page_bounds: expected 8 bits, got 16"),
         ("quest", {"num_pages": 2**21}, "k_cache: expected fewer than 2**32 words of eight elements, got 4294967296"),
         ("quest", {"max_pages": 0}, "page_table: expected at least one page, got 0"),
-        ("full", {"max_pages": 2**16}, "page_table: expected at most 232448 bytes of shared memory a block, got 1117440"),
+        ("full", {"max_pages": 2**16}, "page_table: expected at most 232448 bytes of shared memory a block, got 1107328"),
     ],
 )
 def test_a_call_that_no_plan_serves_is_refused_by_the_arguments_name(selector, settings, reason):

@@ -574,7 +574,7 @@ def test_the_plot_command_writes_what_the_rows_suffice_for(tmp_path, capsys):
 
 def phase_row(**more) -> dict:
     shape = {"B": 64, "T": 1, "Hq": 32, "Hkv": 8, "D": 128, "S": 16, "L": 32768}
-    scored = {"query read": 2.0, "candidates scored": 20.0, "bin found": 1.0, "boundary settled": 3.0}
+    scored = {"query read": 2.0, "candidates scored": 20.0, "bin found": 1.0, "candidates dealt": 3.0}
     timed = scored | {"weights estimated": 10.0, "attended": 4.0} | more
     return {"shape": shape, "device": "cuda", "stage": "fused phases", "selector": "quest", "cluster_size": 2, "phase_us": timed}
 

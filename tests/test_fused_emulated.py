@@ -146,7 +146,7 @@ PRUNED = {"token_budget": 300, "top_p": 0.999}
 
 @pytest.mark.parametrize("selector", ["full", "shadow_prefix", "quest", "page_mean"])
 @pytest.mark.parametrize("group", [1, 4])
-def test_equal_scores_go_to_the_lower_positions_and_equal_weights_stay_together(emulator, selector, group):
+def test_of_equal_scores_the_lowest_positions_are_taken_and_equal_weights_stay_together(emulator, selector, group):
     inputs = make_inputs(Shape((1500,), group, 1, 64, 16, 1, torch.bfloat16), spread=0.0, bounds_dtype="uint8")
     check(emulator, inputs, {**PRUNED, "selector": selector}, 2, seed=1)
 
@@ -171,13 +171,13 @@ def test_a_window_gives_the_reference_sets_and_values(emulator, group, head_dim,
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.1, 1.0])
-def test_a_crowded_boundary_gives_the_same_candidates(emulator, spread):
-    """Many scores within a level of each other: the bin is narrowed down, or the scores are made again."""
+def test_a_crowded_bin_gives_the_same_candidates(emulator, spread):
+    """Many scores within a level of each other: whole blocks' items in the bin in which the budget ends."""
     inputs = make_inputs(Shape((5000,), 4, 1, 64, 16, 1, torch.bfloat16), spread=spread, bounds_dtype="uint8")
     check(emulator, inputs, {"selector": "shadow_prefix", "token_budget": 900, "top_p": 0.9}, 4, seed=2)
 
 
-def test_more_weights_than_the_lists_hold_give_the_same_set(emulator):
+def test_many_weights_that_can_decide_give_the_same_set(emulator):
     inputs = make_inputs(Shape((6001,), 4, 1, 64, 16, 1, torch.bfloat16), spread=0.3, bounds_dtype="uint8")
     check(emulator, inputs, {**PRUNED, "selector": "full"}, 4, seed=2)
 

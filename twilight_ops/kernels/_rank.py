@@ -259,11 +259,11 @@ def list_bins_kernel(
     if length <= dense_below:
         items = 0
         take = 0
-    bin = tl.arange(0, BINS)
-    in_bin = tl.load(histogram + row * BINS + bin)
+    every = tl.arange(0, BINS)
+    in_bin = tl.load(histogram + row * BINS + every)
     through = items - tl.cumsum(in_bin, 0) + in_bin
-    cut = tl.max(tl.where(through >= take, bin, 0), 0)
-    wanted = take - tl.sum(tl.where(bin > cut, in_bin, 0), 0)
+    cut = tl.max(tl.where(through >= take, every, 0), 0)
+    wanted = take - tl.sum(tl.where(every > cut, in_bin, 0), 0)
     done = tl.zeros([], tl.int32)
     before = tl.zeros([], tl.int32)
     for start in range(0, items, BLOCK):
