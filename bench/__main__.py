@@ -13,6 +13,7 @@ usage: python -m bench COMMAND ...
   run --op NAME [...]       measure one of them; `run --op NAME --help` lists its options
   run --op NAME --base REV  compare our methods with another commit, checkout or installed folder
   fit --model PATH          compare generated keys and queries with a model's own, or fit them to it
+  codes --model PATH        compare what top-p keeps by 4-bit codes of keys in different forms
   plot ROWS.jsonl ... -o D  draw what the rows suffice for
 
 examples:
@@ -77,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import fit
 
         return fit.main(rest)
+    elif command == "codes":
+        from . import codes
+
+        return codes.main(rest)
     elif command == "plot":
         from . import plots
 
@@ -86,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return base.worker()
     else:
-        print(f"{USAGE}\npython -m bench: expected list, run, fit or plot, got {command}", file=sys.stderr)
+        print(f"{USAGE}\npython -m bench: expected list, run, fit, codes or plot, got {command}", file=sys.stderr)
         return 2
     return 0
 
