@@ -15,7 +15,8 @@ struct Context {
   static constexpr FusedSelector kSelector = kChosen;
   static constexpr bool kByPage = selects_pages(kSelector);
   static constexpr bool kByMean = kSelector == FusedSelector::kPageMean;
-  static constexpr bool kByToken = kSelector == FusedSelector::kShadowPrefix;
+  static constexpr bool kByWindow = kSelector == FusedSelector::kStreaming;  // the first and the newest tokens
+  static constexpr bool kByToken = kSelector == FusedSelector::kShadowPrefix || kByWindow;
   static constexpr bool kSelects = kByPage || kByToken;
   static constexpr bool kOnlyDense = kSelector == FusedSelector::kDense;
   static constexpr int kWords = D / 8;    // 32-bit words of codes a row

@@ -26,8 +26,9 @@ void run_selector(const FusedParams& p) {
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kQuest>(p);
     case FusedSelector::kPageMean:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kPageMean>(p);
-    case FusedSelector::kShadowPrefix:
     case FusedSelector::kStreaming:
+      return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kStreaming>(p);
+    case FusedSelector::kShadowPrefix:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kShadowPrefix>(p);
     default:
       return twilight::fused_decode_kernel<T, D, RP, FusedSelector::kFull>(p);

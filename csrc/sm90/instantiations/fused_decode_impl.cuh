@@ -19,10 +19,11 @@ void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_
 
 template <typename T, int D, int RP>
 void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const auto launcher = p.selector == FusedSelector::kDense      ? launch_kernel<T, D, RP, FusedSelector::kDense>
-                        : p.selector == FusedSelector::kQuest    ? launch_kernel<T, D, RP, FusedSelector::kQuest>
-                        : p.selector == FusedSelector::kPageMean ? launch_kernel<T, D, RP, FusedSelector::kPageMean>
-                        : p.selector == FusedSelector::kShadowPrefix || p.selector == FusedSelector::kStreaming
+  const auto launcher = p.selector == FusedSelector::kDense       ? launch_kernel<T, D, RP, FusedSelector::kDense>
+                        : p.selector == FusedSelector::kQuest     ? launch_kernel<T, D, RP, FusedSelector::kQuest>
+                        : p.selector == FusedSelector::kPageMean  ? launch_kernel<T, D, RP, FusedSelector::kPageMean>
+                        : p.selector == FusedSelector::kStreaming ? launch_kernel<T, D, RP, FusedSelector::kStreaming>
+                        : p.selector == FusedSelector::kShadowPrefix
                             ? launch_kernel<T, D, RP, FusedSelector::kShadowPrefix>
                             : launch_kernel<T, D, RP, FusedSelector::kFull>;
   launcher(p, grid, cluster_size, shared_bytes, stream);
