@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 from torch._dynamo.utils import ReinplaceCounters, counters  # noqa: E402
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from twilight_ops import Full, PageMean, Quest, Selector, ShadowPrefix, TwilightConfig  # noqa: E402
+from twilight_ops import Full, Quest, Selector, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
 from twilight_ops.integration.compile.regions import compile_regions  # noqa: E402
 from twilight_ops.integration.hf.generate import most_likely  # noqa: E402
@@ -57,7 +57,6 @@ SELECTORS = {
     "full": TwilightConfig(Full(), top_p=0.9, dense_layers=0, dense_below=DENSE_BELOW, **FEW),
     "quest": TwilightConfig(Quest(token_budget=48), top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW, **FEW),
     "shadow_prefix": TwilightConfig(ShadowPrefix(token_budget=24), top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW, **FEW),
-    "page_mean": TwilightConfig(PageMean(48, 0.0), top_p=0.9, dense_layers=1, dense_below=DENSE_BELOW, **FEW),
     "third_party": TwilightConfig(SinksAndWindow(token_budget=40), top_p=0.9, dense_layers=0, dense_below=DENSE_BELOW, **FEW),
 }
 
@@ -148,7 +147,7 @@ def test_a_growing_decode_is_one_graph_without_breaks_recompiles_or_clones_of_th
         assert [int(layer.paged.selector_state["steps"]) for layer in step.cache.layers] == [STEPS + 1] * LAYERS
 
 
-@pytest.mark.parametrize("name", ["dense", "quest", "page_mean", "shadow_prefix", "third_party"])
+@pytest.mark.parametrize("name", ["dense", "quest", "shadow_prefix", "third_party"])
 def test_a_recorder_has_what_every_step_kept_eagerly_and_compiled(model, name):
     runs = []
     for backend in (None, "aot_eager"):
@@ -272,7 +271,7 @@ def through_eager(model, name, batch=1, steps=STEPS):
 
 
 @pytest.mark.filterwarnings("error:compile_regions")  # it says so where it compiles the step as one
-@pytest.mark.parametrize("name, batch", [("dense", 1), ("shadow_prefix", 1), ("third_party", 1), ("quest", 3), ("page_mean", 2)])
+@pytest.mark.parametrize("name, batch", [("dense", 1), ("shadow_prefix", 1), ("third_party", 1), ("quest", 3)])
 def test_a_step_compiled_in_regions_decodes_and_keeps_what_eager_does(model, name, batch):
     tokens, budget = through_regions(model, name, batch)
     expected_tokens, expected_budget = through_eager(model, name, batch)

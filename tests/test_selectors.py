@@ -17,6 +17,7 @@ from twilight_ops import (
     LayerOverride,
     MagicPig,
     PagedKVCache,
+    PageMean,
     Paging,
     Pruning,
     Quest,
@@ -399,7 +400,7 @@ def test_bad_settings_are_named(make, message):
         make()
 
 
-@pytest.mark.parametrize("selector", [*SELECTORS, Full(), Quest(), ShadowPrefix()], ids=name)
+@pytest.mark.parametrize("selector", [*SELECTORS, Full(), PageMean(), Quest(), ShadowPrefix()], ids=name)
 def test_every_selector_says_what_it_reads(selector):
     cache, _ = filled(selector, [20], layers=2)
     per_head = selector.scan_bytes(cache.layers[1])
@@ -409,7 +410,7 @@ def test_every_selector_says_what_it_reads(selector):
 
 
 # Inductor compiles what is most unlike the others: state shared by two layers, and hash codes; the rest is traced only.
-CAPTURED = {"aot_eager": [*SELECTORS[1:4], SELECTORS[5]], "inductor": [SELECTORS[5], SELECTORS[6]]}
+CAPTURED = {"aot_eager": [SELECTORS[0], *SELECTORS[2:5], SELECTORS[6], PageMean(40, 0.0)], "inductor": [SELECTORS[6], SELECTORS[7]]}
 
 
 @pytest.mark.parametrize("backend", CAPTURED)

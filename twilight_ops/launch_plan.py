@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 
     reason: str  # "" where it serves the call; all other fields count only then
     selector: str  # that runs: "dense" where no sequence can be longer than dense_below
-    capacity: int  # candidates of a (sequence, KV head) at most: pages of "quest", else tokens
+    capacity: int  # candidates of a (sequence, KV head) at most: pages of "quest" and "page_mean", else tokens
     cluster_size: int  # blocks a (sequence, KV head)
     grid: int  # blocks
     shared_bytes: int  # of shared memory a block

@@ -15,7 +15,8 @@ struct Context {
   static constexpr Selector kSelector = kChosen;
   static constexpr bool kByPage = selects_pages(kSelector);
   static constexpr bool kByMean = kSelector == Selector::kPageMean;
-  static constexpr bool kByToken = kSelector == Selector::kShadowPrefix;
+  static constexpr bool kByWindow = kSelector == Selector::kStreaming;  // the first and the newest tokens
+  static constexpr bool kByToken = kSelector == Selector::kShadowPrefix || kByWindow;
   static constexpr bool kSelects = kByPage || kByToken;
   static constexpr bool kOnlyDense = kSelector == Selector::kDense;
   static constexpr int kWords = D / 8;    // 32-bit words of codes a row

@@ -55,7 +55,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
   const int items = by_page ? blocks_of(c.page_size(), c.live) : c.live;
   const Share share = share_of(c, items, by_page);
   const int wanted = selects ? wanted_items(c, items) : items;
-  const bool lists_window = C::kByToken && p.selector == Selector::kStreaming;
 
   TileStream<C> stream{c, share, shared.streamed_tiles(), share.owned};
   if (dense) {
@@ -63,16 +62,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
   } else if (!C::kSelects) {
     list_pages(c, share.first >> p.log2_page_size, blocks_of(c.page_size(), share.owned), shared.candidates());
   }
-  load_queries(c, share, !dense, wanted < items && !lists_window, 8 * shadow.lead_words, fixed.queries, shared.pages());
+  load_queries(c, share, !dense, wanted < items && !C::kByWindow, 8 * shadow.lead_words, fixed.queries, shared.pages());
   if (!dense) cluster.started();
   TWILIGHT_PHASE("query read");
 
   Run run = {share.first, share.owned};  // of slots
   if constexpr (C::kSelects) {
     if (selects) {
-      run = lists_window ? list_window(c, wanted, shared.candidates())
-                         : choose_candidates(c, scorer_of(c, share, shadow, shared), wanted, items, shared.top_k(),
-                                             shared.candidates());
+      if constexpr (C::kByWindow) {
+        run = list_window(c, wanted, shared.candidates());
+      } else {
+        run = choose_candidates(c, scorer_of(c, share, shadow, shared), wanted, items, shared.top_k(),
+                                shared.candidates());
+      }
       TWILIGHT_PHASE("candidates dealt");
     }
   }

@@ -26,8 +26,9 @@ void run_selector(const FusedParams& p) {
       return twilight::fused_decode_kernel<T, D, RP, Selector::kQuest>(p);
     case Selector::kPageMean:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kPageMean>(p);
-    case Selector::kShadowPrefix:
     case Selector::kStreaming:
+      return twilight::fused_decode_kernel<T, D, RP, Selector::kStreaming>(p);
+    case Selector::kShadowPrefix:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix>(p);
     default:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kFull>(p);

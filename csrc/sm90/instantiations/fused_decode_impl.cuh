@@ -18,12 +18,12 @@ void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_
 
 template <typename T, int D, int RP>
 void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const auto launcher = p.selector == Selector::kDense      ? launch_kernel<T, D, RP, Selector::kDense>
-                        : p.selector == Selector::kQuest    ? launch_kernel<T, D, RP, Selector::kQuest>
-                        : p.selector == Selector::kPageMean ? launch_kernel<T, D, RP, Selector::kPageMean>
-                        : p.selector == Selector::kShadowPrefix || p.selector == Selector::kStreaming
-                            ? launch_kernel<T, D, RP, Selector::kShadowPrefix>
-                            : launch_kernel<T, D, RP, Selector::kFull>;
+  const auto launcher = p.selector == Selector::kDense          ? launch_kernel<T, D, RP, Selector::kDense>
+                        : p.selector == Selector::kQuest        ? launch_kernel<T, D, RP, Selector::kQuest>
+                        : p.selector == Selector::kPageMean     ? launch_kernel<T, D, RP, Selector::kPageMean>
+                        : p.selector == Selector::kStreaming    ? launch_kernel<T, D, RP, Selector::kStreaming>
+                        : p.selector == Selector::kShadowPrefix ? launch_kernel<T, D, RP, Selector::kShadowPrefix>
+                                                                : launch_kernel<T, D, RP, Selector::kFull>;
   launcher(p, grid, cluster_size, shared_bytes, stream);
 }
 
