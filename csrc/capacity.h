@@ -73,11 +73,14 @@ constexpr int64_t kHistogramBins = 160;
 constexpr int64_t kCounterColumns = kCounterHeader + 2 * kHistogramBins;
 constexpr double kCounterMassUnit = 1048576.0;
 
-inline int64_t histogram_bin(int64_t tokens) {
+// Itself below 16, then eight bins an octave.
+constexpr int64_t histogram_bin(int64_t tokens) {
   if (tokens < 16) return tokens;
-  int64_t octave = 4;
-  while (tokens >> (octave + 1)) ++octave;
-  return std::min(kHistogramBins - 1, 16 + (octave - 4) * 8 + ((tokens >> (octave - 3)) & 7));
+  int octave = 4;
+  for (int step = 16; step > 0; step /= 2)
+    if (tokens >> (octave + step)) octave += step;
+  const int64_t bin = 16 + (octave - 4) * 8 + ((tokens >> (octave - 3)) & 7);
+  return bin < kHistogramBins ? bin : kHistogramBins - 1;
 }
 
 }  // namespace twilight

@@ -50,13 +50,6 @@ __device__ void write_kept(const C& c, int count, int list_start, int total, con
   if (c.cluster.rank == 0 && c.tid() == 0) c.p.kept_counts[c.sequence * c.p.kv_heads + c.head] = total;
 }
 
-// capacity.h's histogram_bin, on the device.
-__device__ inline int budget_bin(int tokens) {
-  if (tokens < 16) return tokens;
-  const int octave = 31 - __clz(tokens);
-  return min(static_cast<int>(kHistogramBins) - 1, 16 + (octave - 4) * 8 + ((tokens >> (octave - 3)) & 7));
-}
-
 template <class C>
 __device__ void count_budget(const C& c, bool prunes, const float* captured, int candidate_tokens, int kept_tokens) {
   double mass = 1.0;
@@ -73,8 +66,8 @@ __device__ void count_budget(const C& c, bool prunes, const float* captured, int
   atomicAdd(row + kCounterKept, static_cast<unsigned long long>(kept_tokens));
   if (C::kOnlyDense || c.live <= c.p.dense_below) atomicAdd(row + kCounterDense, 1ull);
   atomicAdd(row + kCounterMass, static_cast<unsigned long long>(rint(mass * 1048576.0)));
-  atomicAdd(row + kCounterHeader + budget_bin(candidate_tokens), 1ull);
-  atomicAdd(row + kCounterHeader + kHistogramBins + budget_bin(kept_tokens), 1ull);
+  atomicAdd(row + kCounterHeader + histogram_bin(candidate_tokens), 1ull);
+  atomicAdd(row + kCounterHeader + kHistogramBins + histogram_bin(kept_tokens), 1ull);
 }
 
 template <class C>
