@@ -53,7 +53,7 @@ def page_scores_kernel(
     for row in range(QUERY_TOKENS * GROUP):
         at = (batch * QUERY_TOKENS + row // GROUP) * (KV_HEADS * GROUP) + head * GROUP + row % GROUP
         query = tl.load(q + at * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
-        bound = tl.sum(center * query, 1) + reach * tl.sqrt(tl.sum(query * query)) * radius
+        bound = (tl.sum(center * query, 1) + reach * tl.sqrt(tl.sum(query * query)) * radius).to(tl.float32)  # reach may be fp64
         best = tl.maximum(best, bound, propagate_nan=tl.PropagateNan.ALL)
     out = scores + tl.program_id(0).to(tl.int64) * max_pages + page
     tl.store(out, tl.where(live, best, -float("inf")), mask=page < max_pages)

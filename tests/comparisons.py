@@ -103,11 +103,15 @@ def score_rounding(scores: Tensor, scores_fp32: Tensor) -> float:
     return 2 * float(error.max()) + torch.finfo(torch.float32).eps if error.numel() else 0.0
 
 
+def fp32_bins(values: Tensor, an_octave: int, lowest: int = -(1 << 20)) -> Tensor:
+    """Bins that the leading bits of fp32 numbers stand for, in the order of the numbers; -1e9 where they are NaN."""
+    mantissa, exponent = values.double().frexp()
+    bins = exponent * an_octave + ((mantissa - 0.5) * 2 * an_octave).floor()
+    return torch.where(values.isnan(), -1e9, torch.where(values > 0.0, bins, lowest).clamp(min=lowest))
+
+
 def score_bins(scores: Tensor) -> Tensor:
-    """Bins of scores, -1 where they are NaN: eight an octave, in the order of the scores."""
-    mantissa, exponent = scores.double().frexp()
-    bins = exponent * 8 + ((mantissa - 0.5) * 16).floor()
-    return torch.where(scores.isnan(), -1e9, bins.clamp(min=-96 * 8))
+    return fp32_bins(scores, 8, -96 * 8)
 
 
 def assert_best_bins_chosen(scores: Tensor, chosen: Tensor) -> None:
@@ -132,19 +136,18 @@ def top_k_borderline(scores: Tensor, scores_fp32: Tensor, chosen: Tensor) -> Ten
 def top_p_borderline(weights: Tensor, top_p: Tensor | float, num_kv_heads: int, rounding: float) -> Tensor:
     """Slots [B, Hkv, N] that rounding of the weights may move in or out of some query head's set.
 
-    A slot is kept exactly when the mass of strictly heavier slots is below p, so it is on the border when that mass, give or take the
-    mass of slots of practically equal weight, comes within `rounding` of p.
+    A slot is kept exactly when the mass of strictly higher bins is below p. So it is on the border unless that mass stays on one side of
+    p when every weight, and with it the bins, moves by `rounding`.
     """
     batch, tokens, heads, slots = weights.shape
     ordered = weights.double().sort(dim=-1, descending=True)
     w = ordered.values
     mass = torch.cat([torch.zeros_like(w[..., :1]), w.cumsum(-1)], dim=-1)
-    ascending = (-w).contiguous()
-    first = torch.searchsorted(ascending, (ascending * (1 + rounding)).contiguous())
-    last = torch.searchsorted(ascending, (ascending * (1 - rounding)).contiguous(), right=True)
-    low, high = mass.gather(-1, first), mass.gather(-1, last)
+    lower, upper = (-fp32_bins(w * (1 + moved), 32).contiguous() for moved in (-rounding, rounding))
+    most = mass.gather(-1, torch.searchsorted(upper, lower))
+    least = mass.gather(-1, torch.searchsorted(lower, upper))
     p = torch.as_tensor(top_p, dtype=torch.float64, device=w.device).expand(batch, heads)[:, None, :, None]
-    near = (low <= p + rounding) & (high >= p - rounding)
+    near = (most >= p - rounding) & (least < p + rounding)
     near = torch.zeros_like(near).scatter_(-1, ordered.indices, near)
     return near.view(batch, tokens, num_kv_heads, -1, slots).any(3).any(1)
 

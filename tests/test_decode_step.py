@@ -1,5 +1,7 @@
 """decode_step.py: one step of one layer over the cache's own tensors, growing token by token."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from comparisons import plain_attention
@@ -62,9 +64,8 @@ def test_decode_step_is_dense_attention_while_nothing_is_left_out(selector):
     rows = torch.randn(0)
     keys, values = (t[cache.page_table.long()].transpose(2, 3).flatten(1, 2)[:, :30] for t in (layer.kv.k_cache, layer.kv.v_cache))
     q, _, _ = step_rows(1, seed=109)
-    x = DecodeInputs(
-        q, layer.kv.k_cache, layer.kv.v_cache, rows, rows, rows, None, rows, rows, cache.page_table, cache.seq_lens, DIM**-0.5, keys, values
-    )
+    read = {"q": q, "page_table": cache.page_table, "seq_lens": cache.seq_lens, "sm_scale": DIM**-0.5, "keys": keys, "values": values}
+    x = DecodeInputs(**{field.name: rows for field in fields(DecodeInputs)} | layer.kv._asdict() | read)
     torch.testing.assert_close(outputs[-1], plain_attention(x)[0])
 
 
