@@ -61,8 +61,7 @@ def load(path: str, index: int, kv_heads: int, head_dim: int) -> Calibration:
         ValueError: a file that is missing, of another format or of another model.
     """
     tensors = _read(str(path))
-    found = Calibration(*(tensors.get(f"layers.{index}.{name}") for name in Calibration._fields))
-    order, prefix, center = found
+    order, prefix, center = (tensors.get(f"layers.{index}.{name}") for name in Calibration._fields)
     if order is None or prefix is None:
         raise ValueError(f"calibration: {path}: expected an entry for layer {index}, got none")
     heads = order.shape[0]
@@ -75,10 +74,9 @@ def load(path: str, index: int, kv_heads: int, head_dim: int) -> Calibration:
         raise ValueError(f"calibration: {path}: expected permutations and prefixes that are multiples of {PREFIX_STEP}, got others")
     if center is not None and not (center.shape == order.shape and center.isfinite().all()):
         raise ValueError(f"calibration: {path}: expected finite centres of shape {list(order.shape)}, got others")
-    if heads != kv_heads:
-        first = torch.distributed.get_rank() % (heads // kv_heads) * kv_heads
-        found = Calibration(*(None if tensor is None else tensor[first : first + kv_heads] for tensor in found))
-    return found
+    first = 0 if heads == kv_heads else torch.distributed.get_rank() % (heads // kv_heads) * kv_heads
+    own = slice(first, first + kv_heads)
+    return Calibration(order[own], prefix[own], None if center is None else center[own])
 
 
 def restore(shadow: Shadow, path: str | None, index: int) -> bool:
@@ -94,5 +92,6 @@ def restore(shadow: Shadow, path: str | None, index: int) -> bool:
         found = load(path, index, kv_heads, head_dim)
     shadow.channel_order.copy_(found.channel_order)
     shadow.prefix_channels.copy_(found.prefix_channels)
+    assert shadow.k_center is not None  # as a layer allocates it
     shadow.k_center.copy_(torch.zeros(()) if found.k_center is None else found.k_center)
     return found.k_center is not None

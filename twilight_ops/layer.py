@@ -164,7 +164,7 @@ class PagedKVLayer:
     def calibrate(self, q: Tensor, k: Tensor, positions: Tensor | None, sm_scale: float) -> None:
         """Calibrates in place from the prompt that first fills the cache, before that prompt is appended: the centre of the shadow, and
         what the selector takes from it; see `Selector.calibrate`."""
-        if self.shadow is not None and not self.centred_by_file:
+        if self.shadow is not None and self.shadow.k_center is not None and not self.centred_by_file:
             self.shadow.k_center.copy_(mean_key(k, positions))
         if self.plan.selector is not None:
             self.plan.selector.calibrate(q, k, self, positions, sm_scale)
