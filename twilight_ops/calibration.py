@@ -44,8 +44,11 @@ def _read(path: str) -> dict[str, Tensor]:
     raise ValueError(f"calibration: {path}: expected format {FORMAT}, got {found}")
 
 
-def load(path: str, index: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """One layer's (channel_order [Hkv, D], prefix_channels [Hkv]); with tensor parallelism this rank's heads of them."""
+def load(path: str, index: int, kv_heads: int, head_dim: int, shard: int | None = None) -> tuple[Tensor, Tensor]:
+    """One layer's (channel_order [Hkv, D], prefix_channels [Hkv]); with tensor parallelism this rank's heads of them.
+
+    `shard` says which `kv_heads` of the model's heads these are; None: the rank in torch.distributed does.
+    """
     tensors = _read(str(path))
     order, prefix = (tensors.get(f"layers.{index}.{name}") for name in ("channel_order", "prefix_channels"))
     if order is None or prefix is None:
@@ -54,7 +57,7 @@ def load(path: str, index: int, kv_heads: int, head_dim: int) -> tuple[Tensor, T
     if order.shape[1] != head_dim or heads % kv_heads:
         raise ValueError(f"calibration: {path}: expected {kv_heads} KV heads of {head_dim} channels, got {list(order.shape)}")
     if heads != kv_heads:
-        part = torch.distributed.get_rank() % (heads // kv_heads) * kv_heads
+        part = (torch.distributed.get_rank() % (heads // kv_heads) if shard is None else shard) * kv_heads
         order, prefix = order[part : part + kv_heads], prefix[part : part + kv_heads]
     valid = (order.sort(-1).values == torch.arange(head_dim)).all() and (
         (prefix % PREFIX_STEP == 0) & (prefix > 0) & (prefix <= head_dim)

@@ -58,7 +58,7 @@ class ShadowPrefix(Selector):
         """The order and prefix of the file, else identity and the fixed prefix or the whole row."""
         kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
         if self.calibration is not None:
-            order, prefix = calibration.load(self.calibration, layer.index, kv_heads, head_dim)
+            order, prefix = calibration.load(self.calibration, layer.index, kv_heads, head_dim, layer.shard)
         else:
             order, prefix = torch.arange(head_dim).expand(kv_heads, -1), torch.full((kv_heads,), head_dim)
         if self.prefix_channels is not None:
