@@ -30,7 +30,7 @@ from twilight_ops.ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS, PAGE_SIZES
 
 from . import versions
 from .metrics import LogLines
-from .pages import carve_layer, token_bytes
+from .pages import carve_layer, page_pieces, split_rows, token_bytes
 from .settings import Settings, check_engine, check_layer, parse
 
 LINE = versions.check(vllm.__version__)
@@ -206,53 +206,6 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
             table[request, page][:, None],
             live,
         )
-
-
-def split_rows(counts: np.ndarray, is_prefilling: Tensor | None, most_tokens: int, total_tokens: int) -> tuple[int, int]:
-    """How many of the first rows are decode steps, and the tokens of each.
-
-    What a row is, the engine says and not its length: the last token of a prompt is a prompt.
-
-    Args:
-        counts: tokens of each row; 0 is padding.
-        is_prefilling: [B] bool on the host, or fewer, False for the others; None: no row is.
-        most_tokens: of a decode row.
-        total_tokens: in the batch.
-    """
-    query_tokens = int(counts[0]) if len(counts) else 0
-    if not 1 <= query_tokens <= most_tokens:
-        return 0, 0
-    decode = (counts == query_tokens) | (counts == 0)
-    if is_prefilling is not None:
-        prefilling = is_prefilling.numpy()[: len(counts)]
-        decode[: len(prefilling)] &= ~prefilling
-    decodes = len(counts) if decode.all() else int(decode.argmin())
-    return (min(decodes, total_tokens // query_tokens), query_tokens) if decodes else (0, 0)
-
-
-def page_pieces(starts: np.ndarray, lens: np.ndarray, page_size: int) -> tuple[np.ndarray, ...]:
-    """Cuts the chunks of some requests at page borders.
-
-    Args:
-        starts: [R + 1] first token of each chunk in the batch.
-        lens: [R] tokens of each request, its chunk included.
-
-    Returns:
-        For N pages: request [N], its page [N], tokens of the batch [N, S] (int64), their places [N, S] (int32, -1 for none), and the tokens
-        that the page then holds [N] (int32).
-    """
-    counts = np.diff(starts)
-    context = lens - counts
-    first = context // page_size
-    pages = np.where(counts > 0, -(-lens // page_size) - first, 0)
-    request = np.repeat(np.arange(len(lens)), pages)
-    page = np.arange(len(request)) - np.repeat(np.cumsum(pages) - pages, pages) + first[request]
-    offset = np.arange(page_size)
-    place = page[:, None] * page_size + offset
-    inside = (place >= context[request, None]) & (place < lens[request, None])
-    token = np.where(inside, starts[request, None] + place - context[request, None], starts[0])
-    live = np.minimum(page_size, lens[request] - page * page_size)
-    return request, page, token.astype(np.int64), np.where(inside, offset, -1).astype(np.int32), live.astype(np.int32)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

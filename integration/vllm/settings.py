@@ -139,6 +139,6 @@ def check_layer(kv_cache_dtype: str, attn_type: str, **others: object) -> None:
     if str(getattr(attn_type, "value", attn_type)) != "decoder":
         refuse(WHERE, "attn_type", "decoder", str(getattr(attn_type, "value", attn_type)))
     for name, value in others.items():
-        if value is not None and value is not False and value != 0:
-            shown = value if isinstance(value, int | float | str) else type(value).__name__
-            refuse(WHERE, name, "none", shown)
+        plain = isinstance(value, int | float | str)
+        if value is not None and not (plain and not value):
+            refuse(WHERE, name, "none", value if plain else type(value).__name__)
