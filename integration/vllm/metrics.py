@@ -69,3 +69,8 @@ class BudgetReports:
         """Starts the counters again."""
         for layer in layers_of(self.vllm_config):
             layer.budget_counters.zero_()
+
+    def twilight_prefix_channels(self) -> list[list[int] | None]:
+        """Channels that select, by layer and KV head of this rank; None for layers without a shadow."""
+        layers = layers_of(self.vllm_config)
+        return [None if layer.shadow is None else layer.shadow.prefix_channels.tolist() for layer in layers]
