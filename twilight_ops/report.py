@@ -273,9 +273,9 @@ def _report(layers: Sequence[PagedKVLayer], flat: Tensor) -> BudgetReport:
     sizes = [layer.budget_counters.numel() for layer in layers]
     counters = [rows.view(layer.budget_counters.shape) for layer, rows in zip(layers, flat.split(sizes), strict=True)]
     report = []
-    for index, (layer, rows) in enumerate(zip(layers, counters, strict=True)):
+    for layer, rows in zip(layers, counters, strict=True):
         name = "dense" if layer.plan.selector is None else layer.plan.selector.name
-        report.append(LayerBudget(index, name, layer.plan.dense_below, [_budget(row) for row in rows]))
+        report.append(LayerBudget(layer.index, name, layer.plan.dense_below, [_budget(row) for row in rows]))
     sparse = [rows.sum(0) for layer, rows in zip(layers, counters, strict=True) if layer.plan.selector is not None]
     together = _budget(torch.stack(sparse).sum(0)) if sparse else None
     return BudgetReport(report, together if together is not None and together.calls else None)

@@ -30,8 +30,15 @@ class Engine:
     def __init__(self, model_path, twilight: dict | None, **options):
         if twilight is not None:
             options |= {"attention_backend": "CUSTOM", "additional_config": {"twilight": twilight}}
-        plain = {"block_size": 32, "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 400}
-        self.llm = LLM(str(model_path), dtype="float32", enforce_eager=True, seed=0, disable_log_stats=False, **(plain | options))
+        plain = {
+            "enforce_eager": True,
+            "block_size": 32,
+            "max_model_len": 512,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+            "num_gpu_blocks_override": 400,
+        }
+        self.llm = LLM(str(model_path), dtype="float32", seed=0, disable_log_stats=False, **(plain | options))
 
     def generate(self, prompts: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
         """Greedy continuations."""
