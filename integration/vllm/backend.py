@@ -320,7 +320,7 @@ def _attend_on_cpu(q: Tensor, paged: PagedKVLayer, prompts: Prompts, scale: floa
 
 def _attend_on_gpu(q: Tensor, paged: PagedKVLayer, prompts: Prompts, scale: float, out: Tensor) -> None:
     """The same in one call of the FlashAttention that comes with vLLM."""
-    flash_attn_varlen_func, version = versions.flash_attention()
+    flash_attn_varlen_func, version = versions.flash_attention(paged.head_dim)
     flash_attn_varlen_func(
         q=q,
         k=paged.kv.k_cache.transpose(1, 2),

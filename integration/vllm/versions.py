@@ -90,8 +90,8 @@ def kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_siz
     return num_blocks, num_kv_heads, block_size, _elements.get((block_size, num_kv_heads, head_size), 2 * head_size)
 
 
-def flash_attention() -> tuple[Any, int]:
+def flash_attention(head_size: int) -> tuple[Any, int]:
     """vLLM's FlashAttention over a paged cache, and the version of it that this GPU runs."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-    return flash_attn_varlen_func, get_flash_attn_version()
+    return flash_attn_varlen_func, get_flash_attn_version(head_size=head_size)
