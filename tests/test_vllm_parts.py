@@ -10,7 +10,7 @@ import torch
 from twilight_ops import Full, LayerOverride, Quest, ShadowPrefix, TwilightConfig, calibration
 from twilight_ops.decode_step import append
 from twilight_ops.integration.vllm import settings, versions
-from twilight_ops.integration.vllm.pages import carve_layer, page_pieces, split_rows, token_bytes
+from twilight_ops.integration.vllm.pages import carve_layer, page_pieces, ragged_rows, split_rows, token_bytes
 from twilight_ops.layer import allocate_layer
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -81,7 +81,9 @@ def test_prompts_cut_into_pages_are_written_as_if_appended_whole(page_size):
         ([1, 1, 1], [False, False, True], 1, (2, 1)),  # the last token of a prompt is no decode step
         ([1, 1, 0, 0], [False, False], 1, (2, 1)),  # padding; the engine says nothing of it
         ([1, 5, 1], [False, True, False], 8, (1, 1)),
-        ([3, 3, 1], [False, False, False], 8, (2, 3)),
+        ([3, 3, 1], [False, False, False], 8, (3, 3)),
+        ([1, 0, 4, 9], [False, False, False, False], 8, (3, 4)),
+        ([0, 0], None, 8, (0, 0)),
         ([3, 3, 3], [True, True, True], 8, (0, 0)),
         ([9, 9], [False, False], 8, (0, 0)),
         ([], None, 1, (0, 0)),
@@ -94,6 +96,14 @@ def test_rows_are_decode_steps_because_the_engine_says_so(counts, prefilling, mo
 
 def test_padded_rows_of_a_graph_are_decode_rows_of_length_zero():
     assert split_rows(np.array([1, 1, 0, 0]), None, 1, 4) == (4, 1)
+
+
+def test_rows_of_different_numbers_of_tokens_have_their_own_last():
+    assert ragged_rows(np.array([2, 2, 0])) is None
+    tokens, live, places = ragged_rows(np.array([1, 3, 0, 2]))
+    assert live.tolist() == [[False, False, True], [True] * 3, [False] * 3, [False, True, True]]
+    assert tokens[live].tolist() == list(range(6))
+    assert places.tolist() == [2, 3, 4, 5, 10, 11]
 
 
 def test_settings_come_from_json_with_the_names_of_the_configuration(tmp_path):

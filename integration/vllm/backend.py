@@ -30,7 +30,7 @@ from twilight_ops.ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS, PAGE_SIZES
 
 from . import versions
 from .metrics import LogLines
-from .pages import carve_layer, page_pieces, split_rows, token_bytes
+from .pages import carve_layer, page_pieces, ragged_rows, split_rows, token_bytes
 from .settings import Settings, check_engine, check_layer, parse
 
 LINE = versions.check(vllm.__version__)
@@ -152,11 +152,21 @@ class Prompts:
 
 
 @dataclass
+class Ragged:
+    """Decode rows of different numbers of tokens: T each, the most of them, with a row's own tokens last."""
+
+    tokens: Tensor  # [B, T] int64, which token of the batch stands there; any where none does
+    positions: Tensor  # [B, T] int32, its position in the sequence, -1 for none
+    places: Tensor  # [N] int64, where each token stands in B * T
+
+
+@dataclass
 class TwilightMetadata(AttentionMetadata):
     decodes: int  # rows of a decode step, which come first; rows of length 0 are padding
     query_tokens: int  # of each of them
     block_table: Tensor  # [B, M] int32
     seq_lens: Tensor  # [B] int32, this step's tokens included
+    ragged: Ragged | None
     prompts: Prompts | None
 
 
@@ -181,10 +191,19 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy()
         counts = np.diff(starts)
         decodes, query_tokens = split_rows(counts, m.is_prefilling, self.reorder_batch_threshold, m.num_actual_tokens)
-        prompts = None
-        if counts[decodes:].any():
-            prompts = self._prompts(m, decodes, starts)
-        return TwilightMetadata(decodes, query_tokens, m.block_table_tensor, m.seq_lens, prompts)
+        ragged = self._ragged(m, counts[:decodes]) if decodes else None
+        prompts = self._prompts(m, decodes, starts) if counts[decodes:].any() else None
+        return TwilightMetadata(decodes, query_tokens, m.block_table_tensor, m.seq_lens, ragged, prompts)
+
+    def _ragged(self, m: Any, counts: np.ndarray) -> Ragged | None:
+        rows = ragged_rows(counts)
+        if rows is None:
+            return None
+        device = m.seq_lens.device
+        tokens, live, places = (_to_device(array, device) for array in rows)
+        newest = torch.arange(1 - tokens.shape[1], 1, dtype=torch.int32, device=device)
+        positions = torch.where(live, m.seq_lens[: len(counts), None] - 1 + newest, -1)
+        return Ragged(tokens, positions, places)
 
     def _prompts(self, m: Any, decodes: int, starts: np.ndarray) -> Prompts:
         rows = slice(decodes, m.num_reqs)
@@ -288,13 +307,18 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
         return self._by_rows[rows]
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, m: TwilightMetadata, output: Tensor) -> None:
-        tokens = m.decodes * m.query_tokens
-        q, k, v = (x[:tokens].unflatten(0, (m.decodes, m.query_tokens)) for x in (query, key, value))
+        shape, ragged = (m.decodes, m.query_tokens), m.ragged
+        if ragged is None:
+            tokens, positions = m.decodes * m.query_tokens, None
+            q, k, v = (x[:tokens].unflatten(0, shape) for x in (query, key, value))
+        else:
+            tokens, positions = len(ragged.places), ragged.positions
+            q, k, v = (x[ragged.tokens] for x in (query, key, value))
         table, lens = m.block_table[: m.decodes], m.seq_lens[: m.decodes]
         paged = self._for_rows(paged, m.decodes)
-        append(k, v, paged, table, lens)
-        out, _ = attend(q, paged, table, lens, self.scale)
-        output[:tokens].copy_(out.flatten(0, 1))
+        append(k, v, paged, table, lens, positions)
+        out = attend(q, paged, table, lens, self.scale)[0].flatten(0, 1)
+        output[:tokens].copy_(out if ragged is None else out[ragged.places])
 
     def _prompts(self, query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, prompts: Prompts, output: Tensor) -> None:
         append(key[prompts.tokens], value[prompts.tokens], paged, prompts.page_table, prompts.live, prompts.positions)

@@ -89,7 +89,7 @@ def carve_layer(
 
 
 def split_rows(counts: np.ndarray, is_prefilling: Tensor | None, most_tokens: int, total_tokens: int) -> tuple[int, int]:
-    """How many of the first rows are decode steps, and the tokens of each.
+    """How many of the first rows are decode steps, and the most tokens that one of them has.
 
     What a row is, the engine says and not its length: the last token of a prompt is a prompt.
 
@@ -97,17 +97,44 @@ def split_rows(counts: np.ndarray, is_prefilling: Tensor | None, most_tokens: in
         counts: tokens of each row; 0 is padding.
         is_prefilling: [B] bool on the host, or fewer, False for the others; None: no row is.
         most_tokens: of a decode row.
-        total_tokens: in the batch.
+        total_tokens: in the batch; a graph's padding counts.
     """
-    query_tokens = int(counts[0]) if len(counts) else 0
-    if not 1 <= query_tokens <= most_tokens:
-        return 0, 0
-    decode = (counts == query_tokens) | (counts == 0)
+    decode = counts <= most_tokens
     if is_prefilling is not None:
         prefilling = is_prefilling.numpy()[: len(counts)]
         decode[: len(prefilling)] &= ~prefilling
     decodes = len(counts) if decode.all() else int(decode.argmin())
-    return (min(decodes, total_tokens // query_tokens), query_tokens) if decodes else (0, 0)
+    query_tokens = int(counts[:decodes].max(initial=0))
+    if query_tokens == 0:
+        return 0, 0
+    if _uniform(counts[:decodes]):
+        decodes = min(decodes, total_tokens // query_tokens)
+    return decodes, query_tokens
+
+
+def _uniform(counts: np.ndarray) -> bool:
+    """Whether rows of one number of tokens come first, and padding after them."""
+    return bool((np.diff(counts) <= 0).all() and np.isin(counts, (0, counts[0])).all())
+
+
+def ragged_rows(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Decode rows of different numbers of tokens as rows of T, the most of them, each with its own tokens last; None if none differ.
+
+    Args:
+        counts: [B] tokens of each row.
+
+    Returns:
+        Which token of the batch stands where, [B, T] int64, any where there is none; where there is one, [B, T] bool; and the flat place of
+        every token in turn, [N] int64.
+    """
+    if _uniform(counts):
+        return None
+    most = int(counts.max())
+    column = np.arange(most) - (most - counts)[:, None]
+    live = column >= 0
+    first = np.cumsum(counts) - counts
+    token = np.where(live, first[:, None] + column, 0)
+    return token, live, np.flatnonzero(live)
 
 
 def page_pieces(starts: np.ndarray, lens: np.ndarray, page_size: int) -> tuple[np.ndarray, ...]:

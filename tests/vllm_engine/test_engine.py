@@ -152,3 +152,22 @@ def test_pages_serve_every_selector_and_a_cached_prefix_changes_nothing(engine, 
     assert 0 < report.sparse.pruned < 1 and report.sparse.dense == 0
     assert lines[0].startswith("twilight: steps 1 to 5: 3 of 4 layers are sparse")
     assert "% pruned), mass 0.9" in lines[2] and "no call of theirs took the dense path" in lines[2]
+
+
+def test_speculative_rows_are_decode_steps_of_up_to_8_tokens(engine, built_in):
+    """Drafts from the prompt itself, so rows of one batch have one token or several; at p = 1 nothing they decode may change."""
+    rows = set()
+    speculative = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    exact = engine({"selector": {"name": "quest", "token_budget": 4096}, "top_p": 1.0, "dense_below": 0}, speculative_config=speculative)
+    prompts = [numbers(9, seed) * 5 for seed in range(4)] + PROMPTS[:4]
+    build = backend.TwilightMetadataBuilder._build
+
+    def watched(self, m):
+        metadata = build(self, m)
+        rows.add((metadata.query_tokens, metadata.ragged is not None))
+        return metadata
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend.TwilightMetadataBuilder, "_build", watched)
+        assert exact.generate(prompts, 24) == built_in(prompts, 24)
+    assert (8, True) in rows and (8, False) in rows
