@@ -239,6 +239,27 @@ def test_what_a_layer_asks_for_is_refused_by_name(given, message):
     assert str(caught.value) == message
 
 
+FullAttentionSpec = type("FullAttentionSpec", (SimpleNamespace,), {})
+PLAIN_SPEC = {"sliding_window": None, "attention_chunk_size": None, "head_size": 64, "head_size_v": 64, "non_causal": False}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (SimpleNamespace(**PLAIN_SPEC), "vLLM: kv_cache_spec: expected FullAttentionSpec, got 'SimpleNamespace'"),
+        (FullAttentionSpec(**PLAIN_SPEC | {"sliding_window": 128}), "vLLM: sliding_window: expected none, got 128"),
+        (FullAttentionSpec(**PLAIN_SPEC | {"attention_chunk_size": 8192}), "vLLM: attention_chunk_size: expected none, got 8192"),
+        (FullAttentionSpec(**PLAIN_SPEC | {"head_size_v": 128}), "vLLM: head_size_v: expected 64, as head_size, got 128"),
+        (FullAttentionSpec(**PLAIN_SPEC | {"non_causal": True}), "vLLM: non_causal: expected False, got True"),
+    ],
+)
+def test_a_cache_of_another_kind_is_refused_by_name(spec, message):
+    settings.check_spec(FullAttentionSpec(**PLAIN_SPEC))
+    with pytest.raises(ValueError) as caught:
+        settings.check_spec(spec)
+    assert str(caught.value) == message
+
+
 def test_each_rank_reads_its_own_heads_of_a_calibration(tmp_path):
     """By the rank that the engine names, whatever torch.distributed says or does not say."""
     plan = plan_of(ShadowPrefix(prefix_channels=8))

@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
 )
 
+from twilight_ops._settings import refuse
 from twilight_ops.config import TwilightConfig, break_even_of
 from twilight_ops.decode_step import append, attend
 from twilight_ops.layer import LayerPlan, PagedKVLayer
@@ -31,7 +32,7 @@ from twilight_ops.ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS, PAGE_SIZES
 from . import versions
 from .metrics import LogLines
 from .pages import carve_layer, page_pieces, ragged_rows, split_rows, token_bytes
-from .settings import Settings, check_engine, check_layer, parse
+from .settings import WHERE, Settings, check_engine, check_layer, check_spec, parse
 
 LINE = versions.check(vllm.__version__)
 QUERY_ROWS = 256  # of a prompt attend at a time on a CPU: the mask of a long one stays small
@@ -117,6 +118,7 @@ class TwilightBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """0.32: what a block of this spec holds."""
+        check_spec(spec)
         return spec if spec.state_content_bytes is not None else versions.with_token_bytes(spec, cls.engine.token_bytes(spec))
 
     @classmethod
@@ -188,6 +190,8 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
         return self._build(common_attn_metadata)
 
     def _build(self, m: Any) -> TwilightMetadata:
+        if m.causal is not True:
+            refuse(WHERE, "causal", "True", "another mask")
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy()
         counts = np.diff(starts)
         decodes, query_tokens = split_rows(counts, m.is_prefilling, self.reorder_batch_threshold, m.num_actual_tokens)

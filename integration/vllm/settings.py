@@ -142,3 +142,16 @@ def check_layer(kv_cache_dtype: str, attn_type: str, **others: object) -> None:
         plain = isinstance(value, int | float | str)
         if value is not None and not (plain and not value):
             refuse(WHERE, name, "none", value if plain else type(value).__name__)
+
+
+def check_spec(spec: Any) -> None:
+    """Refuses by name a cache of vLLM that is not one of whole causal attention (ValueError)."""
+    if type(spec).__name__ != "FullAttentionSpec":
+        refuse(WHERE, "kv_cache_spec", "FullAttentionSpec", type(spec).__name__)
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(spec, name) is not None:
+            refuse(WHERE, name, "none", getattr(spec, name))
+    if spec.head_size_v != spec.head_size:
+        refuse(WHERE, "head_size_v", f"{spec.head_size}, as head_size", spec.head_size_v)
+    if getattr(spec, "non_causal", False):
+        refuse(WHERE, "non_causal", "False", True)

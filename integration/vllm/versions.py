@@ -8,6 +8,8 @@ from typing import Any
 
 from twilight_ops._settings import refuse
 
+from .settings import KEY, WHERE, check_spec
+
 SUPPORTED = ("0.26", "0.32")  # with PyTorch 2.11 and 2.13
 BACKEND = "twilight_ops.integration.vllm.backend.TwilightBackend"
 
@@ -20,19 +22,39 @@ def check(version: str) -> str:
     """
     line = re.match(r"\d+\.\d+(?=\.)", version)
     if line is None or line.group() not in SUPPORTED:
-        refuse("vLLM", "version", " or ".join(f"{line}.x" for line in SUPPORTED), version)
+        refuse(WHERE, "version", " or ".join(f"{line}.x" for line in SUPPORTED), version)
     return line.group()
 
 
 def register_backend() -> None:
     """Names our class as CUSTOM. It is imported, and the version checked, where CUSTOM is asked for."""
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends import registry
 
     custom = registry.AttentionBackendEnum.CUSTOM
     registry.register_backend(custom, BACKEND)
+    _refuse_idle_settings(EngineArgs, custom)
     if current_platform.is_cpu():
         _let_cpu_choose(type(current_platform), custom)
+
+
+def _refuse_idle_settings(arguments: Any, custom: Any) -> None:
+    """Settings of ours beside another backend would be read by nobody."""
+    built_in = arguments.create_engine_config
+    if hasattr(built_in, "twilight"):
+        return
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = built_in(self, *args, **kwargs)
+        chosen, by_kind = config.attention_config.backend, getattr(config.attention_config, "backend_per_kind", None) or {}
+        idle = custom not in (chosen, *by_kind.values())
+        if idle and isinstance(config.additional_config, dict) and KEY in config.additional_config:
+            refuse(WHERE, "attention_backend", f'CUSTOM, because additional_config has "{KEY}"', getattr(chosen, "name", chosen))
+        return config
+
+    create_engine_config.twilight = True  # type: ignore[attr-defined]
+    arguments.create_engine_config = create_engine_config
 
 
 def _let_cpu_choose(platform: Any, custom: Any) -> None:
@@ -66,7 +88,7 @@ _elements: dict[tuple[int, int, int], int] = {}  # of a token and KV head, by bl
 def account_for_pages(backend: Any) -> None:
     """0.26 asks no backend what its blocks hold: its Attention layer is told, once a process."""
     from vllm.model_executor.layers.attention import Attention
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, TQFullAttentionSpec
+    from vllm.v1.kv_cache_interface import TQFullAttentionSpec
 
     built_in = Attention.get_kv_cache_spec
     if hasattr(built_in, "twilight"):
@@ -74,8 +96,9 @@ def account_for_pages(backend: Any) -> None:
 
     def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
         spec = built_in(self, vllm_config)
-        if type(spec) is not FullAttentionSpec or not issubclass(self.attn_backend, backend):
+        if spec is None or not issubclass(self.attn_backend, backend):
             return spec
+        check_spec(spec)
         size = backend.engine.token_bytes(spec)
         _elements[spec.block_size, spec.num_kv_heads, spec.head_size] = size // spec.dtype.itemsize
         kept = {name: getattr(spec, name) for name in ("block_size", "num_kv_heads", "head_size", "head_size_v", "dtype")}

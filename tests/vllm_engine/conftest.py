@@ -55,7 +55,7 @@ def built_in(model_path):
 @pytest.fixture
 def engine(model_path):
     """Makes engines that are gone when the test is."""
-    made = []
+    made, threads = [], torch.get_num_threads()
 
     def make(twilight, **options) -> Engine:
         made.append(Engine(model_path, twilight, **options))
@@ -64,3 +64,4 @@ def engine(model_path):
     yield make
     made.clear()
     gc.collect()
+    torch.set_num_threads(threads)  # drafting from the prompt changes it

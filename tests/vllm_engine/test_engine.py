@@ -171,3 +171,14 @@ def test_speculative_rows_are_decode_steps_of_up_to_8_tokens(engine, built_in):
         patch.setattr(backend.TwilightMetadataBuilder, "_build", watched)
         assert exact.generate(prompts, 24) == built_in(prompts, 24)
     assert (8, True) in rows and (8, False) in rows
+
+
+def test_an_engine_says_what_it_lacks(engine):
+    with pytest.raises(
+        ValueError, match="vLLM: selector: calibration: expected a file for shadow_prefix, written by `python -m twilight_ops calibrate"
+    ):
+        engine({})
+    with pytest.raises(ValueError, match='vLLM: attention_backend: expected CUSTOM, because additional_config has "twilight", got None'):
+        engine(None, additional_config={"twilight": {"selector": "dense"}})
+    with pytest.raises(ValueError, match="vLLM: block_size: expected 16, 32 or 64, got 128"):
+        engine({"selector": "dense"}, block_size=128)
