@@ -53,5 +53,21 @@ class Engine:
         return sum(m.value for m in self.llm.get_metrics() if m.name == name)
 
 
+def several(seed: int) -> tuple[list[list[int]], list[int]]:
+    """64 requests of random lengths, and how many tokens each of them wants."""
+    draw = random.Random(seed)
+    prompts = [numbers(draw.randrange(1, 120), number) for number in range(64)]
+    return prompts, [draw.randrange(1, 24) for _ in prompts]
+
+
+# What engines are asked, by name: prompts, and tokens to generate.
+REQUESTS = {
+    "several": several(1),
+    "long and short": ([numbers(length, seed) for seed, length in enumerate((5, 37, 300, 130, 1, 64, 200, 17, 90, 33))], 12),
+    "four": ([numbers(length, seed) for seed, length in enumerate((5, 130, 64, 33))], 12),
+    "repeating": ([numbers(9, seed) * 5 for seed in range(4)] + [numbers(50, seed) for seed in range(4)], 24),
+}
+
+
 def greedy(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)

@@ -5,33 +5,25 @@ Its tokens are those of vLLM's own attention where nothing is left out, and its 
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from engines import greedy, numbers
+from engines import REQUESTS, greedy, numbers
 
 from twilight_ops.decode_step import append, attend
 from twilight_ops.integration.vllm import backend, metrics
 from twilight_ops.layer import allocate_layer
 from twilight_ops.report import budget_report
 
-LENGTHS = (5, 37, 300, 130, 1, 64, 200, 17, 90, 33)
-PROMPTS = [numbers(length, seed) for seed, length in enumerate(LENGTHS)]
-
 
 def layers_of(engine):
     return metrics.layers_of(engine.llm.llm_engine.vllm_config)
 
 
-def test_dense_tokens_are_those_of_vllms_own_attention(engine, built_in):
+def test_dense_tokens_are_those_of_vllms_own_attention(engine, expected):
     """64 requests through 8 slots and too few blocks, so that some are preempted and computed again; then some are aborted."""
-    draw = random.Random(1)
-    prompts = [numbers(draw.randrange(1, 120), seed) for seed in range(64)]
-    counts = [draw.randrange(1, 24) for _ in prompts]
-    expected = built_in(prompts, counts)
+    (prompts, counts), tokens = REQUESTS["several"], expected["several"]
     dense = engine({"selector": "dense"}, block_size=16, num_gpu_blocks_override=34)
-    assert dense.generate(prompts, counts) == expected
+    assert dense.generate(prompts, counts) == tokens
     assert dense.metric("vllm:num_preemptions") > 0, "nothing was preempted"
     assert all(layer.plan.selector is None and layer.shadow is None for layer in layers_of(dense))
 
@@ -43,11 +35,11 @@ def test_dense_tokens_are_those_of_vllms_own_attention(engine, built_in):
     core.abort_request([str(name) for name in range(0, 8, 2)])
     while core.has_unfinished_requests():
         done |= {out.request_id: list(out.outputs[0].token_ids) for out in core.step() if out.finished}
-    assert [done[str(name)][: counts[name]] for name in range(1, 8, 2)] == expected[1:8:2]
-    assert dense.generate(prompts[:8], counts[:8]) == expected[:8]
+    assert [done[str(name)][: counts[name]] for name in range(1, 8, 2)] == tokens[1:8:2]
+    assert dense.generate(prompts[:8], counts[:8]) == tokens[:8]
 
 
-def test_chunks_of_1_to_8_tokens_attend_exactly(engine, built_in):
+def test_chunks_of_1_to_8_tokens_attend_exactly(engine, expected):
     """At p = 1 every token is kept, by prompts that are cut as small as decode steps and by the steps between them."""
     chunks = set()
     exact = engine({"selector": "full", "top_p": 1.0, "dense_below": 0}, block_size=64, max_num_seqs=4, max_num_batched_tokens=8)
@@ -59,7 +51,7 @@ def test_chunks_of_1_to_8_tokens_attend_exactly(engine, built_in):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend.TwilightMetadataBuilder, "_prompts", watched)
-        assert exact.generate(PROMPTS, 12) == built_in(PROMPTS, 12)
+        assert exact.generate(*REQUESTS["long and short"]) == expected["long and short"]
     assert chunks == set(range(1, 9))
     assert not any(head.dense for layer in budget_report(layers_of(exact)).layers for head in layer.heads)
 
@@ -145,32 +137,13 @@ def test_pages_serve_every_selector_and_a_cached_prefix_changes_nothing(engine, 
     assert cached == 224, "all but the last token can come from the cache"
 
     # Mixed batches: prompts arrive while others decode.
-    sparse.generate(PROMPTS, [3, 20, 9, 14, 25, 6, 11, 2, 30, 5])
+    sparse.generate(REQUESTS["long and short"][0], [3, 20, 9, 14, 25, 6, 11, 2, 30, 5])
 
     report = budget_report(layers_of(sparse))
     assert [layer.selector for layer in report.layers] == ["dense", "shadow_prefix", "quest", "full"]
     assert 0 < report.sparse.pruned < 1 and report.sparse.dense == 0
     assert lines[0].startswith("twilight: steps 1 to 5: 3 of 4 layers are sparse")
     assert "% pruned), mass 0.9" in lines[2] and "no call of theirs took the dense path" in lines[2]
-
-
-def test_speculative_rows_are_decode_steps_of_up_to_8_tokens(engine, built_in):
-    """Drafts from the prompt itself, so rows of one batch have one token or several; at p = 1 nothing they decode may change."""
-    rows = set()
-    speculative = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    exact = engine({"selector": {"name": "quest", "token_budget": 4096}, "top_p": 1.0, "dense_below": 0}, speculative_config=speculative)
-    prompts = [numbers(9, seed) * 5 for seed in range(4)] + PROMPTS[:4]
-    build = backend.TwilightMetadataBuilder._build
-
-    def watched(self, m):
-        metadata = build(self, m)
-        rows.add((metadata.query_tokens, metadata.ragged is not None))
-        return metadata
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend.TwilightMetadataBuilder, "_build", watched)
-        assert exact.generate(prompts, 24) == built_in(prompts, 24)
-    assert (8, True) in rows and (8, False) in rows
 
 
 def test_an_engine_says_what_it_lacks(engine):
