@@ -45,7 +45,9 @@ class Engine:
 
     def __init__(self, vllm_config: Any) -> None:
         check_engine(vllm_config)
-        model, self.parallel = vllm_config.model_config, vllm_config.parallel_config
+        # While a draft model is built, its configuration stands in the place of the model's.
+        model = getattr(vllm_config.speculative_config, "target_model_config", None) or vllm_config.model_config
+        self.parallel = vllm_config.parallel_config
         self.settings: Settings = parse(vllm_config.additional_config)
         self.num_layers: int = model.get_total_num_hidden_layers()
         self.settings.config.check_layers(self.num_layers)
@@ -59,8 +61,12 @@ class Engine:
         if never is not None:
             logger.warning_once("twilight: %s", never)
 
+    def index(self, layer_name: str) -> int:
+        """A layer's place in the whole model, whatever stage it is in; those of a draft model count on from there."""
+        return extract_layer_index(layer_name) + (self.num_layers if layer_name.startswith("draft_model") else 0)
+
     def plan(self, config: TwilightConfig, index: int, kv_rows: int) -> LayerPlan:
-        """Settings of one layer; layers beyond the model's are those of a draft model, and dense."""
+        """Settings of one layer; a draft model is dense."""
         plan = config.layer_plan(index, self.device_type, kv_rows)
         return plan if index < self.num_layers else replace(plan, selector=None)
 
@@ -179,6 +185,7 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERY_TOKENS)
+        self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.log = LogLines(vllm_config, layer_names, TwilightBackend.engine.settings.log_every)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TwilightMetadata:
@@ -186,6 +193,9 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
         return self._build(common_attn_metadata)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> TwilightMetadata:
+        # Nothing may be made, or copied from the host, while a graph is captured.
+        for layer in self.layers:
+            layer.impl.bound(layer, layer.kv_cache)
         self.log.forget()
         return self._build(common_attn_metadata)
 
@@ -282,17 +292,17 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
         """query [N, Hq, D], key and value [N, Hkv, D], output [N, Hq, D], written in place; no metadata: a run that measures memory."""
         if attn_metadata is None:
             return output.fill_(0)
-        paged = self._bound(layer, kv_cache)
+        paged = self.bound(layer, kv_cache)
         if attn_metadata.decodes:
             self._decode(query, key, value, paged, attn_metadata, output)
         if attn_metadata.prompts is not None:
             self._prompts(query, key, value, paged, attn_metadata.prompts, output)
         return output
 
-    def _bound(self, layer: Any, kv_cache: Tensor) -> PagedKVLayer:
-        """The layer in this cache; made by its first forward, and again if vLLM gives it another."""
+    def bound(self, layer: Any, kv_cache: Tensor) -> PagedKVLayer:
+        """The layer in this cache: made before a graph is captured or by its first forward, and again if vLLM gives it another."""
         if self.paged is None or self.paged.kv.k_cache.data_ptr() != kv_cache.data_ptr():
-            index = extract_layer_index(layer.layer_name)
+            index = self.engine.index(layer.layer_name)
             config = self.engine.settings.config_of(kv_cache.shape[2])
             plan = self.engine.plan(config, index, self.engine.max_seqs * self.num_kv_heads)
             # Graphs and the steps after an inference-mode one read these tensors.

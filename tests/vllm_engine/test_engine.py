@@ -5,6 +5,8 @@ Its tokens are those of vLLM's own attention where nothing is left out, and its 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engines import REQUESTS, greedy, numbers
@@ -155,3 +157,29 @@ def test_an_engine_says_what_it_lacks(engine):
         engine(None, additional_config={"twilight": {"selector": "dense"}})
     with pytest.raises(ValueError, match="vLLM: block_size: expected 16, 32 or 64, got 128"):
         engine({"selector": "dense"}, block_size=128)
+
+
+def test_layers_exist_before_a_graph_is_captured(engine):
+    """And what is counted while graphs are captured is forgotten at the first step."""
+    small = engine({"selector": "full", "top_p": 0.9, "dense_below": 0})
+    runner = small.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    builder = runner.attn_groups[0][0].get_metadata_builder()
+    assert layers_of(small) == []
+    batch = SimpleNamespace(
+        num_reqs=4,
+        num_actual_tokens=4,
+        query_start_loc_cpu=torch.arange(5, dtype=torch.int32),
+        is_prefilling=None,
+        causal=True,
+        seq_lens=torch.zeros(4, dtype=torch.int32),
+        block_table_tensor=torch.zeros(4, 16, dtype=torch.int32),
+    )
+    metadata = builder.build_for_cudagraph_capture(batch)
+    assert (metadata.decodes, metadata.query_tokens, metadata.ragged, metadata.prompts) == (4, 1, None, None)
+    layers = layers_of(small)
+    assert [layer.index for layer in layers] == [0, 1, 2, 3]
+    for layer in layers:
+        layer.budget_counters += 1
+    small.generate([numbers(20, 1)], 4)
+    assert all(a is b for a, b in zip(layers_of(small), layers, strict=True))
+    assert {head.calls for layer in budget_report(layers).layers for head in layer.heads} == {3}
