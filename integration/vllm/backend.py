@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -274,6 +276,9 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.engine = TwilightBackend.engine = Engine(get_current_vllm_config())
+        self.attend_prompts: Callable[..., None] = _attend_on_cpu
+        if self.engine.device_type == "cuda":
+            self.attend_prompts = partial(_attend_on_gpu, *versions.flash_attention(head_size))
         self.paged: PagedKVLayer | None = None
         self._by_rows: dict[int, PagedKVLayer] = {}
 
@@ -337,8 +342,7 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
     def _prompts(self, query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, prompts: Prompts, output: Tensor) -> None:
         append(key[prompts.tokens], value[prompts.tokens], paged, prompts.page_table, prompts.live, prompts.positions)
         here = slice(prompts.start, prompts.start + prompts.starts[-1])
-        attend_prompts = _attend_on_gpu if query.is_cuda else _attend_on_cpu
-        attend_prompts(query[here], paged, prompts, self.scale, output[here])
+        self.attend_prompts(query[here], paged, prompts, self.scale, output[here])
 
 
 def _attend_on_cpu(q: Tensor, paged: PagedKVLayer, prompts: Prompts, scale: float, out: Tensor) -> None:
@@ -356,10 +360,11 @@ def _attend_on_cpu(q: Tensor, paged: PagedKVLayer, prompts: Prompts, scale: floa
             out[start:end] = attended[0].transpose(0, 1)
 
 
-def _attend_on_gpu(q: Tensor, paged: PagedKVLayer, prompts: Prompts, scale: float, out: Tensor) -> None:
+def _attend_on_gpu(
+    flash_attention: Callable[..., Tensor], version: int, q: Tensor, paged: PagedKVLayer, prompts: Prompts, scale: float, out: Tensor
+) -> None:
     """The same in one call of the FlashAttention that comes with vLLM."""
-    flash_attn_varlen_func, version = versions.flash_attention(paged.head_dim)
-    flash_attn_varlen_func(
+    flash_attention(
         q=q,
         k=paged.kv.k_cache.transpose(1, 2),
         v=paged.kv.v_cache.transpose(1, 2),

@@ -5,6 +5,8 @@ Its tokens are those of vLLM's own attention where nothing is left out, and its 
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -159,9 +161,20 @@ def test_an_engine_says_what_it_lacks(engine):
         engine({"selector": "dense"}, block_size=128)
 
 
-def test_layers_exist_before_a_graph_is_captured(engine):
-    """And what is counted while graphs are captured is forgotten at the first step."""
-    small = engine({"selector": "full", "top_p": 0.9, "dense_below": 0})
+def flash_attention(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, causal, block_table, fa_version):
+    """What FlashAttention documents for a paged cache [P, S, Hkv, D], row by row."""
+    starts, lens = cu_seqlens_q.tolist(), seqused_k.tolist()
+    assert causal and max_seqlen_k == max(lens) and max_seqlen_q == max(last - first for first, last in pairwise(starts))
+    for row, (first, last) in enumerate(pairwise(starts)):
+        keys, values = (cache[block_table[row].long()].flatten(0, 1)[: lens[row]].repeat_interleave(2, 1) for cache in (k, v))
+        logits = torch.einsum("qhd,khd->hqk", q[first:last], keys) * softmax_scale
+        hidden = torch.ones(last - first, lens[row], dtype=torch.bool).triu(lens[row] - (last - first) + 1)
+        out[first:last] = torch.einsum("hqk,khd->qhd", logits.masked_fill(hidden, -torch.inf).softmax(-1), values)
+
+
+def test_a_gpu_finds_its_layers_before_it_captures_a_graph_and_hands_prompts_to_flash_attention(engine, expected):
+    """What is counted while graphs are captured is forgotten at the first step. FlashAttention itself is written out here."""
+    small = engine({"selector": "full", "top_p": 1.0, "dense_below": 0})
     runner = small.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     builder = runner.attn_groups[0][0].get_metadata_builder()
     assert layers_of(small) == []
@@ -183,3 +196,7 @@ def test_layers_exist_before_a_graph_is_captured(engine):
     small.generate([numbers(20, 1)], 4)
     assert all(a is b for a, b in zip(layers_of(small), layers, strict=True))
     assert {head.calls for layer in budget_report(layers).layers for head in layer.heads} == {3}
+
+    for layer in builder.layers:
+        layer.impl.attend_prompts = partial(backend._attend_on_gpu, flash_attention, 3)
+    assert small.generate(*REQUESTS["four"]) == expected["four"]
