@@ -5,6 +5,7 @@ Its tokens are those of vLLM's own attention where nothing is left out, and its 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from engines import REQUESTS, greedy, numbers
 
+from twilight_ops import Full, TwilightConfig
 from twilight_ops.decode_step import append, attend
 from twilight_ops.integration.vllm import backend, metrics
 from twilight_ops.layer import allocate_layer
@@ -159,6 +161,18 @@ def test_an_engine_says_what_it_lacks(engine):
         engine(None, additional_config={"twilight": {"selector": "dense"}})
     with pytest.raises(ValueError, match="vLLM: block_size: expected 16, 32 or 64, got 128"):
         engine({"selector": "dense"}, block_size=128)
+
+
+def test_without_dense_below_a_step_takes_the_break_even_of_its_own_batch():
+    config = TwilightConfig(Full())
+    layer = allocate_layer(config.layer_plan(0, "cuda", 64 * 8), 4, 32, 8, 64, 16, torch.float32, torch.device("cpu"))
+    engine = SimpleNamespace(device_type="cuda", settings=SimpleNamespace(config=config))
+    impl = SimpleNamespace(engine=engine, num_kv_heads=8, _by_rows={})
+    lengths = {rows: backend.TwilightImpl._for_rows(impl, layer, rows).policy.dense_below for rows in (1, 4, 64)}
+    assert lengths == {1: 40_000, 4: 10_000, 64: layer.policy.dense_below}
+    assert backend.TwilightImpl._for_rows(impl, layer, 4).kv is layer.kv
+    engine.settings.config = replace(config, dense_below=7)
+    assert backend.TwilightImpl._for_rows(impl, layer, 1) is layer
 
 
 def flash_attention(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, causal, block_table, fa_version):
