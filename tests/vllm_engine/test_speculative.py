@@ -23,4 +23,5 @@ def test_speculative_rows_are_decode_steps_of_up_to_8_tokens(engine, expected):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend.TwilightMetadataBuilder, "_build", watched)
         assert exact.generate(*REQUESTS["repeating"]) == expected["repeating"]
-    assert (8, True) in rows and (8, False) in rows
+    assert {tokens for tokens, _ in rows} >= {1, 8}
+    assert {ragged for _, ragged in rows} == {False, True}
