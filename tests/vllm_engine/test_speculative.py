@@ -23,5 +23,4 @@ def test_speculative_rows_are_decode_steps_of_up_to_8_tokens(engine, expected):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend.TwilightMetadataBuilder, "_build", watched)
         assert exact.generate(*REQUESTS["repeating"]) == expected["repeating"]
-    assert {tokens for tokens, _ in rows} >= {1, 8}
-    assert {ragged for _, ragged in rows} == {False, True}
+    assert max(rows)[0] == 8 and any(ragged for _, ragged in rows)
