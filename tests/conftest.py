@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -24,6 +25,9 @@ from twilight_ops import backends  # noqa: E402
 # Workers that all use every core slow each other down many times over.
 if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
+
+# They need vLLM, in an environment of its own: `make test-vllm`.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm_engine"]
 
 # What rich and argparse ask about the terminal. Tests of other widths set COLUMNS themselves.
 TERMINAL = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LINES")

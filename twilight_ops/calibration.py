@@ -54,8 +54,10 @@ def _read(path: str) -> dict[str, Tensor]:
     raise ValueError(f"calibration: {path}: expected format {FORMAT} or {WITHOUT_CENTRE}, got {found}")
 
 
-def load(path: str, index: int, kv_heads: int, head_dim: int) -> Calibration:
+def load(path: str, index: int, kv_heads: int, head_dim: int, shard: int | None = None) -> Calibration:
     """One layer's calibration; with tensor parallelism this rank's heads of it.
+
+    `shard` says which `kv_heads` of the model's heads these are; None: the rank in torch.distributed does.
 
     Raises:
         ValueError: a file that is missing, of another format or of another model.
@@ -74,12 +76,13 @@ def load(path: str, index: int, kv_heads: int, head_dim: int) -> Calibration:
         raise ValueError(f"calibration: {path}: expected permutations and prefixes that are multiples of {PREFIX_STEP}, got others")
     if center is not None and not (center.shape == order.shape and center.isfinite().all()):
         raise ValueError(f"calibration: {path}: expected finite centres of shape {list(order.shape)}, got others")
-    first = 0 if heads == kv_heads else torch.distributed.get_rank() % (heads // kv_heads) * kv_heads
-    own = slice(first, first + kv_heads)
+    if shard is None:
+        shard = 0 if heads == kv_heads else torch.distributed.get_rank() % (heads // kv_heads)
+    own = slice(shard * kv_heads, (shard + 1) * kv_heads)
     return Calibration(order[own], prefix[own], None if center is None else center[own])
 
 
-def restore(shadow: Shadow, path: str | None, index: int) -> bool:
+def restore(shadow: Shadow, path: str | None, index: int, shard: int | None = None) -> bool:
     """Writes a file's calibration of layer `index` into a shadow, without a file identity and the whole row; whether the centre is known.
 
     Raises:
@@ -89,7 +92,7 @@ def restore(shadow: Shadow, path: str | None, index: int) -> bool:
     if path is None:
         found = Calibration(torch.arange(head_dim), torch.tensor(head_dim), None)
     else:
-        found = load(path, index, kv_heads, head_dim)
+        found = load(path, index, kv_heads, head_dim, shard)
     shadow.channel_order.copy_(found.channel_order)
     shadow.prefix_channels.copy_(found.prefix_channels)
     assert shadow.k_center is not None  # as a layer allocates it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -132,6 +134,9 @@ class PagedKVLayer:
     bounds: PageBounds | None = None
     means: PageMeans | None = None
     selector_state: dict[str, Tensor] = field(default_factory=dict)
+    # Makes what has one row a page, as new_pages((P, Hkv, ...), dtype=...): an engine that owns the memory hands out parts of it.
+    new_pages: Callable[..., Tensor] = torch.zeros
+    shard: int | None = None  # which part of the model's KV heads this is; None: by the rank in torch.distributed
 
     @property
     def num_kv_heads(self) -> int:
@@ -173,7 +178,7 @@ class PagedKVLayer:
         """Forgets the budget counters and a calibration that came from a prompt."""
         self.budget_counters.zero_()
         if self.shadow is not None:
-            self.centred_by_file = restore(self.shadow, self.plan.calibration, self.index)
+            self.centred_by_file = restore(self.shadow, self.plan.calibration, self.index, self.shard)
         if self.plan.selector is not None:
             self.plan.selector.reset(self)
 
@@ -198,32 +203,38 @@ def allocate_layer(
     dtype: torch.dtype,
     device: torch.device,
     previous: PagedKVLayer | None = None,
+    *,
+    index: int | None = None,
+    shard: int | None = None,
+    new_pages: Callable[..., Tensor] | None = None,
 ) -> PagedKVLayer:
     """Zeroed tensors of one layer; the shadow is as the plan's calibration file says, without one an identity until a prompt calibrates it.
 
-    `previous` is the layer below: its index counts on, and a selector may share that layer's state.
+    `previous` is the layer below: its index counts on, and a selector may share that layer's state. Without one an engine gives `index`,
+    and `shard` and `new_pages` where the heads of this rank and the memory of the pages are its own affair (see `PagedKVLayer`).
     """
-
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
+    new_pages = new_pages or partial(torch.zeros, device=device)
+    if index is None:
+        index = 0 if previous is None else previous.index + 1
     rows = (num_pages, num_kv_heads, page_size, head_dim)
     layer = PagedKVLayer(
         plan=plan,
         policy=plan.policy(num_pages * page_size, num_qo_heads, num_kv_heads, device),
-        kv=KV(zeros(*rows, dtype=dtype), zeros(*rows, dtype=dtype)),
-        budget_counters=zeros(num_kv_heads, COUNTER_COLUMNS, dtype=torch.int64),
-        index=0 if previous is None else previous.index + 1,
+        kv=KV(new_pages(rows, dtype=dtype), new_pages(rows, dtype=dtype)),
+        budget_counters=torch.zeros(num_kv_heads, COUNTER_COLUMNS, dtype=torch.int64, device=device),
+        index=index,
+        new_pages=new_pages,
+        shard=shard,
     )
     if plan.selector is None:
         return layer
     if plan.prunes or plan.selector.uses_shadow:
         layer.shadow = Shadow(
-            zeros(num_pages, num_kv_heads, page_size * head_dim // 2, dtype=torch.uint8),
-            zeros(num_pages, num_kv_heads, page_size, 2, dtype=torch.bfloat16),
-            zeros(num_kv_heads, head_dim, dtype=torch.int32),
-            zeros(num_kv_heads, dtype=torch.int32),
-            zeros(num_kv_heads, head_dim, dtype=torch.float32),
+            new_pages((num_pages, num_kv_heads, page_size * head_dim // 2), dtype=torch.uint8),
+            new_pages((num_pages, num_kv_heads, page_size, 2), dtype=torch.bfloat16),
+            torch.zeros(num_kv_heads, head_dim, dtype=torch.int32, device=device),
+            torch.zeros(num_kv_heads, dtype=torch.int32, device=device),
+            torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device),
         )
     layer.selector_state = plan.selector.allocate(layer, previous)
     layer.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -127,47 +127,30 @@ class HasLayers(Protocol):
     def layers(self) -> Sequence[Any]: ...
 
 
-class BudgetLog:
-    """Budgets over the steps of a run: a file with one JSON line a window of steps.
+class BudgetWindows:
+    """Reports over windows of steps, handed to `write(window, (first, last), report)`; steps are counted from 1.
 
     The counters only ever grow on the device; a window is the difference of two snapshots of them. A snapshot is one copy queued behind the
-    steps before it (into pinned memory on a GPU), so neither the step nor the host waits, and a captured step stays as it is. Lines are
+    steps before it (into pinned memory on a GPU), so neither the step nor the host waits, and a captured step stays as it is. Windows are
     written as copies arrive, the last ones by `close`.
 
-    A line is `{"window", "steps": [first, last], "sparse": Budget or null, "layers": [{"layer", "selector", "dense_below",
-    "heads": [Budget]}]}`, steps counted from 1; a Budget has calls, live, candidates and kept (mean, p5, p95), captured_mass, pruned and
-    dense, as in `budget_report`.
-
-        with BudgetLog("budget.jsonl", cache, every=16) as log:
-            for _ in range(steps):
-                step()
-                log.advance()
-
     Args:
-        path: of the file, replaced if it exists.
-        cache: a `TwilightCache` or `PagedKVCache`; what it counted before the first step of the log is left out.
+        layers: what they counted before the first step is left out.
         every: steps a window, >= 1.
+        write: takes a window's number, its first and last step, and its report.
     """
 
-    def __init__(self, path: str | Path, cache: HasLayers, every: int = 16):
-        self.every = integer(1)("BudgetLog", "every", every)
+    def __init__(self, layers: Sequence[PagedKVLayer], every: int, write: Callable[[int, tuple[int, int], BudgetReport], None]):
+        self.every = integer(1)(type(self).__name__, "every", every)
         self.steps = 0  # so far
-        self._layers = [getattr(layer, "paged", layer) for layer in cache.layers]
-        if None in self._layers:
-            raise ValueError("BudgetLog: cache: expected an allocated cache (prefill first, or give it device and dtype), got an empty one")
-        self._file = Path(path).open("w", encoding="utf-8")
+        self._layers = layers
+        self._write = write
         self._windows = 0
         self._logged = 0  # steps up to the last snapshot
         self._queued: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, int]]] = deque()
         self._spare: list[Tensor] = []  # host buffers to use again
         self._before: Tensor | None = None
         self._snapshot((0, 0))
-
-    def __enter__(self) -> BudgetLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def advance(self, steps: int = 1) -> None:
         """Call after `steps` more steps were queued; ends a window once it has `every` steps or more."""
@@ -176,13 +159,10 @@ class BudgetLog:
             self._end_window()
 
     def close(self) -> None:
-        """Ends a window that has begun, waits for the copies still under way, and closes the file."""
-        if self._file.closed:
-            return
+        """Ends a window that has begun, and waits for the copies still under way."""
         if self.steps > self._logged:
             self._end_window()
         self._drain(wait=True)
-        self._file.close()
 
     def _end_window(self) -> None:
         self._snapshot((self._logged + 1, self.steps))
@@ -210,18 +190,58 @@ class BudgetLog:
                 event.synchronize()
             self._queued.popleft()
             if self._before is not None:
-                self._write(self._before, host, steps)
+                self._report(self._before, host, steps)
                 if event is not None:
                     self._spare.append(self._before)
             self._before = host
 
-    def _write(self, before: Tensor, counters: Tensor, steps: tuple[int, int]) -> None:
+    def _report(self, before: Tensor, counters: Tensor, steps: tuple[int, int]) -> None:
         # Counters that fell were reset in between: what they hold was counted since.
         grown = counters - before
-        report = _report(self._layers, counters if (grown < 0).any() else grown)
-        line = {"window": self._windows, "steps": list(steps), **report.to_dict()}
-        self._file.write(json.dumps(_rounded(line)) + "\n")
+        self._write(self._windows, steps, _report(self._layers, counters if (grown < 0).any() else grown))
         self._windows += 1
+
+
+class BudgetLog(BudgetWindows):
+    """Budgets over the steps of a run: a file with one JSON line a window of steps (see `BudgetWindows`).
+
+    A line is `{"window", "steps": [first, last], "sparse": Budget or null, "layers": [{"layer", "selector", "dense_below",
+    "heads": [Budget]}]}`, steps counted from 1; a Budget has calls, live, candidates and kept (mean, p5, p95), captured_mass, pruned and
+    dense, as in `budget_report`.
+
+        with BudgetLog("budget.jsonl", cache, every=16) as log:
+            for _ in range(steps):
+                step()
+                log.advance()
+
+    Args:
+        path: of the file, replaced if it exists.
+        cache: a `TwilightCache` or `PagedKVCache`; what it counted before the first step of the log is left out.
+        every: steps a window, >= 1.
+    """
+
+    def __init__(self, path: str | Path, cache: HasLayers, every: int = 16):
+        integer(1)("BudgetLog", "every", every)
+        layers = [getattr(layer, "paged", layer) for layer in cache.layers]
+        if None in layers:
+            raise ValueError("BudgetLog: cache: expected an allocated cache (prefill first, or give it device and dtype), got an empty one")
+        self._file = Path(path).open("w", encoding="utf-8")
+        super().__init__(layers, every, self._write_line)
+
+    def __enter__(self) -> BudgetLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends a window that has begun, waits for the copies still under way, and closes the file."""
+        if not self._file.closed:
+            super().close()
+            self._file.close()
+
+    def _write_line(self, window: int, steps: tuple[int, int], report: BudgetReport) -> None:
+        self._file.write(json.dumps(_rounded({"window": window, "steps": list(steps), **report.to_dict()})) + "\n")
 
 
 def _rounded(value: Any) -> Any:
@@ -243,9 +263,9 @@ def _report(layers: Sequence[PagedKVLayer], flat: Tensor) -> BudgetReport:
     sizes = [layer.budget_counters.numel() for layer in layers]
     counters = [rows.view(layer.budget_counters.shape) for layer, rows in zip(layers, flat.split(sizes), strict=True)]
     report = []
-    for index, (layer, rows) in enumerate(zip(layers, counters, strict=True)):
+    for layer, rows in zip(layers, counters, strict=True):
         name = "dense" if layer.plan.selector is None else layer.plan.selector.name
-        report.append(LayerBudget(index, name, layer.plan.dense_below, [_budget(row) for row in rows]))
+        report.append(LayerBudget(layer.index, name, layer.plan.dense_below, [_budget(row) for row in rows]))
     sparse = [rows.sum(0) for layer, rows in zip(layers, counters, strict=True) if layer.plan.selector is not None]
     together = _budget(torch.stack(sparse).sum(0)) if sparse else None
     return BudgetReport(report, together if together is not None and together.calls else None)

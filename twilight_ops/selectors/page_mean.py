@@ -28,11 +28,9 @@ class PageMean(Selector):
     kernel: ClassVar[str] = "page_mean"
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
-        k_cache = layer.kv.k_cache
-        shape = (k_cache.shape[0], layer.num_kv_heads)
-        layer.means = PageMeans(
-            k_cache.new_zeros((*shape, layer.head_dim // 2), dtype=torch.uint8), k_cache.new_zeros((*shape, 2), dtype=torch.bfloat16)
-        )
+        shape = (layer.kv.k_cache.shape[0], layer.num_kv_heads)
+        codes = layer.new_pages((*shape, layer.head_dim // 2), dtype=torch.uint8)
+        layer.means = PageMeans(codes, layer.new_pages((*shape, 2), dtype=torch.bfloat16))
         return {}
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:

@@ -1,0 +1,165 @@
+"""Tokens a second of vLLM, with its own attention or ours: `python -m bench.vllm_throughput --help`. One method a process, one row a run.
+
+Random weights of a real shape, drawn so that logits have the standard deviation of bench/llama.py. Prompts of random tokens are computed
+once; then the same requests, whose prefix vLLM has cached, decode few and many tokens, and the difference is the time of the steps between.
+
+    python -m bench.vllm_throughput --batch 25 --length 32k --json rows.jsonl
+    python -m bench.vllm_throughput --batch 25 --length 32k --twilight '{"selector": "quest", "top_p": 0.85}' --json rows.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twilight_ops import ShadowPrefix, TwilightConfig, calibration
+from twilight_ops.integration.vllm.metrics import BudgetReports
+from twilight_ops.layer import allocate_layer
+
+from .llama import SHAPES
+from .run import tokens_of
+from .workload import SPREAD
+
+WARM_UP = 8  # tokens of the shorter run
+BLOCK = 16
+
+
+class Worker(BudgetReports):
+    """What the worker processes are asked beside their reports."""
+
+    model_runner: Any
+
+    def draw_weights(self) -> None:
+        """Normal weights: queries and keys whose products have the standard deviation SPREAD, outputs as small as trained ones."""
+        with torch.no_grad():
+            for name, weight in self.model_runner.get_model().named_parameters():
+                if "norm" in name:
+                    weight.fill_(1.0)
+                else:
+                    weight.normal_(std=0.5 * weight.shape[-1] ** -0.5)
+                if "qkv_proj" in name:
+                    # Their inputs have a mean square of 1, so an entry of q or k has a variance of std^2 times their number.
+                    config = self.model_runner.model_config.hf_text_config
+                    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+                    queries_and_keys = weight.shape[0] * (heads + kv_heads) // (heads + 2 * kv_heads)
+                    weight[:queries_and_keys].normal_(std=(SPREAD / weight.shape[1]) ** 0.5)
+
+
+def calibrate(path: Path, shape: Any) -> None:
+    """A file that orders nothing and takes a quarter of the channels: random keys have no better order."""
+    plan = TwilightConfig(ShadowPrefix(prefix_channels=shape.head_dim // 4)).layer_plan(0, "cpu", 1)
+    sizes = (1, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim, BLOCK, torch.bfloat16, torch.device("cpu"))
+    calibration.save([allocate_layer(plan, *sizes, index=layer) for layer in range(shape.num_hidden_layers)], path, {})
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama31-8b")
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--length", type=tokens_of, default=32768, help="tokens of each prompt (default 32k)")
+    parser.add_argument("--steps", type=int, default=64, help="timed decode steps (default 64)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--twilight", type=json.loads, help="settings of our backend, as JSON; without them vLLM's own attention")
+    parser.add_argument("--backend", help="which of vLLM's own backends, such as FLASH_ATTN or FLASHINFER; by default its choice")
+    parser.add_argument("--memory", type=float, default=0.96, help="share of the GPU's memory for vLLM (default 0.96)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--json", type=Path, help="file that the row is added to")
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import vllm
+    from vllm import LLM, SamplingParams
+
+    shape = SHAPES[args.shape]
+    shape.architectures = ["LlamaForCausalLM"]
+    shape.save_pretrained(folder / "model")
+    options: dict[str, Any] = {}
+    if args.twilight is not None:
+        settings = dict(args.twilight)
+        if settings.get("selector", "shadow_prefix") == "shadow_prefix":
+            calibrate(folder / "calibration.safetensors", shape)
+            settings["selector"] = {"name": "shadow_prefix", "calibration": str(folder / "calibration.safetensors")}
+        options = {"attention_backend": "CUSTOM", "additional_config": {"twilight": settings}}
+    elif args.backend is not None:
+        options = {"attention_backend": args.backend}
+    if not args.eager:
+        options["compilation_config"] = {"cudagraph_capture_sizes": [args.batch]}
+    if torch.cuda.is_available():
+        options["gpu_memory_utilization"] = args.memory
+    llm = LLM(
+        str(folder / "model"),
+        load_format="dummy",
+        dtype=args.dtype,
+        skip_tokenizer_init=True,
+        block_size=BLOCK if args.twilight is not None or torch.cuda.is_available() else 32,
+        max_model_len=args.length + WARM_UP + args.steps + BLOCK,
+        max_num_seqs=args.batch,
+        tensor_parallel_size=args.tensor_parallel_size,
+        enforce_eager=args.eager,
+        enable_prefix_caching=True,
+        worker_extension_cls="bench.vllm_throughput.Worker",
+        **options,
+    )
+    if torch.cuda.is_available():  # a CPU engine has packed its weights by now: it shows that this file runs, and no figures
+        llm.collective_rpc("draw_weights")
+    draw = random.Random(0)
+    prompts = [{"prompt_token_ids": draw.choices(range(shape.vocab_size), k=args.length)} for _ in range(args.batch)]
+
+    def seconds(tokens: int) -> float:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    prefill = seconds(1)
+    seconds(WARM_UP)
+    steps = [seconds(WARM_UP + args.steps) - seconds(WARM_UP) for _ in range(args.repeats)]
+    step = statistics.median(steps) / args.steps
+    row = {
+        "op": "vllm",
+        "method": "vllm" if args.twilight is None else "twilight",
+        "settings": args.twilight if args.twilight is not None else args.backend,
+        "shape": args.shape,
+        "batch": args.batch,
+        "length": args.length,
+        "dtype": args.dtype,
+        "ranks": args.tensor_parallel_size,
+        "graphs": not args.eager,
+        "ms_per_step": round(step * 1e3, 3),
+        "tokens_per_s": round(args.batch / step, 1),
+        "spread": round((max(steps) - min(steps)) / args.steps * 1e3, 3),
+        "prefill_s": round(prefill, 2),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    if args.twilight is not None:
+        row["kept"] = llm.collective_rpc("twilight_budget_report")[0]["text"].splitlines()[-1]
+    return row
+
+
+def main() -> None:
+    args = arguments()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process may have asked for its GPUs already
+    with tempfile.TemporaryDirectory() as folder:
+        row = measure(args, Path(folder))
+    print(json.dumps(row))
+    if args.json is not None:
+        with args.json.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
