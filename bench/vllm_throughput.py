@@ -58,7 +58,7 @@ def calibrate(path: Path, shape: Any) -> None:
     """A file that orders nothing and takes a quarter of the channels: random keys have no better order."""
     plan = TwilightConfig(ShadowPrefix(prefix_channels=shape.head_dim // 4)).layer_plan(0, "cpu", 1)
     sizes = (1, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim, BLOCK, torch.bfloat16, torch.device("cpu"))
-    calibration.save([allocate_layer(plan, *sizes, index=layer) for layer in range(shape.num_hidden_layers)], path, {})
+    calibration.save([allocate_layer(plan, *sizes, index=layer).shadow for layer in range(shape.num_hidden_layers)], path, {})
 
 
 def arguments() -> argparse.Namespace:
@@ -88,9 +88,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if args.twilight is not None:
         settings = dict(args.twilight)
-        if settings.get("selector", "shadow_prefix") == "shadow_prefix":
+        if "calibration" not in settings:
             calibrate(folder / "calibration.safetensors", shape)
-            settings["selector"] = {"name": "shadow_prefix", "calibration": str(folder / "calibration.safetensors")}
+            settings["calibration"] = str(folder / "calibration.safetensors")
         options = {"attention_backend": "CUSTOM", "additional_config": {"twilight": settings}}
     elif args.backend is not None:
         options = {"attention_backend": args.backend}
