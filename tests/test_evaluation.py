@@ -17,7 +17,7 @@ import pytest
 import torch
 from comparisons import assert_close_to_oracle
 
-from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
+from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, calibration
 from twilight_ops.cli import eval as command
 from twilight_ops.cli.models import ByteTokenizer, random_tiny
 from twilight_ops.evaluation import language, mass, methods, prefill, report, runner, smoke, tasks, texts
@@ -49,6 +49,15 @@ def passage(model, documents):
 
 
 @pytest.fixture(scope="module")
+def calibrated(model, documents, tmp_path_factory):
+    """A file, so that no centre comes from the prompts that happen to be together."""
+    path = tmp_path_factory.mktemp("calibration") / "file"
+    cache = prefill.cache_of(model, TwilightConfig(Full(), dense_below=0), [prefill.record(model, documents[0])], 1)
+    calibration.save([layer.paged.shadow for layer in cache.layers], path, {})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def exact(model):
     return copy.deepcopy(model).double()
 
@@ -69,9 +78,9 @@ def test_dense_steps_over_a_recorded_prompt_equal_one_forward(model, exact, docu
         assert_logits(passage.dense_logits[:, i], model, exact, document[:-1], LENGTH)
 
 
-def ragged_steps(model, prompts, tokens, top_p):
+def ragged_steps(model, prompts, tokens, top_p, calibration=None):
     """Logits [T, B, V] of a batch of prompts of different lengths."""
-    config = TwilightConfig(selector=Full(), top_p=top_p, dense_below=0)
+    config = TwilightConfig(selector=Full(), top_p=top_p, dense_below=0, calibration=calibration)
     cache = prefill.cache_of(model, config, [prefill.record(model, ids) for ids in prompts], tokens.shape[1])
     return torch.stack([step.clone() for step in teacher_forced(model, cache, tokens)])
 
@@ -84,12 +93,12 @@ def test_a_ragged_batch_of_prompts_decodes_like_each_alone(model, exact, documen
         assert_logits(together[:, i], model, exact, torch.cat([prompt, tokens[i]]), len(prompt))
 
 
-def test_what_a_sequence_keeps_does_not_depend_on_those_beside_it(model, documents):
+def test_what_a_sequence_keeps_does_not_depend_on_those_beside_it(model, documents, calibrated):
     """Beside others of the same length, because one rounding, which depends on the shapes, can move a token across p."""
     lengths = (LENGTH, 77)
     tokens = torch.randint(0, 256, (2, 3), generator=torch.Generator().manual_seed(2))
     first, second, third = (
-        ragged_steps(model, [documents[a][: lengths[0]], documents[b][: lengths[1]]], tokens, top_p=0.9)
+        ragged_steps(model, [documents[a][: lengths[0]], documents[b][: lengths[1]]], tokens, 0.9, calibrated)
         for a, b in ((0, 1), (1, 1), (0, 0))
     )
     assert torch.equal(first[:, 1], second[:, 1]) and torch.equal(first[:, 0], third[:, 0])
@@ -165,9 +174,9 @@ def test_exact_top_p_keeps_the_mass_it_is_told_and_is_dense_at_one(model, passag
     assert estimated["kept"] == pytest.approx(exact[1]["kept"], rel=0.05)
 
 
-def test_figures_by_document_do_not_depend_on_the_documents_beside_it(model, documents, passage):
+def test_figures_by_document_do_not_depend_on_the_documents_beside_it(model, documents, passage, calibrated):
     """Batches of one size, because a matrix product rounds by its size, and one rounding can move a token across p."""
-    method = methods.Method(Full(), 0.9)
+    method = methods.Method(Full(), 0.9, (("calibration", calibrated),))
     both = language.evaluate(model, passage, method)
     for place, document in enumerate(documents):
         twice = language.evaluate(model, language.prepare(model, [document, document], LENGTH, TOKENS, 0), method)

@@ -93,7 +93,7 @@ class TwilightConfig:
             tokens whatever this says.
         overrides: what single layers do differently, by layer index.
         calibration: path of a file of `python -m twilight_ops calibrate` for every layer that has a shadow; a selector's own comes first.
-            None takes centre and channels from the first prompt in the cache.
+            None takes centre and channels from the prompts that first fill the cache, of all sequences together.
 
     Counts of tokens may be as large as you like: `sys.maxsize` is everything.
 

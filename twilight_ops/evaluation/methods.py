@@ -18,7 +18,7 @@ from .ceiling import ExactTopP
 ALL_LAYERS = 1 << 20  # of any model
 _DECIMAL = re.compile(r"\d*\.\d+")  # p: budgets are whole numbers
 # Fields of TwilightConfig that a method may set beside those of its selector.
-CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "dense_below": int, "sink_tokens": int, "recent_tokens": int}
+CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "dense_below": int, "sink_tokens": int, "recent_tokens": int, "calibration": str}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Method:
 
     selector: Selector | None
     top_p: float = 1.0
-    settings: tuple[tuple[str, int], ...] = ()
+    settings: tuple[tuple[str, int | str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ class Method:
 
     def check_files(self, where: str) -> None:
         """ValueError for a calibration file that is not there, before a model is loaded for it."""
-        path = getattr(self.selector, "calibration", None)
+        path = getattr(self.selector, "calibration", None) or dict(self.settings).get("calibration")
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{where}: {self.name}: calibration: expected a file of `python -m twilight_ops calibrate`, got {path}")
 
