@@ -484,7 +484,7 @@ def test_a_base_is_measured_in_turns_on_equal_data(same_package, tmp_path, capsy
     assert [row["method"] for row in found] == ["twilight_dense", "twilight_quest"]
     for row in found:
         assert row["equal_bits"] and len(row["by_turn"]) == 2 and row["base"] == str(same_package)
-        assert row["new_over_base"] == pytest.approx(row["new_us"] / row["base_us"], rel=1)
+        assert min(row["new_us"], row["base_us"]) > 0 and min(row["by_turn"]) <= row["new_over_base"] <= max(row["by_turn"])
     assert "measured by the bench of this checkout" in capsys.readouterr().out
 
 
@@ -595,8 +595,7 @@ def test_every_phase_that_the_sources_mark_is_timed_and_drawn():
 @pytest.mark.parametrize("selector", phases.SELECTORS)
 def test_the_call_that_phases_are_read_in_is_a_valid_one(data, selector):
     budget = workload.candidate_budget(selector, data.sizes.length)
-    workload.call_arguments("decode_attention", data, 0, selector=selector, token_budget=budget, dense_below=0)
-    workload.call("decode_attention", data, 0, selector=selector, token_budget=budget, dense_below=0)()
+    workload.call("decode_attention", data, 0, selector=selector, token_budget=budget, dense_below=0, budget_counters=None)()
 
 
 def test_phases_last_from_mark_to_mark_and_those_not_passed_are_left_out():
