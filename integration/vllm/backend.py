@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import (
 )
 
 from twilight_ops._settings import refuse
-from twilight_ops.config import TwilightConfig, break_even_of
+from twilight_ops.config import BREAK_EVEN, TwilightConfig
 from twilight_ops.decode_step import append, attend
 from twilight_ops.layer import LayerPlan, PagedKVLayer
 from twilight_ops.ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS, PAGE_SIZES
@@ -321,7 +321,7 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
         if self.engine.settings.config.dense_below is not None:
             return paged
         if rows not in self._by_rows:
-            dense_below = break_even_of(self.engine.device_type).tokens(rows * self.num_kv_heads)
+            dense_below = BREAK_EVEN[self.engine.device_type].tokens(rows * self.num_kv_heads)
             self._by_rows[rows] = replace(paged, policy=paged.policy._replace(dense_below=dense_below))
         return self._by_rows[rows]
 
