@@ -1,6 +1,7 @@
 """The commands: what they print, and one clear line with exit code 2 for anything the user can put right."""
 
 import argparse
+import importlib.metadata
 import io
 import json
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from twilight_ops import Quest, TwilightConfig, explain  # noqa: E402
+from twilight_ops import Quest, TwilightConfig, __version__, explain  # noqa: E402
 from twilight_ops import __main__ as command_line  # noqa: E402
 from twilight_ops.cli import arguments as cli_arguments  # noqa: E402
 from twilight_ops.cli import demo, generate, info, models, terminal  # noqa: E402
@@ -64,6 +65,35 @@ def test_python_m_runs_without_a_traceback():
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1 and "invalid choice: 'nonsense'" in result.stderr
+
+
+def test_the_version_and_examples_are_told(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"twilight_ops {__version__}\n")
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(f" {example}\n" in out for example in command_line.EXAMPLES)
+    assert all(example.split()[0] in command_line.commands() for example in command_line.EXAMPLES)
+
+
+def test_the_console_script_is_this_command_line():
+    scripts = importlib.metadata.entry_points(group="console_scripts", name=command_line.SCRIPT)
+    assert [script.value for script in scripts] == ["twilight_ops.__main__:main"]
+
+
+def test_help_lists_every_selector(capsys):
+    from twilight_ops.evaluation.methods import selector_classes
+
+    code, out, _ = run(capsys, "generate", "--help")
+    assert code == 0 and all(f"  {name}:" in out for name in selector_classes())
+
+
+@pytest.mark.parametrize(("options", "told"), [(["--out", "somewhere"], "with --resume goes on"), ([], "nothing was written")])
+def test_one_line_after_an_interruption_says_how_to_go_on(capsys, monkeypatch, options, told):
+    def stopped(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("twilight_ops.cli.eval.run", stopped)
+    code, out, err = run(capsys, "eval", *options)
+    assert (code, out) == (130, "") and told in err and len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("selector", ["shadow_prefix", "quest:token_budget=64", "dense"])

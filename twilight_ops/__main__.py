@@ -1,4 +1,4 @@
-"""`python -m twilight_ops {info,generate,calibrate,demo,...}`: one file a command in `cli/`."""
+"""`twilight {info,generate,chat,calibrate,demo,...}`, or `python -m twilight_ops ...`: one file a command in `cli/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,25 @@ import re
 import sys
 from pathlib import Path
 
-from . import cli
+from . import __version__, cli
+
+SCRIPT = "twilight"
+EXAMPLES = {
+    "info": "what serves each operator on this machine",
+    "generate --random-tiny --prompt hello": "needs no model",
+    "generate --model PATH --prompt-file F --question Q": "PATH: a folder, a Hub id or a .gguf file",
+    "chat --model PATH --prompt-file F": "a conversation about a long document",
+    "calibrate --model PATH --text F --out FILE": "once a model: for vLLM, and for batches",
+    "eval --model PATH --out OUT --lengths 8192": "accuracy beside dense attention",
+}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Wraps sentences, and leaves what has lines of its own."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        wraps = argparse.HelpFormatter if "\n" not in text else argparse.RawDescriptionHelpFormatter
+        return wraps._fill_text(self, text, width, indent)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +58,11 @@ def _load(command: str):
     return importlib.import_module(f"{cli.__name__}.{command.replace('-', '_')}")
 
 
+def _program() -> str:
+    """What the user typed: the console script, or the module."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m twilight_ops"
+
+
 def _hint(error: Exception) -> str:
     """How to install what a failed import asks for, where an extra of this package has it."""
     missing = getattr(error, "name", None)
@@ -57,14 +80,21 @@ def _hint(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(prog="python -m twilight_ops", description="Select-then-Prune sparse attention for decoding.")
+    program = _program()
+    parser = _Parser(
+        prog=program,
+        description="Select-then-Prune sparse attention for decoding.",
+        epilog="\n".join(["examples:", *(f"  {program} {example}\n      {what}" for example, what in EXAMPLES.items())]),
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"twilight_ops {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     available = commands()
     # Only the command that is asked for is imported: the others may need what is not installed.
     chosen = next((argument for argument in arguments if argument in available), None)
     try:
         for name, text in available.items():
-            command = subparsers.add_parser(name, help=text)
+            command = subparsers.add_parser(name, help=text, formatter_class=_Help)
             if name == chosen:
                 _load(name).add_arguments(command)
         args = parser.parse_args(arguments)
@@ -72,9 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         # What the user can put right is one line; anything else is a bug and keeps its traceback.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"python -m twilight_ops {chosen}: error: {lines[0]}{_hint(error)}", file=sys.stderr)
+        print(f"{program} {chosen}: error: {lines[0]}{_hint(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        how = getattr(sys.modules.get(f"{cli.__name__}.{str(chosen).replace('-', '_')}"), "how_to_go_on", None)
+        print(f"\n{program} {chosen}: interrupted; {'nothing was written' if how is None else how(args)}", file=sys.stderr)
         return 130
 
 

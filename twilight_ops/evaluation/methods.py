@@ -83,7 +83,7 @@ class Method:
 
     def check_files(self, where: str) -> None:
         """ValueError for a calibration file that is not there, before a model is loaded for it."""
-        path = getattr(self.selector, "calibration", None) or dict(self.settings).get("calibration")
+        path = getattr(self.selector, "calibration", None) or self.config().calibration
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{where}: {self.name}: calibration: expected a file of `python -m twilight_ops calibrate`, got {path}")
 
