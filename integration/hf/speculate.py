@@ -180,9 +180,9 @@ class LosslessDecoder(Decoder):
         self.finished.logical_or_((ends & kept).any(1) | (self.written >= self.limit))
         self.token.copy_(torch.where(live[:, None], tokens.gather(1, (new - 1).clamp(min=0)[:, None]), self.token))
         self.position.add_(new[:, None])
-        self._start_round()
+        self.restart()
 
-    def _start_round(self) -> None:
+    def restart(self) -> None:
         """The cache holds what comes before `token`, and nothing is drafted."""
         self.cache.live_seq_lens.copy_(self.position[:, 0])
         self.drafted.zero_()
@@ -220,7 +220,7 @@ class LosslessDecoder(Decoder):
         self.tally.zero_()
         if self.history is not None:
             self.history.scatter_(1, self.position, self.token)
-        self._start_round()
+        self.restart()
 
         warmup = self._warmup(self.captured, self.captured_draft)
         start = warm = time.perf_counter()
@@ -231,7 +231,7 @@ class LosslessDecoder(Decoder):
             # No round runs in vain: each takes a sequence at most `most + 1` tokens on.
             run = min(max(1, every // (length + 1)), -(-ahead // (most + 1)))
             for _ in range(run):
-                self._round(length)
+                self.round(length)
                 rounds += 1
                 if rounds == warmup:
                     warm, before_warm = self._now(), int(self.tally[-1])
@@ -248,14 +248,14 @@ class LosslessDecoder(Decoder):
         ms = (end - warm) / timed * 1e3 if rounds > warmup and timed else float("nan")
         return Steps(steps, common, warm - start, ms, Drafts(tally[0], tally[1], tally[2], tally[-1]))
 
-    def _round(self, drafts: int) -> None:
+    def round(self, drafts: int) -> None:
         """Drafts and their check; one that fails takes its drafts along."""
         try:
             for _ in range(drafts):
                 self.draft()
             self.step()
         except BaseException:
-            self._start_round()
+            self.restart()
             raise
 
     def _look(self) -> tuple[list[int], int, int, int]:
