@@ -5,6 +5,9 @@ size is measured with a few random tokens, and K scaled by it so that logits hav
 32768 tokens a query head at p = 0.85, as in the paper), with coherent pages and decay over channels, whose order the shadow prefix is
 told. Layers share one draw of random numbers; their memory differs. Every method decodes the same steps from the same length.
 
+`lossless` times whole rounds of --drafts sparse steps and the dense step that checks them, and says how many tokens a second that is where
+a draft is right with probability --acceptance if all before it were; what random weights accept says nothing.
+
 `prefill` times prompts of random tokens through the first layers only: layers are alike, so their ratio is the model's.
 
 Under torchrun (`torchrun --nproc-per-node 2 -m bench run --op llama ...`) transformers shards the model over the processes, each keeps
@@ -34,7 +37,7 @@ from transformers.distributed import DistributedConfig
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.decode_step import append, decode_step
-from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, join_linears
+from twilight_ops.integration import CapturedStep, Decoder, LosslessDecoder, Speculation, TwilightCache, join_linears
 from twilight_ops.integration.hf.generate import cache_argument
 
 from .rows import WORLD_SIZE, accuracy_of, setting_of, speed_up
@@ -255,7 +258,9 @@ def hf_static_step(data: Decoding, options: argparse.Namespace) -> Callable[[], 
     return step
 
 
-def twilight_decoder(method: str, data: Decoding, options: argparse.Namespace) -> tuple[TwilightCache, Decoder]:
+def twilight_decoder(
+    method: str, data: Decoding, options: argparse.Namespace, decoder_class: Callable[..., Decoder] = Decoder
+) -> tuple[TwilightCache, Decoder]:
     """Our decoder: the compiled step recorded as one CUDA graph, sampling included."""
     model, batch, context = data.model, data.batch, data.context
     config = model.config
@@ -265,7 +270,7 @@ def twilight_decoder(method: str, data: Decoding, options: argparse.Namespace) -
     cache.early_initialization(batch, context.key_std.shape[1], config.head_dim, model.dtype, model.device)
     context.fill_twilight(cache, batch)
     forget_peak(model.device)
-    decoder = Decoder(model, cache, batch, eos_token_ids=(), capture="eager" if options.eager else None)
+    decoder = decoder_class(model, cache, batch, eos_token_ids=(), capture="eager" if options.eager else None)
     decoder.position.fill_(context.length)
     return cache, decoder
 
@@ -291,6 +296,33 @@ def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Met
                 columns |= accuracy_of(setting_of(cache.twilight))
         if options.device == "cuda" and WORLD_SIZE == 1:  # shards of the random layers share one layer's memory
             columns["peak_over_kv"] = (torch.cuda.max_memory_allocated() - data.weight_bytes - data.kv_bytes) / data.kv_bytes
+        return columns | {"setup_s": round(time.perf_counter() - started, 1)}
+
+    return Method(name, [], report, sampled=lambda seconds: step_us(step, options.steps, options.device))
+
+
+def lossless_method(name: str, data: Decoding, options: argparse.Namespace) -> Method:
+    """A round of drafts and their check; "dense" is a step of plain decoding."""
+    if name == "dense":
+        return decode_method(name, data, options)
+    started, drafts = time.perf_counter(), options.drafts
+    speculation = Speculation(drafts, adapt=False)
+    cache, decoder = twilight_decoder(name, data, options, partial(LosslessDecoder, speculation=speculation))
+    decoder.limit.fill_(1 << 40)
+    decoder.restart()
+
+    def step() -> None:
+        decoder.round(drafts)
+
+    for _ in range(options.warmup):
+        step()
+    cache.reset_budget()
+
+    def report() -> dict:
+        check = statistics.median(step_us(decoder.step, options.steps, options.device)) / 1e3
+        columns: dict[str, object] = {"graphs": decoder.graphs, "drafts": drafts, "acceptance": options.acceptance, "check_ms": check}
+        if (budget := cache.budget_report().sparse) is not None:
+            columns |= {"kept": budget.kept.mean, "captured_mass": budget.captured_mass} | accuracy_of(setting_of(cache.twilight))
         return columns | {"setup_s": round(time.perf_counter() - started, 1)}
 
     return Method(name, [], report, sampled=lambda seconds: step_us(step, options.steps, options.device))
@@ -401,6 +433,7 @@ class ModelOp(Op):
     peer: str
     method: Callable[[str, Decoding, argparse.Namespace], Method]
     columns: str
+    ours: tuple[str, ...] = OURS
     alone = ("cpu", "cuda")
     devices = ("cuda", "cpu")
     grad_mode = torch.no_grad
@@ -417,6 +450,8 @@ class ModelOp(Op):
         p.add_argument("--warmup", type=int, default=8, metavar="N", help="steps before the timed ones; default: 8")
         p.add_argument("--steps", type=int, default=64, metavar="N", help="default: 64")
         p.add_argument("--join-linears", action="store_true", help="query, key and value in one product, gate and up in one")
+        p.add_argument("--drafts", type=int, default=5, metavar="K", help="of a lossless round, 1 to 7; default: 5")
+        p.add_argument("--acceptance", type=float, default=0.95, metavar="A", help="that a draft is right, 0..1; default: 0.95")
         p.add_argument("--eager", action="store_true", help="compile and record nothing: for tests, not for figures")
 
     def shapes(self, text: str) -> list[tuple[str, int]]:
@@ -426,7 +461,7 @@ class ModelOp(Op):
         return "1:32k"
 
     def entries(self, options: argparse.Namespace) -> list[Entry]:
-        return [Entry(name, partial(self.prepare, name), kind="peer" if name == self.peer else "ours") for name in (self.peer, *OURS)]
+        return [Entry(name, partial(self.prepare, name), kind="peer" if name == self.peer else "ours") for name in (self.peer, *self.ours)]
 
     def prepare(self, name: str, data: Decoding, options: argparse.Namespace) -> Method:
         self.release(options.device)  # each method has the whole device
@@ -453,6 +488,8 @@ class ModelOp(Op):
     def open(self, cell: tuple[int, int], options: argparse.Namespace, sets: int | None = None, memory_share: float = 1.0) -> Decoding:
         heads = self.model.config.num_key_value_heads // WORLD_SIZE
         samples = 1 if options.base is None else 2 * options.rounds
+        if self.kind == "lossless":
+            samples = 2 * (options.drafts + 1)  # rounds, and checks alone
         context = Context.of(self.query_rms, heads, cell[1], options.spread)
         return Decoding(self.model, self.weight_bytes, cell[0], context, options.warmup + options.steps * samples + 8)
 
@@ -480,12 +517,23 @@ class ModelOp(Op):
             row["floor_ms"] = (self.read_bytes + cached) / self.bandwidth * 1e3
             row["weights_floor_ms"] = self.read_bytes / self.bandwidth * 1e3
         row |= method.report()
+        if "drafts" in row:
+            row["draft_ms"] = (ms - row["check_ms"]) / row["drafts"]
+            row["tokens_a_round"] = sum(options.acceptance**i for i in range(row["drafts"] + 1))
+            row["tokens_per_s"] = cell[0] * row["tokens_a_round"] / ms * 1e3
+        elif self.kind == "lossless":
+            row["tokens_per_s"] = cell[0] / ms * 1e3
         if "attention_ms" in row:
             row["attention_share"] = row["attention_ms"] / ms
         return row
 
     def compared(self, rows: Sequence[dict]) -> list[dict]:
         beside = [{"x_hf": speed_up(row, rows, self.peer), "x_dense": speed_up(row, rows, "dense")} for row in rows]
+        if self.kind == "lossless":
+            dense = {(row["context"], row["batch"]): row["tokens_per_s"] for row in rows if row["method"] == "dense" and "ms" in row}
+            for row, ratios in zip(rows, beside, strict=True):
+                ratio = row["tokens_per_s"] / dense[row["context"], row["batch"]] if "ms" in row and dense else None
+                ratios.update(x_hf=None, x_dense=ratio)
         floors = [{"x_floor": row["ms"] / row["floor_ms"]} if "floor_ms" in row else {} for row in rows]
         return [row | ratios | floor for row, ratios, floor in zip(rows, beside, floors, strict=True)]
 
@@ -505,3 +553,9 @@ DECODE_COLUMNS = """method ms p10_ms p90_ms tokens_per_s x_hf x_dense x_floor at
 candidates kept captured_mass kl_31k accuracy extra_over_kv peak_over_kv error"""
 DECODE = ModelOp("llama", "decode", __doc__, HF_STATIC, decode_method, DECODE_COLUMNS)
 PREFILL = ModelOp("prefill", "prefill", __doc__, HF_DYNAMIC, prefill_method, "method ms p10_ms p90_ms x_hf x_dense extra_over_kv error")
+LOSSLESS_COLUMNS = (
+    "method drafts ms draft_ms check_ms acceptance tokens_a_round tokens_per_s x_dense kept captured_mass kl_31k accuracy error"
+)
+LOSSLESS = ModelOp(
+    "lossless", "lossless", __doc__, "dense", lossless_method, LOSSLESS_COLUMNS, ("quest+twilight", "shadow_prefix+twilight")
+)

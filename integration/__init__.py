@@ -8,9 +8,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .hf import CapturedStep, Decoder, Generation, Sampling, TwilightCache, generate, join_linears, twilight_attention
+    from .hf import (
+        CapturedStep,
+        Decoder,
+        Generation,
+        LosslessDecoder,
+        Sampling,
+        Speculation,
+        TwilightCache,
+        generate,
+        join_linears,
+        twilight_attention,
+    )
 
-__all__ = ["CapturedStep", "Decoder", "Generation", "Sampling", "TwilightCache", "generate", "join_linears", "twilight_attention"]
+__all__ = [
+    "CapturedStep",
+    "Decoder",
+    "Generation",
+    "LosslessDecoder",
+    "Sampling",
+    "Speculation",
+    "TwilightCache",
+    "generate",
+    "join_linears",
+    "twilight_attention",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -94,6 +94,21 @@ def test_methods_read_the_candidates_and_keep_what_the_paper_keeps(measured):
     assert all(0 < decode[method]["attention_share"] < 1 for method in llama.OURS)
 
 
+def test_a_lossless_round_counts_the_tokens_that_its_acceptance_gives(tmp_path):
+    path = tmp_path / "lossless.jsonl"
+    more = ["--shapes", "2:1k", "--drafts", "3", "--acceptance", "0.5", "--json", str(path)]
+    assert main(["run", "--op", "lossless", *CPU, *more]) == 0
+    found = {row["method"]: row for row in rows.read(path)}
+    assert set(found) == {"dense", *llama.LOSSLESS.ours}
+    dense = found.pop("dense")
+    assert dense["tokens_per_s"] == pytest.approx(2 / dense["ms"] * 1e3) and dense["x_dense"] == 1.0
+    for row in found.values():
+        assert row["tokens_a_round"] == 1.875
+        assert row["tokens_per_s"] == pytest.approx(2 * 1.875 / row["ms"] * 1e3)
+        assert row["x_dense"] == pytest.approx(row["tokens_per_s"] / dense["tokens_per_s"])
+        assert row["ms"] == pytest.approx(3 * row["draft_ms"] + row["check_ms"])
+
+
 def test_the_logits_have_the_spread_that_was_asked_for():
     model, _ = llama.make_model(run.parse(llama.DECODE, CPU))
     rms = llama.measured_query_rms(model)

@@ -226,6 +226,19 @@ def test_generate_is_repeatable_with_a_seed(capsys, prose, tmp_path):
     assert tokens[0] == tokens[1] != tokens[2]
 
 
+@pytest.mark.parametrize("drafts", ["sparse", "prompt"])
+def test_generate_is_lossless_where_that_is_asked_for(capsys, prose, tmp_path, drafts):
+    found = {}
+    for name, more in (("dense", ["--selector", "dense"]), (drafts, ["--dense-below", 0, "--lossless", "--drafts", drafts])):
+        path = tmp_path / f"{name}.json"
+        code, out, _ = run(capsys, *GENERATE, "--prompt-file", prose, "--max-new-tokens", 24, *more, "--json", path)
+        assert code == 0
+        found[name] = json.loads(path.read_text())
+        assert ("accepted drafts a round" in out) == (name != "dense") == ("drafts" in found[name])
+    assert found[drafts]["tokens"] == found["dense"]["tokens"]
+    assert found[drafts]["drafts"]["new"] == 23
+
+
 TINY = ["generate", "--random-tiny", "--prompt", "x"]
 CALIBRATE = ["calibrate", "--random-tiny", "--text", __file__, "--out", "x"]
 REFUSED = {
@@ -253,6 +266,9 @@ REFUSED = {
         [*TINY, "--budget-log-steps", "4"],
         "budget-log-steps: expected --budget-log FILE with it, got 4 alone",
     ),
+    "drafts of nothing": ([*TINY, "--drafts", "prompt"], "drafts: expected --lossless with it, got prompt alone"),
+    "too many drafts": ([*TINY, "--lossless", "8"], "--lossless: expected 1..7, got 8"),
+    "log of rounds": ([*TINY, "--lossless", "--budget-log", "x"], "budget-log: expected no --lossless, whose steps are"),
     "json in no folder": ([*TINY, "--json", "/no/such/x"], "json: expected a file in a folder"),
     "json is a folder": ([*TINY, "--json", "/tmp"], "json: expected a file, got the folder /tmp"),
     "demo's json": (["demo", "--random-tiny", "--json", "/no/such/x"], "json: expected a file in a folder that exists"),

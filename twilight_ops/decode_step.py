@@ -29,14 +29,20 @@ def attend(
     sm_scale: float,
     kept_indices: Tensor | None = None,
     kept_counts: Tensor | None = None,
+    dense: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D] and lse [B, T, Hq]."""
+    """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D] and lse [B, T, Hq].
+
+    `dense` attends to everything instead, for once, and leaves the layer's counters alone.
+    """
     selector, policy, candidates = layer.plan.selector, layer.policy, Candidates()
-    if selector is not None and policy.selector == "given":
+    if dense:
+        policy = policy._replace(selector="dense")
+    elif selector is not None and policy.selector == "given":
         candidates = selector.select(q, layer, page_table, seq_lens, sm_scale)
         if candidates.indices is None:
             policy = policy._replace(selector="full")
-    observe = Observation(layer.budget_counters, kept_indices, kept_counts)
+    observe = Observation(None if dense else layer.budget_counters, kept_indices, kept_counts)
     paging = Paging(page_table, seq_lens)
     return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe, layer.means)
 

@@ -3,6 +3,18 @@
 from ..compile import CapturedStep, join_linears
 from .attention import twilight_attention
 from .cache import TwilightCache
-from .generate import Decoder, Generation, Sampling, generate
+from .generate import Decoder, Generation, Sampling
+from .speculate import LosslessDecoder, Speculation, generate
 
-__all__ = ["CapturedStep", "Decoder", "Generation", "Sampling", "TwilightCache", "generate", "join_linears", "twilight_attention"]
+__all__ = [
+    "CapturedStep",
+    "Decoder",
+    "Generation",
+    "LosslessDecoder",
+    "Sampling",
+    "Speculation",
+    "TwilightCache",
+    "generate",
+    "join_linears",
+    "twilight_attention",
+]

@@ -77,7 +77,7 @@ def twilight_attention(
     else:
         step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scale)
         kept = None if sequences.recorder is None else sequences.recorder(*step)
-        out = forward.in_columns(attend(*step, *(kept or ()))[0])
+        out = forward.in_columns(attend(*step, *(kept or ()), dense=forward.dense)[0])
     sequences.leave_layer(layer.index)
     return out.to(dtype), None
 

@@ -40,6 +40,7 @@ class Forward:
     Args:
         tokens: T, the columns of this forward.
         exact: a prompt, attended exactly; False for a decode step.
+        dense: a decode step that attends to everything.
         page_table: [B, M] int32. seq_lens: [B] int32, tokens of each sequence with those of this forward. What the operators read.
         calibrates: this prompt is the first in the cache.
         slots: [B, T] int32, where each column goes, -1 for padding; None: the last T slots of every sequence.
@@ -57,6 +58,7 @@ class Forward:
     rows: list[PromptRow] | None = None
     order: Tensor | None = None
     next_layer: int = 0
+    dense: bool = False
 
     def padding_first(self, q: Tensor) -> Tensor:
         """q [B, T, Hq, D] as a decode step wants it: a row sees one token less than the row after it."""
@@ -97,6 +99,8 @@ class Sequences:
         self.after_prompt = self.in_chunks = False
         # transformers announces speculative decoding before its prompt, and a rollback of plain decoding after it.
         self.announced = self.speculates = False
+        # Our loop checks drafts: forwards are dense decode steps, of which every column is a token.
+        self.verifies = False
 
     def add_layer(self, *sizes, **kinds) -> PagedKVLayer:
         """`PagedKVCache.add_layer`, with tensors that a graph may hold."""
@@ -171,7 +175,9 @@ class Sequences:
         if not 1 <= batch <= paged.max_batch_size:
             raise ValueError(f"TwilightCache: input_ids: expected 1 to max_batch_size = {paged.max_batch_size} sequences, got {batch}")
         positions = None
-        if live is None and tokens > 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
+        if self.verifies:
+            live = None
+        elif live is None and tokens > 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
             # One column is a token: nobody forwards padding alone.
             positions = position_ids.expand(batch, -1)
         if paged.use_rows(batch):
@@ -202,7 +208,7 @@ class Sequences:
 
     def _is_prompt(self, tokens: int) -> bool:
         # The tail of a prompt that comes in chunks may be as short as a decode step.
-        return not self.filled or tokens > self._step_limit() or self.in_chunks
+        return not self.verifies and (not self.filled or tokens > self._step_limit() or self.in_chunks)
 
     def _begin_step(self, tokens: int, live: Tensor | None, positions: Tensor | None) -> Forward:
         slots = order = None
@@ -220,7 +226,7 @@ class Sequences:
             assert_async(fits, "TwilightCache: input_ids: expected new tokens that fit max_cache_len")
         elif not bool(fits):
             self._refuse_length(int(new_lens.max()))
-        return self._forward(tokens, new_lens, exact=False, slots=slots, order=order)
+        return self._forward(tokens, new_lens, exact=False, slots=slots, order=order, dense=self.verifies)
 
     def _forward(self, tokens: int, new_lens: Tensor, **kinds) -> Forward:
         self.live_step_lens.copy_(new_lens)

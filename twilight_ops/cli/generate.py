@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from contextlib import nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..ops._checks import MAX_QUERY_TOKENS
@@ -30,6 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=whole(1), default=128, help="default 128")
     add_twilight_arguments(parser)
     add_sampling_arguments(parser)
+    parser.add_argument(
+        "--lossless",
+        type=whole(1, MAX_QUERY_TOKENS - 1),
+        nargs="?",
+        const=5,
+        metavar="K",
+        help="the tokens of dense attention: up to K drafts a round (default 5), checked by one dense step",
+    )
+    parser.add_argument(
+        "--drafts", choices=("sparse", "prompt"), help="of --lossless: by sparse steps (default), or from what the prompt repeats"
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end token")
     parser.add_argument(
         "--prefill-chunk",
@@ -85,8 +96,8 @@ def selectors_help() -> str:
 
     lines = ["selectors:", "  dense"]
     for name, selector in selector_classes().items():
-        fields = ",".join(f"{field.name}={field.default}" for field in dataclasses.fields(selector))
-        lines.append(f"  {name}:{fields}" if fields else f"  {name}")
+        settings = ",".join(f"{field.name}={field.default}" for field in fields(selector))
+        lines.append(f"  {name}:{settings}" if settings else f"  {name}")
     return "\n".join([*lines, f"and of TwilightConfig: {', '.join(CONFIG_FIELDS)}"])
 
 
@@ -148,10 +159,22 @@ def check_length(model, prompt_tokens: int, new_tokens: int) -> None:
         )
 
 
+def draft_rows(drafts) -> dict[str, str]:
+    """What a table says about drafts; nothing where none were made."""
+    if drafts is None:
+        return {}
+    share = drafts.accepted / max(1, drafts.drafted)
+    return {"accepted drafts a round": f"{drafts.accepted_per_round:.2f} ({share:.0%} of {drafts.drafted} in {drafts.rounds} rounds)"}
+
+
 def run(args: argparse.Namespace) -> int:
     # Whatever can be wrong without a model is found before one is loaded.
     if args.budget_log_steps is not None and args.budget_log is None:
         raise ValueError(f"budget-log-steps: expected --budget-log FILE with it, got {args.budget_log_steps} alone")
+    if args.drafts is not None and args.lossless is None:
+        raise ValueError(f"drafts: expected --lossless with it, got {args.drafts} alone")
+    if args.lossless is not None and args.budget_log is not None:
+        raise ValueError("budget-log: expected no --lossless, whose steps are no single tokens, got both")
     check_outputs(json=args.json, budget_log=args.budget_log)
     prompt = args.prompt if args.prompt is not None else read_text(args.prompt_file, "prompt-file")
     if not prompt:
@@ -164,17 +187,18 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..integration import Sampling, TwilightCache, generate
+    from ..integration import Sampling, Speculation, TwilightCache, generate
     from ..report import BudgetLog
     from .terminal import Terminal, TextStream, budget_rows, milliseconds
 
     with Terminal() as terminal:
         model, tokenizer = load_model(args)
         ids = encode(tokenizer, prompt, args.question)
-        check_length(model, len(ids), args.max_new_tokens)
+        ahead = args.lossless or 0  # drafts beyond the last new token
+        check_length(model, len(ids), args.max_new_tokens + ahead)
         torch.manual_seed(args.seed)
 
-        room = len(ids) + args.max_new_tokens
+        room = len(ids) + args.max_new_tokens + ahead
         cache = TwilightCache(model.config, config, max_cache_len=room, device=model.device, dtype=model.dtype, warn_never_sparse=False)
         logging = nullcontext() if args.budget_log is None else BudgetLog(args.budget_log, cache, args.budget_log_steps or LOG_STEPS)
         stream = TextStream(terminal, tokenizer)
@@ -199,6 +223,7 @@ def run(args: argparse.Namespace) -> int:
                 prefill_chunk=args.prefill_chunk,
                 on_prefill=on_prefill,
                 on_tokens=on_tokens,
+                speculate=Speculation(args.lossless, args.drafts or "sparse") if ahead else None,
             )
         stream.finish()
         rows = {
@@ -207,6 +232,7 @@ def run(args: argparse.Namespace) -> int:
             "warm-up": f"{result.warmup_s:.1f} s",
             "a token": milliseconds(result.ms_per_token, result.steps),
             **budget_rows(result.budget),
+            **draft_rows(result.drafts),
             "step": f"{result.capture}: {result.graphs} graphs, {result.breaks} breaks, {result.recompiles} recompiles",
         }
         terminal.table("", ("", args.selector), list(rows.items()))
@@ -216,5 +242,7 @@ def run(args: argparse.Namespace) -> int:
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             record = {"text": text, "tokens": tokens, "selector": args.selector, "prompt_tokens": len(ids), "new_tokens": len(tokens)}
             figures = ("prefill_s", "warmup_s", "ms_per_token", "steps", "capture", "graphs", "breaks", "recompiles")
-            write_json(args.json, {**record, **{name: getattr(result, name) for name in figures}, "budget": result.budget.to_dict()})
+            drafts = {} if result.drafts is None else {"drafts": asdict(result.drafts)}
+            budget = {"budget": result.budget.to_dict()}
+            write_json(args.json, {**record, **{name: getattr(result, name) for name in figures}, **drafts, **budget})
     return 0
