@@ -15,6 +15,7 @@ usage: python -m bench COMMAND ...
   fit --model PATH          compare generated keys and queries with a model's own, or fit them to it
   codes --model PATH        compare what top-p keeps by 4-bit codes of keys in different forms
   plot ROWS.jsonl ... -o D  draw what the rows suffice for
+  tables [--check]          write the tables of README and docs from result files
 
 examples:
   python -m bench run --op decode_attention --shapes 1:32k:32/8 --dtype bf16
@@ -82,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import codes
 
         return codes.main(rest)
+    elif command == "tables":
+        from . import tables
+
+        return tables.main(rest)
     elif command == "plot":
         from . import plots
 
@@ -91,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return base.worker()
     else:
-        print(f"{USAGE}\npython -m bench: expected list, run, fit, codes or plot, got {command}", file=sys.stderr)
+        print(f"{USAGE}\npython -m bench: expected list, run, fit, codes, plot or tables, got {command}", file=sys.stderr)
         return 2
     return 0
 

@@ -118,7 +118,7 @@ def duo_attention(
     """Streaming heads keep sinks and a window, retrieval heads see everything (and are pruned by top-p).
 
     Args:
-        heads: score of each KV head of each layer, 0 (streaming) to 1 (retrieval): a table [layers][Hkv], or the path of the
+        heads: score of each KV head of each layer, 0 (streaming) to 1 (retrieval): a table `[layers][Hkv]`, or the path of the
             tab-separated `full_attention_heads.tsv` that DuoAttention publishes for a model.
         sparsity: share of heads that stream, those with the lowest scores; unused where every score is 0 or 1.
         sink_tokens, recent_tokens: what a streaming head keeps.
