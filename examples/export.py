@@ -14,11 +14,12 @@ import sys
 
 import torch
 
+PROMPT = 70
 NEW_TOKENS = 12
 
 
-def make_step() -> "Step":
-    """A tiny Llama with a prompt in its cache."""
+def make_step() -> tuple["Step", torch.Tensor]:
+    """A tiny Llama with a prompt in its cache, and its first token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from twilight_ops import ShadowPrefix, TwilightConfig
@@ -31,58 +32,63 @@ def make_step() -> "Step":
     model = LlamaForCausalLM(config).eval()
     twilight = TwilightConfig(ShadowPrefix(token_budget=24), top_p=0.9, dense_below=0, recent_tokens=4, sink_tokens=2)
     cache = TwilightCache(config, twilight, max_cache_len=128, device="cpu", dtype=torch.float32)
-    prompt = torch.randint(1, 99, (1, 70))
-    return Step(model, cache, Decoder(model, cache, capture="eager").prefill(prompt).argmax(-1, keepdim=True))
+    logits = Decoder(model, cache, capture="eager").prefill(torch.randint(1, 99, (1, PROMPT)))
+    return Step(model, cache), logits.argmax(-1, keepdim=True)
 
 
-def export(path: str) -> list[int]:
-    """Packages a step; returns the tokens that it generates eagerly."""
-    step = make_step()
+def export(path: str) -> tuple[int, list[int]]:
+    """Packages a step; returns the first token and those that the step generates eagerly."""
+    step, first = make_step()
     with torch.no_grad():
-        program = torch.export.export(step, (), strict=False)
+        program = torch.export.export(step, (first, torch.tensor([[PROMPT]])), strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=path)
-        return [int(step()) for _ in range(NEW_TOKENS)]
+        return int(first), tokens_of(step, first)
 
 
 class Step(torch.nn.Module):
-    """Feeds the last token to the model and returns the next, [B, 1]; all that it writes is a buffer."""
+    """One decode step of a model; the cache's tensors are its buffers, and it writes no others."""
 
-    def __init__(self, model, cache, token):
+    def __init__(self, model, cache):
         super().__init__()
         self.model, self.cache = model, cache
-        self.register_buffer("token", token.clone())
         self.tensors = cache.tensors()
         for index, tensor in enumerate(self.tensors):
-            self.register_buffer(f"cache_{index}", tensor)
+            # Inductor takes lengths of up to 8 sequences for numbers that never change, unless they have two dimensions.
+            self.register_buffer(f"cache_{index}", tensor if tensor.dim() > 1 else tensor.view(1, -1))
 
-    def forward(self):
+    def forward(self, token, position):
+        """The next token [B, 1] after `token` [B, 1] at `position` [B, 1], int64."""
         # A trace sees buffers as other tensors, so it gets a cache of those.
-        memo = {id(tensor): getattr(self, f"cache_{index}") for index, tensor in enumerate(self.tensors)}
+        memo = {id(tensor): getattr(self, f"cache_{index}").view(tensor.shape) for index, tensor in enumerate(self.tensors)}
         cache = copy.deepcopy(self.cache, memo)
-        position = cache.live_seq_lens[:, None].long()
-        logits = self.model(input_ids=self.token, position_ids=position, past_key_values=cache, use_cache=True).logits
-        self.token.copy_(logits.argmax(-1))
-        return self.token.clone()
+        return self.model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits.argmax(-1)
 
 
-def run(path: str, library: str) -> None:
+def tokens_of(step, token) -> list[int]:
+    found = []
+    for position in range(PROMPT, PROMPT + NEW_TOKENS):
+        token = step(token, torch.tensor([[position]]))
+        found.append(int(token))
+    return found
+
+
+def run(path: str, library: str, first: str) -> None:
     """What needs torch alone."""
     torch.ops.load_library(library)
     assert ctypes.CDLL(library).twilight_define_schemas()
-    step = torch._inductor.aoti_load_package(path)
-    print([int(step()) for _ in range(NEW_TOKENS)])
+    print(tokens_of(torch._inductor.aoti_load_package(path), torch.tensor([[int(first)]])))
     assert not {"transformers", "twilight_ops"} & sys.modules.keys()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 4:
         run(*sys.argv[1:])
     else:
         from twilight_ops.native_modules import library
 
-        expected = export(sys.argv[1])
+        first, expected = export(sys.argv[1])
         print("eager  ", expected)
-        command = [sys.executable, __file__, sys.argv[1], library()]
+        command = [sys.executable, __file__, sys.argv[1], library(), str(first)]
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         print("package", found, end="")
         assert found == f"{expected}\n"
