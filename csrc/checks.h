@@ -83,6 +83,9 @@ struct Dim {
   int64_t size;
 };
 
+// What `_first_requiring_grad` returns in a process without Python to ask (schemas.cpp).
+constexpr int64_t kNobodyAsked = -2;
+
 class Checker {
  public:
   Checker(const char* op, const Tensor& like) : op_(op), like_(like), dtype_(like.scalar_type()) {
@@ -288,6 +291,7 @@ class Checker {
     StableIValue stack[] = {torch::stable::detail::from(watched_)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("twilight::_first_requiring_grad", "", stack, TORCH_ABI_VERSION));
     const int64_t first = torch::stable::detail::to<int64_t>(stack[0]);
+    if (first == kNobodyAsked) fail("gradients", "none enabled in a process without twilight_ops", "them enabled");
     if (first >= 0)
       fail(watched_names_[first], "a tensor that needs no gradient (there is no backward: call under torch.no_grad())",
            "requires_grad=True");

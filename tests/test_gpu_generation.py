@@ -6,7 +6,7 @@ from torch._inductor import config as inductor_config
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
-from twilight_ops.integration import CapturedStep, TwilightCache
+from twilight_ops.integration import CapturedStep, LosslessDecoder, Sampling, Speculation, TwilightCache
 from twilight_ops.integration.hf.generate import Decoder
 
 pytestmark = [
@@ -165,3 +165,39 @@ def test_p_1_and_full_budget_give_the_greedy_tokens_of_sdpa(model):
         model.set_attn_implementation("twilight")
     # bf16 logits tie or nearly tie now and then; after the first such token the texts may part.
     assert (ours == theirs).long().cumprod(1).sum() >= 8
+
+
+@pytest.mark.parametrize("source", ["sparse", "prompt"])
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8)])
+def test_recorded_rounds_give_the_tokens_of_eager_ones(model, source, sampling):
+    runs = []
+    for recorded in (False, True):
+        cache = new_cache(model, SELECTORS["shadow_prefix"], batch=2)
+        decoder = LosslessDecoder(model, cache, 2, sampling, (), capture="eager", speculation=Speculation(4, source=source))
+        if recorded:  # every kernel around attention is the eager one
+            decoder.captured = CapturedStep(decoder.step_eager, model.device)
+            decoder.captured_draft = CapturedStep(decoder.draft_eager, model.device)
+        torch.manual_seed(0)
+        runs.append(decoder.generate(prompt(2), max_new_tokens=200))
+    assert runs[0].drafts.accepted > 0
+    # Replays draw other numbers than eager calls do.
+    assert sampling is not None or (torch.equal(runs[0].tokens, runs[1].tokens) and runs[0].drafts == runs[1].drafts)
+
+
+@pytest.mark.parametrize("source", ["sparse", "prompt"])
+def test_lossless_tokens_are_the_likeliest_of_dense_attention_up_to_rounding(model, source):
+    cache = new_cache(model, SELECTORS["quest"], batch=2)
+    decoder = LosslessDecoder(model, cache, 2, eos_token_ids=(), speculation=Speculation(5, source=source))
+    found = decoder.generate(prompt(2), max_new_tokens=500)
+    assert (found.capture, found.breaks, found.recompiles) == ("cuda_graph", 0, 0)
+    model.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            logits = model(torch.cat([prompt(2), found.tokens], 1)).logits[:, PROMPT - 1 : -1].float()
+    finally:
+        model.set_attn_implementation("twilight")
+    short = logits.amax(-1) - logits.gather(2, found.tokens[..., None])[..., 0]
+    print(
+        f"{source}: {found.drafts}, {(short > 0).sum()} tokens of {short.numel()} not the first of dense, short by at most {short.max():.4f}"
+    )
+    assert short.max() < 0.1 * logits.std()

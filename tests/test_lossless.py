@@ -1,7 +1,10 @@
 """Lossless decoding: whatever is drafted, tokens and cache are those of dense attention, and draws are distributed as its own."""
 
 import itertools
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -331,3 +334,16 @@ def test_a_step_that_fails_leaves_the_cache_to_plain_decoding(model):
         handle.remove()
     assert not cache.sequences.verifies
     assert cache.live_seq_lens.tolist() == [40]
+
+
+def test_the_example_says_that_its_tokens_are_those_of_dense_attention():
+    path = Path(__file__).resolve().parents[1] / "examples" / "lossless.py"
+    assert len(path.read_text().splitlines()) < 60
+    more = ["--random-tiny", "--device", "cpu", "--capture", "eager", "--length", "300", "--new-tokens", "16", "--batch", "2"]
+    done = subprocess.run([sys.executable, str(path), *more], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    dense, sparse, prompt = done.stdout.splitlines()
+    assert re.fullmatch(r"dense: \d+\.\d tokens a second", dense)
+    drafted = r"\d+\.\d tokens a second, \d\.\d\d of \d\.\d\d drafts a round accepted"
+    for line, name in ((sparse, "sparse"), (prompt, "prompt")):
+        assert re.fullmatch(rf"{name} drafts: {drafted}, tokens equal to dense: \[16, 16\] of 16", line)

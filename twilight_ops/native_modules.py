@@ -64,6 +64,19 @@ def why_not_built(module: str) -> str:
     return f"was not built ({reason})" if reason else "was not built"
 
 
+def library() -> str:
+    """The file of the native CPU kernels in use, for processes without this package (`examples/export.py`).
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    for name in CPU_MODULES:
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None and module.__file__ is not None:
+            return module.__file__
+    raise RuntimeError(f"native library: expected one of {', '.join(CPU_MODULES)} to be loaded, got none")
+
+
 @functools.cache
 def load(module: str) -> str:
     """Loads a module, which registers its kernels; returns why it could not be loaded, "" where it was."""

@@ -218,6 +218,14 @@ class TwilightCache(Cache):
         """Bytes of plain K and V, and of everything kept beside them."""
         return self.paged.nbytes()
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a decode step reads or writes, once: what an export makes buffers. None before the cache is allocated."""
+        paged, sequences = self.paged, self.sequences
+        found = [tensor for layer in paged.layers for tensor in layer.tensors()]
+        if found:
+            found += [paged.page_table, paged.seq_lens, sequences.step_lens, sequences.seen]
+        return list({id(tensor): tensor for tensor in found}.values())
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise NotImplementedError("TwilightCache: batch_repeat_interleave: repeating sequences is not supported")
 

@@ -1,6 +1,7 @@
 """The `twilight` operator library: flat schemas derived from grouped Python signatures, fakes, and calls in both forms.
 
-Schemas stay in Python because tags on a schema need libtorch 2.12 from C++, and we support 2.11.
+Schemas stay in Python because tags on a schema need libtorch 2.12 from C++, and we support 2.11. Processes without this package take
+those of `csrc/schemas.cpp`, a copy that `tests/test_export.py` compares; what has asked for them and imports this package keeps them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,19 @@ LIBRARY = torch.library.Library("twilight", "DEF")
 # views of a projection and every kernel reads strides, so no copy is ever needed.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _TYPES = {Tensor: "Tensor", int: "int", float: "float", str: "str"}
+
+
+def define(schema: str, tags: Sequence[torch.Tag] = ()) -> None:
+    """Defines twilight::<schema>, where the native library has not done so.
+
+    Raises:
+        RuntimeError: it has, and otherwise: it is of another version.
+    """
+    known = getattr(torch.ops.twilight, schema.partition("(")[0], None)
+    if known is None:
+        LIBRARY.define(schema, tags=tags)
+    elif (found := known.default._schema) != (wanted := torch._C.parse_schema(f"twilight::{schema}")):
+        raise RuntimeError(f"twilight_ops: schema: expected {wanted}, got {found} from a native library of another version")
 
 
 class _Leaf(NamedTuple):
@@ -85,7 +99,7 @@ class Operator:
         self.leaves = [leaf for node in self.nodes for leaf in node.leaves]
         self.widths = tuple(len(node.leaves) for node in self.nodes)
         self.arguments, self.returns = self._flat_arguments(mutates), returns
-        LIBRARY.define(f"{self.name}({self.arguments}) -> {returns}", tags=_TAGS)
+        define(f"{self.name}({self.arguments}) -> {returns}", _TAGS)
         torch.library.register_fake(f"twilight::{self.name}", self.flat(self._fake), lib=LIBRARY)
         self.overload = getattr(torch.ops.twilight, self.name).default
 
@@ -185,7 +199,7 @@ def _first_requiring_grad(tensors: list[Tensor]) -> int:
 
 
 # The stable ABI cannot ask a tensor: the C++ kernels call this, and only while gradients are enabled.
-LIBRARY.define("_first_requiring_grad(Tensor[] tensors) -> int")
+define("_first_requiring_grad(Tensor[] tensors) -> int")
 LIBRARY.impl("_first_requiring_grad", _first_requiring_grad, "CompositeExplicitAutograd")
 
 
