@@ -13,7 +13,8 @@ from transformers import DynamicCache  # noqa: E402
 
 from twilight_ops import Full, LayerOverride, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
-from twilight_ops.integration.hf.windows import ROLLBACK, Ring, Scores, Window, attend_masked, attend_run, sees  # noqa: E402
+from twilight_ops.integration.hf.sequences import ROLLBACK
+from twilight_ops.integration.hf.windows import Ring, Scores, Window, attend_masked, attend_run, sees  # noqa: E402
 
 WINDOWS = ("gemma3_text", "mistral", "gpt_oss", "llama4_text", "gemma3n_text")
 STATES = ("qwen3_next", "lfm2", "falcon_h1", "jamba")

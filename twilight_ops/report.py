@@ -233,8 +233,8 @@ class BudgetLog(BudgetWindows):
 
     def __init__(self, path: str | Path, cache: HasLayers, every: int = 16):
         integer(1)("BudgetLog", "every", every)
-        layers = [getattr(layer, "paged", layer) for layer in cache.layers]
-        if None in layers:
+        layers = getattr(cache, "paged", cache).layers
+        if not layers:
             raise ValueError("BudgetLog: cache: expected an allocated cache (prefill first, or give it device and dtype), got an empty one")
         self._file = Path(path).open("w", encoding="utf-8")
         super().__init__(layers, every, self._write_line)

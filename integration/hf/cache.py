@@ -15,8 +15,8 @@ from ...layer import PagedKVLayer
 from ...ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
 from ...paged_kv_cache import PagedKVCache
 from ...report import BudgetReport, budget_report
-from .sequences import Recorder, Sequences, mark_static
-from .windows import ROLLBACK, Ring, Window
+from .sequences import ROLLBACK, Recorder, Sequences, mark_static
+from .windows import Ring, Window
 
 
 class LayerKeys:
@@ -327,6 +327,11 @@ class TwilightCache(Cache):
 
     def _paged_layers(self) -> list[int]:
         return [index for index, kind in enumerate(self.kinds) if kind in (FULL, HYBRID)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model has nothing but layers that see every token."""
+        return all(kind == FULL for kind in self.kinds) and not self.sequences.sharing
 
     @property
     def filled(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -13,10 +13,13 @@ from ...layer import PagedKVLayer
 from ...ops._checks import MAX_QUERY_TOKENS
 from ...paged_kv_cache import PagedKVCache
 from ..compile.private import assert_async, mark_static_address
-from .windows import ROLLBACK, Window
 
 # Called as recorder(q, layer, page_table, seq_lens, sm_scale); returns buffers (kept_indices, kept_counts) or None.
 Recorder = Callable[[Tensor, PagedKVLayer, Tensor, Tensor, float], "tuple[Tensor, Tensor] | None"]
+
+
+# Tokens that a layer with a window remembers beyond it, so that so many can be taken back.
+ROLLBACK = 64
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Forward:
     rows: list[PromptRow] | None = None
     order: Tensor | None = None
     calls: int = 0
-    visible: dict[Window, Tensor] = field(default_factory=dict)
+    visible: dict[Hashable, Tensor] = field(default_factory=dict)
     past: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def positions(self) -> Tensor:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-if TYPE_CHECKING:
-    from .sequences import Forward
+from .sequences import Forward
 
-# Tokens that a layer with a window remembers beyond it, so that so many can be taken back.
-ROLLBACK = 64
 # Rows of a prompt that attend at once where their scores are made as a whole.
 BLOCK = 256
 
