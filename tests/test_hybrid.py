@@ -16,13 +16,13 @@ from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
 from twilight_ops.integration.hf.sequences import ROLLBACK
 from twilight_ops.integration.hf.windows import Ring, Scores, Window, attend_masked, attend_run, sees  # noqa: E402
 
-WINDOWS = ("gemma3_text", "mistral", "gpt_oss", "llama4_text", "gemma3n_text")
+WINDOWS = ("gemma2", "gemma3_text", "mistral", "gpt_oss", "llama4_text", "gemma3n_text")
 STATES = ("qwen3_next", "lfm2", "falcon_h1", "jamba")
 EXACT = TwilightConfig(Full(), top_p=1.0, dense_below=0)
 
 
 def models(name):
-    family = models_table.family_of(name)
+    family = models_table.families()[name]
     return models_table.make_model(family, "twilight"), models_table.make_model(family, "eager")
 
 
@@ -241,6 +241,19 @@ def test_hybrid_overrides_go_by_the_number_of_the_layer_in_its_model():
     cache = make_cache(ours, config=TwilightConfig(overrides={1: LayerOverride(top_p=0.5)}))
     forward(ours, tokens_of(20), cache)
     assert [layer.plan.top_p for layer in cache.paged.layers] == [0.5]
+
+
+def test_hybrid_soft_capped_attention_is_exact_and_says_that_nothing_is_pruned():
+    ours, _ = models("gemma2")
+    with pytest.warns(UserWarning, match="expected attention without attn_logit_softcapping.*nothing is pruned"):
+        cache = TwilightCache(ours.config, TwilightConfig(dense_below=0), 1, MAX_CACHE_LEN)
+    forward(ours, tokens_of(40), cache)
+    forward(ours, tokens_of(1), cache)
+    report = cache.budget_report()
+    assert report.layers == [] and set(report.others.values()) == {"full_attention soft-capped", "sliding_attention soft-capped"}
+    ours.config.attn_logit_softcapping = None  # of the configuration alone: the layers go on passing theirs
+    with pytest.raises(RuntimeError, match="softcap: expected None in a layer that prunes"):
+        forward(ours, tokens_of(40), make_cache(ours, config=TwilightConfig(dense_below=0)))
 
 
 def oracle(q, k, v, visible, scores):

@@ -20,7 +20,6 @@ from .windows import Ring, Scores, attend_masked, attend_run
 
 # Arguments of transformers' attention functions that would change the result.
 _UNSUPPORTED = {
-    "softcap": "logit soft-capping",
     "position_bias": "a bias by position",
     "alibi": "a bias by position",
     "head_mask": "a mask by head",
@@ -65,7 +64,7 @@ def twilight_attention(
     dtype = query.dtype
     query, key, value = (_to_cache_dtype(tensor, layer.dtype) for tensor in (query, key, value))
     batch, _, tokens, head_dim = query.shape
-    scores = Scores(head_dim**-0.5 if scaling is None else scaling, sinks=kwargs.get("s_aux"))
+    scores = Scores(head_dim**-0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
     sequences = layer.sequences
     caller = getattr(module, "layer_idx", None)
     stored = sequences.shares(layer.index, caller)
@@ -104,6 +103,8 @@ def _attend_paged(
         append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
     if forward.exact:
         return _attend_exactly(query, key, value, paged, forward, scores)
+    if scores.softcap is not None:
+        return _attend_traced(query, paged, forward, scores)
     step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scores.scale)
     kept = None if sequences.recorder is None else sequences.recorder(*step)
     out, lse = attend(*step, *(kept or ()))
@@ -137,6 +138,8 @@ def _refuse(
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             fail(f"{name}: expected None, because {meaning} is not supported")
+    if kwargs.get("softcap") is not None and isinstance(layer, TwilightLayer) and layer.paged.plan.selector is not None:
+        fail("softcap: expected None in a layer that prunes, or attn_logit_softcapping in the configuration, which makes layers dense")
     live = None
     if own is not None or attention_mask is not None:
         live = _read_mask(attention_mask, query, own, layer.sequences.paged.max_cache_len)
@@ -284,7 +287,7 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLay
 
 
 def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores) -> Tensor:
-    """The same in fixed shapes, for a traced prompt: every slot of the cache, masked by position."""
+    """The same in fixed shapes, for a traced prompt and for steps with soft-capping: every slot of the cache, masked by position."""
     group = query.shape[1] // paged.num_kv_heads
     max_cache_len = forward.page_table.shape[1] * paged.page_size
     k = _paged_rows(paged.kv.k_cache, forward.page_table, max_cache_len)
@@ -292,7 +295,7 @@ def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores:
     slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < forward.seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.
-    mask = slots <= forward.slots.clamp(min=0)[..., None]  # [B, T, M * S]
+    mask = slots <= forward.positions().clamp(min=0)[..., None]  # [B, T, M * S]
     if not scores.plain:
         return attend_masked(query, k, v, mask[:, None], scores).transpose(1, 2)
     out = scaled_dot_product_attention(query, _repeat(k, group), _repeat(v, group), mask[:, None], scale=scores.scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -292,7 +293,10 @@ class TwilightCache(Cache):
             raise ValueError("TwilightCache: device: expected device and dtype together, got one without the other")
         self.kinds, callers, heads, kv_heads = read_layers(config, max_cache_len)
         self._check_overrides()
-        self.paged = PagedKVCache.without_layers(self.twilight, max_batch_size, max_cache_len)
+        # Top-p is a share of weights, and no kernel estimates capped ones.
+        self.soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
+        served = replace(self.twilight, dense_layers=len(self.kinds), overrides={}) if self.soft_capped else self.twilight
+        self.paged = PagedKVCache.without_layers(served, max_batch_size, max_cache_len)
         windows = [kind.width for kind in self.kinds if isinstance(kind, Window)]
         states = ", ".join(sorted({"linear_attention", "conv", HYBRID} & set(self.kinds))) or None
         slots = min(windows) + ROLLBACK if windows else None
@@ -311,7 +315,13 @@ class TwilightCache(Cache):
             else:
                 layers.append(HybridLayer(attention, state) if kind == HYBRID else TwilightLayer(*attention))
         super().__init__(layers=layers)
-        if not self._paged_layers() and warn_never_sparse:
+        if self.soft_capped and warn_never_sparse:
+            warnings.warn(
+                "TwilightCache: config: expected attention without attn_logit_softcapping, which runs whole and in plain PyTorch, got "
+                f"{config.attn_logit_softcapping}: nothing is pruned",
+                stacklevel=2,
+            )
+        elif not self._paged_layers() and warn_never_sparse:
             warnings.warn(
                 "TwilightCache: config: expected a model with layers of full attention, got none: nothing is pruned", stacklevel=2
             )
@@ -331,7 +341,7 @@ class TwilightCache(Cache):
     @property
     def is_plain(self) -> bool:
         """Whether the model has nothing but layers that see every token."""
-        return all(kind == FULL for kind in self.kinds) and not self.sequences.sharing
+        return all(kind == FULL for kind in self.kinds) and not (self.sequences.sharing or self.soft_capped)
 
     @property
     def filled(self) -> bool:
@@ -366,6 +376,9 @@ class TwilightCache(Cache):
         """How many tokens each layer and KV head proposed and kept since the last reset, and which layers are not Twilight's; reads the
         device counters once."""
         others = {index: str(kind) for index, kind in enumerate(self.kinds) if kind not in (FULL, HYBRID)}
+        if self.soft_capped:
+            others = dict(enumerate(f"{kind} soft-capped" for kind in self.kinds))
+            return budget_report([], others)
         return budget_report(self.paged.layers, others)
 
     def nbytes(self) -> dict[str, int]:
