@@ -55,6 +55,7 @@ SMALL: dict[str, int] = {
         (2, "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers depth"),
         (4, "num_experts n_routed_experts num_local_experts moe_num_experts index_n_heads"),
         (2, "num_experts_per_tok moe_topk moe_k"),
+        (16, "mamba_d_state mamba_chunk_size"),
         (256, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions"),
         (WINDOW, "sliding_window window_size attention_window_size attention_chunk_size local_attention sliding_window_size"),
         (0, "pad_token_id"),
@@ -63,7 +64,6 @@ SMALL: dict[str, int] = {
     )
     for name in names.split()
 }
-WIDE = ", wide window"
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 
 # What a family needs beside that, by dotted field: `text_config.` reaches into a part. The reason stands beside each.
@@ -79,8 +79,6 @@ SPECIAL: dict[str, dict] = {
     "hunyuan_vl": {"text_config.rope_parameters": {**ROPE, "mrope_section": [8, 8, 8, 8]}, "text_config.head_dim": 64},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": {**ROPE, "mrope_section": [12, 10, 10]}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {**ROPE, "mrope_section": [12, 10, 10]}}},
-    "gemma4_assistant": {"text_config": lambda: shrink(CONFIG_MAPPING["gemma4_text"](), ASSISTANT)},
-    "gemma4_unified_assistant": {"text_config": lambda: shrink(CONFIG_MAPPING["gemma4_unified_text"](), ASSISTANT)},
     "granite4_vision": {
         "text_config": lambda: shrink(CONFIG_MAPPING["granite4_vision_text"]()),
         "deepstack_layer_map": [],
@@ -98,6 +96,12 @@ SPECIAL: dict[str, dict] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"], "text_config.num_hidden_layers": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "mamba_n_heads": 8},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 32},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_hidden_size": 512},
+    "nemotron_h": {"mamba_num_heads": 8, "ssm_state_size": 16, "chunk_size": 16},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "gemma3n_text": {
         "layer_types": HALVES * 2,
@@ -151,9 +155,6 @@ def _vision_tower() -> PreTrainedConfig:
     return config
 
 
-ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-
-
 def shrink(default: PreTrainedConfig, special: dict | None = None) -> PreTrainedConfig:
     """A tiny configuration of the same class with as many layers as it takes to have each kind once, and at least 2."""
     special = dict(special or {})
@@ -195,11 +196,8 @@ IMAGES: dict[str, Callable[[], dict]] = {
 LEFT_OUT = {
     "musicgen": "audio codes in several streams, with a generation loop of its own",
     "musicgen_melody": "audio codes in several streams, with a generation loop of its own",
-}
-# No row with a wide window, and why.
-NOT_WIDE = {
     "diffusion_gemma": "it denoises whole blocks",
-    "gemma3n": "its vision tower needs timm",
+    "gemma3n": "its vision tower needs timm; gemma3n_text is judged",
     "gemma4_assistant": "it reads K and V of another model",
     "gemma4_unified_assistant": "it reads K and V of another model",
 }
@@ -232,17 +230,8 @@ class Family:
 
     name: str
     model_class: str
-    wide: bool = False  # windows longer than the cache, which never bite
-
-    @property
-    def title(self) -> str:
-        return self.name + WIDE if self.wide else self.name
 
     def config(self) -> PreTrainedConfig:
-        with _wide_windows() if self.wide else contextlib.nullcontext():
-            return self._config()
-
-    def _config(self) -> PreTrainedConfig:
         if self.name == "vision-encoder-decoder":
             parts = shrink(CONFIG_MAPPING["vit"]()), shrink(CONFIG_MAPPING["gpt2"]())
             return CONFIG_MAPPING[self.name].from_encoder_decoder_configs(*parts)
@@ -258,22 +247,6 @@ def families() -> dict[str, Family]:
     causal, multimodal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     names = sorted({*causal, *multimodal} - LEFT_OUT.keys())
     return {name: Family(name, causal.get(name) or multimodal[name]) for name in names}
-
-
-@contextlib.contextmanager
-def _wide_windows() -> Iterator[None]:
-    narrow = {name: value for name, value in SMALL.items() if value == WINDOW}
-    SMALL.update(dict.fromkeys(narrow, 4096))
-    try:
-        yield
-    finally:
-        SMALL.update(narrow)
-
-
-def family_of(title: str) -> Family:
-    """The family of a row."""
-    family = families()[title.removesuffix(WIDE)]
-    return dataclasses.replace(family, wide=title.endswith(WIDE))
 
 
 OURS = re.compile(r'^(TwilightCache|attn_implementation="twilight"|generate|Decoder|twilight::\w+): ', re.S)
@@ -411,7 +384,7 @@ def judge(family: Family, compiled: bool = True, seconds: int = 300) -> Row:
 
     def row(verdict: str, reason: object = "") -> Row:
         text = " ".join(str(reason).split()).replace("|", "/").replace("`", "'")  # one cell of the page
-        return Row(family.title, family.model_class, verdict, text[:300].strip())
+        return Row(family.name, family.model_class, verdict, text[:300].strip())
 
     with warnings.catch_warnings(), time_limit(seconds), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -445,7 +418,10 @@ def _run(family: Family, compiled: bool) -> tuple[str, str]:
     ids, mask = make_prompt(image=family.name in INPUTS)
     inputs = INPUTS[family.name](ids) if family.name in INPUTS else {}
     try:
-        dense = make_model(family, "sdpa" if getattr(transformers, family.model_class)._supports_sdpa else "eager")
+        # transformers' sdpa leaves out what caps the logits.
+        capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+        sdpa = getattr(transformers, family.model_class)._supports_sdpa and not capped
+        dense = make_model(family, "sdpa" if sdpa else "eager")
         expected = run_generate(dense, ids, mask, **inputs)
     except Exception as error:
         expected, oracle_error = None, error
@@ -504,23 +480,26 @@ def judge_apart(family: Family, compiled: bool = True) -> Row:
         return receiver.recv()
     except EOFError:
         process.join()
-        return Row(family.title, family.model_class, "dies", f"exit code {process.exitcode}")
+        return Row(family.name, family.model_class, "dies", f"exit code {process.exitcode}")
     finally:
         process.join()
 
 
 HEADER = """# Models
 
-Every decoder of transformers {version}, as a tiny random model. Of {families} families {works} work, {wide} work while their windows
-are as long as the cache, and {refused} are refused by name. A test judges each anew.
+Every decoder of transformers {version}, as a tiny random model. Of {families} families {works} work and {refused} are refused by name.
+A test judges each anew.
 
 *Works*: logits and greedy tokens are those of transformers' own attention for a left-padded batch of two, p = 1, through
 `model.generate` (`Full` and `ShadowPrefix`), our own loop, and our own loop with its step traced as one graph. *Step not compiled*:
 transformers' code for it is no single graph, so use `capture="eager"`. *Refused*: the error that a user gets.
 
-Where attention slides, the window is shorter than the cache; a second row, *wide window*, has windows that never bite. Models of images
-and text run on text; the few that need an image get one, through `model.generate` alone and with their vision tower left as it is:
-`attn_implementation={{"text_config": "twilight"}}`.
+Layers of full attention are Twilight's. Beside them the same cache serves, exactly, layers with a window or in chunks (shorter here than the
+prompt), layers that keep a state, and layers that attend to K and V of earlier ones; `budget_report()` names them. Attention sinks take their
+share after pruning: p is a share of the tokens' weight. Attention with soft-capped logits runs whole, in plain PyTorch, and a warning says so.
+
+Models of images and text run on text; the few that need an image get one, through `model.generate` alone and with their vision tower left as
+it is: `attn_implementation={{"text_config": "twilight"}}`.
 
 Written by `python tests/models_table.py --write`.
 """
@@ -530,9 +509,7 @@ def render(rows: list[Row], version: str) -> str:
     """docs/models.md."""
     works = [row for row in rows if row.verdict in (WORKS, EAGER)]
     rest = [row for row in rows if row not in works]
-    wide = sum(row.family.endswith(WIDE) for row in works)
-    families = sum(not row.family.endswith(WIDE) for row in rows)
-    counts = {"families": families, "works": len(works) - wide, "wide": wide, "refused": families - len(works)}
+    counts = {"families": len(rows), "works": len(works), "refused": len(rest)}
     lines = [HEADER.format(version=version, **counts)]
     lines += ["## Works", "", "| family | class | |", "|---|---|---|"]
     lines += [f"| {row.family} | {row.model_class} | {'' if row.verdict == WORKS else 'step not compiled'} |" for row in works]
@@ -571,14 +548,11 @@ def main() -> int:
     rows = []
     for name in arguments.families or known:
         start = time.perf_counter()
-        judged = [judge_apart(known[name], not arguments.untraced)]
-        if "sliding_window" in judged[0].reason and name not in NOT_WIDE:
-            judged.append(judge_apart(dataclasses.replace(known[name], wide=True), not arguments.untraced))
-        kept = {row.family for row in before.values() if row.verdict == EAGER}
-        judged = [dataclasses.replace(row, verdict=EAGER) if row.verdict == WORKS and row.family in kept else row for row in judged]
-        rows += judged
-        for row in judged:
-            print(f"{row.family:36} {row.verdict:24} {time.perf_counter() - start:6.1f} s  {row.reason}", flush=True)
+        row = judge_apart(known[name], not arguments.untraced)
+        if row.verdict == WORKS and name in before and before[name].verdict == EAGER:
+            row = dataclasses.replace(row, verdict=EAGER)
+        rows.append(row)
+        print(f"{name:36} {row.verdict:24} {time.perf_counter() - start:6.1f} s  {row.reason}", flush=True)
     faults = [row.family for row in rows if row.verdict not in (WORKS, EAGER, REFUSED)]
     if faults:
         print(f"neither works nor refused: {', '.join(faults)}", file=sys.stderr)

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 import models_table  # noqa: E402
 import transformers  # noqa: E402
-from models_table import EAGER, REFUSED, WIDE, WORKS, Row  # noqa: E402
+from models_table import EAGER, REFUSED, WORKS, Row  # noqa: E402
 
 VERSION, ROWS = models_table.parse(models_table.DOCS.read_text())
 FAMILIES = models_table.families()
@@ -20,12 +20,9 @@ TRACED = [name for name, row in ROWS.items() if row.verdict == WORKS][:: 1 if "T
 
 
 # Families that this version of transformers adds are judged too, and those that it lacks are not.
-TITLES = [*FAMILIES, *(title for title in ROWS if title.endswith(WIDE) and title.removesuffix(WIDE) in FAMILIES)]
-
-
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize("title", FAMILIES)
 def test_models_table_a_family_works_or_is_refused_as_the_page_says(title):
-    row = models_table.judge(models_table.family_of(title), compiled=title in TRACED)
+    row = models_table.judge(FAMILIES[title], compiled=title in TRACED)
     if row.verdict == "not run" and not SAME_VERSION:
         pytest.skip(f"{title}: transformers {transformers.__version__} itself does not run the tiny model: {row.reason}")
     assert row.verdict in (WORKS, EAGER, REFUSED), f"{title}: {row.verdict}: {row.reason}"
@@ -39,7 +36,7 @@ def test_models_table_a_family_works_or_is_refused_as_the_page_says(title):
 
 @pytest.mark.skipif(not SAME_VERSION, reason=f"docs/models.md is of transformers {VERSION}, not {transformers.__version__}")
 def test_models_table_the_page_lists_every_family_and_nothing_else():
-    assert sorted(ROWS) == sorted(TITLES)
+    assert sorted(ROWS) == sorted(FAMILIES)
 
 
 def test_models_table_the_page_is_what_its_rows_render_to():
@@ -65,7 +62,7 @@ def test_models_table_an_image_in_the_prompt_gives_the_logits_of_sdpa(name):
 
 
 def test_models_table_image_tokens_that_see_each_other_are_refused():
-    model = models_table.make_model(models_table.family_of("gemma3" + WIDE), "twilight")
+    model = models_table.make_model(FAMILIES["gemma3"], "twilight")
     ids, mask = models_table.make_prompt(image=True)
     cache = models_table.make_cache(model.config, "full")
     with torch.no_grad(), pytest.raises(RuntimeError, match="attention_mask: expected a causal mask"):

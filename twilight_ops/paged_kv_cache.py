@@ -81,16 +81,29 @@ class PagedKVCache:
         self.max_pages = -(-max_cache_len // config.page_size)
         self.layers: list[PagedKVLayer] = []
 
-    def add_layer(self, num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> PagedKVLayer:
+    def allocate_table(self, device: torch.device) -> None:
+        """Page table and lengths, once."""
+        if hasattr(self, "page_table"):
+            return
+        pages = torch.arange(self.max_batch_size * self.max_pages, dtype=torch.int32, device=device)
+        self.page_table = pages.view(self.max_batch_size, self.max_pages)
+        self.seq_lens = torch.zeros(self.max_batch_size, dtype=torch.int32, device=device)
+        self._view_rows(self.max_batch_size)
+
+    def add_layer(
+        self, num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, index: int | None = None
+    ) -> PagedKVLayer:
         """Allocates the next layer, for this rank's head counts, calibrated from the selector's file if it has one.
+
+        `index`: its number in the model, where layers between it and the one before are not of this cache.
 
         Raises:
             ValueError: a device without kernels, or settings or a file that do not fit these sizes; the cache is as it was.
         """
-        num_pages = self.max_batch_size * self.max_pages
+        index = len(self.layers) if index is None else index
         layer = allocate_layer(
-            self.config.layer_plan(len(self.layers), device.type, self.max_batch_size * num_kv_heads),
-            num_pages,
+            self.config.layer_plan(index, device.type, self.max_batch_size * num_kv_heads),
+            self.max_batch_size * self.max_pages,
             num_qo_heads,
             num_kv_heads,
             head_dim,
@@ -98,11 +111,9 @@ class PagedKVCache:
             dtype,
             device,
             self.layers[-1] if self.layers else None,
+            index=index,
         )
-        if not self.layers:
-            self.page_table = torch.arange(num_pages, dtype=torch.int32, device=device).view(self.max_batch_size, self.max_pages)
-            self.seq_lens = torch.zeros(self.max_batch_size, dtype=torch.int32, device=device)
-            self._view_rows(self.max_batch_size)
+        self.allocate_table(device)
         self.layers.append(layer)
         return layer
 
@@ -135,7 +146,7 @@ class PagedKVCache:
 
     def reset(self) -> None:
         """Forgets every sequence, what was counted, and a calibration that came from a prompt; addresses stay."""
-        if self.layers:
+        if hasattr(self, "seq_lens"):
             self.seq_lens.zero_()
         for layer in self.layers:
             layer.reset()
@@ -148,7 +159,7 @@ class PagedKVCache:
     def __getstate__(self) -> dict[str, Any]:
         # A view does not stay one through pickle.
         state = {name: value for name, value in vars(self).items() if not name.startswith("live_")}
-        return {**state, "rows": self.batch_size if self.layers else None}
+        return {**state, "rows": self.batch_size if hasattr(self, "seq_lens") else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rows = state.pop("rows")

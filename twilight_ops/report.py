@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,11 +69,12 @@ class LayerBudget:
 class BudgetReport:
     """Budgets of every layer and KV head, and of all sparse layers together (None where no sparse layer has decoded yet).
 
-    Printed, it is a table that ends with `summary`.
+    `others` names the kinds of the model's layers that are not Twilight's. Printed, it is a table that ends with `summary`.
     """
 
     layers: list[LayerBudget]
     sparse: Budget | None
+    others: dict[int, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,6 +82,14 @@ class BudgetReport:
     @property
     def summary(self) -> str:
         """What was kept, and which calls took the dense path, in one line."""
+        return self._summary + "".join(f"; {len(layers)} {kind} layers are not Twilight's" for kind, layers in self._kinds().items())
+
+    def _kinds(self) -> dict[str, list[int]]:
+        """The layers of `others` by kind."""
+        return {kind: [layer for layer, of in self.others.items() if of == kind] for kind in sorted(set(self.others.values()))}
+
+    @property
+    def _summary(self) -> str:
         dense = [layer.layer for layer in self.layers if layer.selector == "dense"]
         if not self.layers:
             return "no layers"
@@ -107,6 +116,7 @@ class BudgetReport:
                 lines.append(f"{layer.layer:>5} {index:>7} {layer.selector:<16}{_row(budget)}")
         if self.sparse is not None:
             lines.append(f"{'all':>5} {'':>7} {'sparse layers':<16}{_row(self.sparse)}")
+        lines += [f"not Twilight's: {kind}, layers {', '.join(map(str, layers))}" for kind, layers in self._kinds().items()]
         return "\n".join([*lines, self.summary])
 
 
@@ -115,9 +125,10 @@ def _row(budget: Budget) -> str:
     return f"{budget.live:>9.1f} {spreads} {budget.captured_mass:>7.4f} {budget.pruned:>7.2%} {budget.dense:>6.1%}"
 
 
-def budget_report(layers: Sequence[PagedKVLayer]) -> BudgetReport:
-    """Reads the counters of all layers, one copy to the host."""
-    return _report(layers, _flat_counters(layers).cpu()) if layers else BudgetReport([], None)
+def budget_report(layers: Sequence[PagedKVLayer], others: dict[int, str] | None = None) -> BudgetReport:
+    """Reads the counters of all layers, one copy to the host; `others` see `BudgetReport`."""
+    report = _report(layers, _flat_counters(layers).cpu()) if layers else BudgetReport([], None)
+    return replace(report, others=others or {})
 
 
 class HasLayers(Protocol):
@@ -222,8 +233,8 @@ class BudgetLog(BudgetWindows):
 
     def __init__(self, path: str | Path, cache: HasLayers, every: int = 16):
         integer(1)("BudgetLog", "every", every)
-        layers = [getattr(layer, "paged", layer) for layer in cache.layers]
-        if None in layers:
+        layers = getattr(cache, "paged", cache).layers
+        if not layers:
             raise ValueError("BudgetLog: cache: expected an allocated cache (prefill first, or give it device and dtype), got an empty one")
         self._file = Path(path).open("w", encoding="utf-8")
         super().__init__(layers, every, self._write_line)

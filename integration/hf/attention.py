@@ -14,13 +14,12 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 from ...decode_step import append, attend
 from ...layer import PagedKVLayer
-from .cache import LayerKeys, TwilightLayer
+from .cache import AttentionLayer, LayerKeys, TwilightLayer, WindowLayer
 from .sequences import Forward
+from .windows import Ring, Scores, attend_masked, attend_run
 
 # Arguments of transformers' attention functions that would change the result.
 _UNSUPPORTED = {
-    "softcap": "logit soft-capping",
-    "s_aux": "attention sinks learned by the model",
     "position_bias": "a bias by position",
     "alibi": "a bias by position",
     "head_mask": "a mask by head",
@@ -49,7 +48,7 @@ def twilight_attention(
 
     Args:
         query: [B, Hq, T, D]. key: what `TwilightCache.update` returned for [B, Hkv, T, D]. value: [B, Hkv, T, D].
-        attention_mask: [B, 1, 1, T] bool, False for padding, as `twilight_mask` gives it; None: no padding.
+        attention_mask: as `twilight_mask` gives it; None: causal, no padding.
         position_ids: [B or 1, T]; where there is no mask, -1 is padding, and so are zeros before the first token and after the last.
 
     Returns:
@@ -65,26 +64,59 @@ def twilight_attention(
     dtype = query.dtype
     query, key, value = (_to_cache_dtype(tensor, layer.dtype) for tensor in (query, key, value))
     batch, _, tokens, head_dim = query.shape
-    scale = head_dim**-0.5 if scaling is None else scaling
-    sequences, paged = layer.sequences, layer.paged
-    forward = sequences.enter_layer(layer.index, batch, tokens, live, position_ids)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if forward.calibrates:
-        paged.calibrate(q, k, forward.slots, scale)
-    append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
-    if forward.exact:
-        out = _attend_exactly(query, key, value, paged, forward, scale)
-    else:
-        step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scale)
-        kept = None if sequences.recorder is None else sequences.recorder(*step)
-        out = forward.in_columns(attend(*step, *(kept or ()), dense=forward.dense)[0])
-    sequences.leave_layer(layer.index)
+    scores = Scores(head_dim**-0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+    sequences = layer.sequences
+    caller = getattr(module, "layer_idx", None)
+    stored = sequences.shares(layer.index, caller)
+    forward = sequences.enter_layer(caller if stored else layer.index, batch, tokens, live, position_ids)
+    attend_layer = _attend_window if isinstance(layer, WindowLayer) else _attend_paged
+    out = attend_layer(layer, query, key, value, forward, scores, stored)
+    sequences.leave_layer()
     return out.to(dtype), None
+
+
+def _attend_window(layer: WindowLayer, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scores: Scores, stored: bool) -> Tensor:
+    """Stores K and V in the layer's ring, unless they are `stored`, and attends to what its window shows, [B, T, Hq, D]."""
+    ring = layer.ring
+    if not forward.exact:
+        return ring.step(query, key, value, forward, scores, stored).transpose(1, 2)
+    if stored:  # what the prompt saw before it is overwritten
+        ring = Ring(layer.window, *forward.past[layer.index])
+    elif layer.sequences.sharing:
+        forward.past[layer.index] = ring.keys.clone(), ring.values.clone()
+    out = ring.prompt(query, key, value, forward, scores)
+    if not stored:
+        ring.write(key, value, forward.positions(), forward.seq_lens)
+    return out.transpose(1, 2)
+
+
+def _attend_paged(
+    layer: TwilightLayer, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scores: Scores, stored: bool
+) -> Tensor:
+    """Stores K and V in the layer's pages, unless they are `stored`; attends to all of them in a prompt, to those that are kept in a decode
+    step, [B, T, Hq, D]."""
+    sequences, paged = layer.sequences, layer.paged
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if forward.calibrates and not stored:
+        paged.calibrate(q, k, forward.slots, scores.scale)
+    if not stored:
+        append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
+    if forward.exact:
+        return _attend_exactly(query, key, value, paged, forward, scores)
+    if scores.softcap is not None:
+        return _attend_traced(query, paged, forward, scores)
+    step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scores.scale)
+    kept = None if sequences.recorder is None else sequences.recorder(*step)
+    out, lse = attend(*step, *(kept or ()), dense=forward.dense)
+    if scores.sinks is not None:
+        # The sink is one more term of the denominator; selection and p speak of the tokens' share alone.
+        out = out * torch.sigmoid(lse - scores.sinks.float())[..., None].to(out.dtype)
+    return forward.in_columns(out)
 
 
 def _refuse(
     module: torch.nn.Module, query: Tensor, key: LayerKeys, attention_mask: Tensor | None, dropout: float, kwargs: dict
-) -> tuple[TwilightLayer, Tensor, Tensor | None]:
+) -> tuple[AttentionLayer, Tensor, Tensor | None]:
     """Raises for anything not supported, before the cache is touched; returns the layer, K, and the mask [B, T] of the new columns."""
 
     if not isinstance(key, LayerKeys):
@@ -94,9 +126,11 @@ def _refuse(
         fail("training is not supported: call model.eval() and wrap the call in torch.no_grad()")
     if dropout:
         fail(f"dropout: expected 0, got {dropout}")
-    window = kwargs.get("sliding_window")
-    if window is not None and window < layer.sequences.paged.max_cache_len:
-        fail(f"sliding_window: expected none, or at least max_cache_len = {layer.sequences.paged.max_cache_len}, got {window}")
+    own = layer.window.width if isinstance(layer, WindowLayer) else None
+    width = kwargs.get("sliding_window")
+    if width is not None and width != own and (own is not None or width < layer.sequences.paged.max_cache_len):
+        least = layer.sequences.paged.max_cache_len
+        fail(f"sliding_window: expected {own or f'none, or at least max_cache_len = {least}'} in layer {layer.index}, got {width}")
     if kwargs.get("output_attentions"):
         fail("output_attentions: expected False, because weights are never computed as a whole")
     if not _is_causal(module, kwargs):
@@ -104,15 +138,28 @@ def _refuse(
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             fail(f"{name}: expected None, because {meaning} is not supported")
+    if kwargs.get("softcap") is not None and isinstance(layer, TwilightLayer) and layer.paged.plan.selector is not None:
+        fail("softcap: expected None in a layer that prunes, or attn_logit_softcapping in the configuration, which makes layers dense")
     live = None
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.uint8:
-            fail("attention_mask: expected a causal mask, got one in which tokens see later ones, a window, blocks or packed sequences")
-        batch, _, tokens, _ = query.shape
-        if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, 1, 1, tokens):
-            fail(f"attention_mask: expected a 2-dimensional padding mask, got a custom mask of shape {list(attention_mask.shape)}")
-        live = attention_mask[:, 0, 0]
+    if own is not None or attention_mask is not None:
+        live = _read_mask(attention_mask, query, own, layer.sequences.paged.max_cache_len)
     return layer, key, live
+
+
+def _read_mask(mask: Tensor | None, query: Tensor, window: int | None, max_cache_len: int) -> Tensor | None:
+    """Which of the new columns are tokens, [B, T], from a mask of `twilight_mask`; None: all. `window`: of the layer."""
+    batch, _, tokens, _ = query.shape
+    kind = "causal mask" if window is None else f"mask of a window of {window} tokens"
+    if mask is not None and mask.dtype == torch.uint8 and mask.shape[2] > 0:
+        if mask.shape[2] != window and (window is not None or mask.shape[2] < max_cache_len):
+            fail(f"attention_mask: expected a {kind}, got a window of {mask.shape[2]} tokens")
+        return mask[:, 0, 0].bool() if mask.shape[3] else None
+    if window is not None or mask.dtype == torch.uint8:
+        what = "a causal one without" if mask is None or mask.dtype == torch.bool else "one in which tokens see later ones,"
+        fail(f"attention_mask: expected a {kind}, got {what} a window, blocks or packed sequences")
+    if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens):
+        fail(f"attention_mask: expected a 2-dimensional padding mask, got a custom mask of shape {list(mask.shape)}")
+    return mask[:, 0, 0]
 
 
 def _is_causal(module: torch.nn.Module, kwargs: dict) -> bool:
@@ -151,8 +198,10 @@ def twilight_mask(
         mask_function, local_size, allow_is_causal_skip, use_vmap: how transformers says that a mask is more than causal.
 
     Returns:
-        [B, 1, 1, T] bool, so that transformers takes it for a finished mask; None where there is no mask. A mask that is more than causal
-        and padding is an empty uint8 tensor, refused by the layer that uses it: models make masks that none of their layers reads.
+        [B, 1, 1, T] bool, so that transformers takes it for a finished mask; None where there is no mask. Of a window of W tokens the same
+        as uint8 [B, 1, W, T], or [B, 1, W, 0] where there is no mask, so that a layer can tell whether it is its own. A mask that is more
+        than that is an empty uint8 tensor [B, 1, 0, 0], refused by the layer that uses it: models make masks that none of their layers
+        reads.
 
     Raises:
         RuntimeError: no new tokens, or a mask that does not cover them.
@@ -165,18 +214,28 @@ def twilight_mask(
         return sdpa_mask(
             **sizes, **{**kwargs, "allow_is_bidirectional_skip": False}, mask_function=mask_function, attention_mask=attention_mask
         )
-    windowed = local_size is not None and local_size >= kv_length and not use_vmap and (allow_is_causal_skip or q_length == 1)
+    windowed = local_size is not None and not use_vmap and (allow_is_causal_skip or q_length == 1)
     if mask_function is not causal_mask_function and not windowed:
         return torch.empty((batch_size, 1, 0, 0), dtype=torch.uint8, device=device)
+    live = _live(attention_mask, q_length, q_offset)
+    if not windowed:
+        return live
+    if live is None:
+        return torch.empty((batch_size, 1, local_size, 0), dtype=torch.uint8, device=device)
+    return live.to(torch.uint8).expand(-1, -1, local_size, -1)
+
+
+def _live(attention_mask: Tensor | None, tokens: int, seen: int | Tensor) -> Tensor | None:
+    """Which of the new columns are tokens, [B, 1, 1, T] bool; None where there is no mask."""
     if attention_mask is None:
         return None
     compiling = torch.compiler.is_compiling()
-    if q_length > 1 and not compiling:
-        _check_width(attention_mask, q_length, q_offset)
+    if tokens > 1 and not compiling:
+        _check_width(attention_mask, tokens, seen)
     # The width of a mask that the model made from the cache's length is unknown in a trace; a slice would have an unknown width too.
-    live = attention_mask.narrow(1, attention_mask.shape[1] - q_length, q_length).bool()
+    live = attention_mask.narrow(1, attention_mask.shape[1] - tokens, tokens).bool()
     # A decode step rarely has padding, and without it fewer operators; a GPU is not asked, because that waits for it.
-    if q_length == 1 and not compiling and not live.is_cuda and bool(live.all()):
+    if tokens == 1 and not compiling and not live.is_cuda and bool(live.all()):
         return None
     # A copy of its own, with strides that do not grow with the mask: a compiled step guards on them.
     return live[:, None, None] if compiling else live.clone(memory_format=torch.contiguous_format)[:, None, None]
@@ -193,14 +252,17 @@ def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor) -> Non
     warnings.warn(f'attn_implementation="twilight": {message}: should the cache have been reset?', stacklevel=2)
 
 
-def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
+def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores) -> Tensor:
     """Exact causal attention of a prompt chunk, sequence by sequence, on itself and on what is cached before it."""
     if forward.rows is None:
-        return _attend_traced(query, paged, forward, scale)
+        return _attend_traced(query, paged, forward, scores)
+    scale = scores.scale
     batch, heads, tokens, head_dim = query.shape
     group = heads // key.shape[1]
     if forward.slots is None and all(row.start == 0 for row in forward.rows):
-        if query.is_cuda:  # the kernels of other devices are faster on repeated heads
+        if not scores.plain:
+            out = attend_run(query, key, value, 0, scores)
+        elif query.is_cuda:  # the kernels of other devices are faster on repeated heads
             out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
         else:
             out = scaled_dot_product_attention(query, _repeat(key, group), _repeat(value, group), is_causal=True, scale=scale)
@@ -212,18 +274,20 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLay
         q = query[b : b + 1, :, row.columns]
         if row.start == 0:
             k, v = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
-            mask = None
         else:
             k = _paged_rows(paged.kv.k_cache, forward.page_table[b : b + 1], row.end)
             v = _paged_rows(paged.kv.v_cache, forward.page_table[b : b + 1], row.end)
-            mask = torch.ones(row.count, row.end, dtype=torch.bool, device=q.device).tril(row.start)
+        if not scores.plain:
+            out[b : b + 1, row.columns] = attend_run(q, k, v, row.start, scores).transpose(1, 2)
+            continue
+        mask = None if row.start == 0 else torch.ones(row.count, row.end, dtype=torch.bool, device=q.device).tril(row.start)
         attended = scaled_dot_product_attention(q, _repeat(k, group), _repeat(v, group), mask, is_causal=mask is None, scale=scale)
         out[b : b + 1, row.columns] = attended.transpose(1, 2)
     return out
 
 
-def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scale: float) -> Tensor:
-    """The same in fixed shapes, for a traced prompt: every slot of the cache, masked by position."""
+def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores) -> Tensor:
+    """The same in fixed shapes, for a traced prompt and for steps with soft-capping: every slot of the cache, masked by position."""
     group = query.shape[1] // paged.num_kv_heads
     max_cache_len = forward.page_table.shape[1] * paged.page_size
     k = _paged_rows(paged.kv.k_cache, forward.page_table, max_cache_len)
@@ -231,8 +295,10 @@ def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scale: 
     slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < forward.seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.
-    mask = slots <= forward.slots.clamp(min=0)[..., None]  # [B, T, M * S]
-    out = scaled_dot_product_attention(query, _repeat(k, group), _repeat(v, group), mask[:, None], scale=scale)
+    mask = slots <= forward.positions().clamp(min=0)[..., None]  # [B, T, M * S]
+    if not scores.plain:
+        return attend_masked(query, k, v, mask[:, None], scores).transpose(1, 2)
+    out = scaled_dot_product_attention(query, _repeat(k, group), _repeat(v, group), mask[:, None], scale=scores.scale)
     return out.transpose(1, 2)
 
 

@@ -371,6 +371,7 @@ class Decoder:
         if isinstance(cache, TwilightCache):
             cache.live_seq_lens.copy_(prompt_lens + lengths - 1)
             cache.sequences.seen.copy_(seen + tokens.shape[1] - 1)
+            cache.sequences.ahead |= cache.sequences.states is not None and ran.steps >= int(lengths.min())
         return Generation(
             tokens=tokens,
             lengths=lengths,
@@ -484,8 +485,9 @@ class Decoder:
 
             with nullcontext() if on_prefill is None else layer_progress(self.model, report):
                 live = positions[:, part] >= 0
-                # A tensor of this shape reaches the attention function as it is.
-                padding = {} if bool(live.all()) else {"attention_mask": live[:, None, None]}
+                # With a column for every cached one too, as layers that keep a state and masks of windows want it.
+                seen = int(self.cache.get_seq_length())
+                padding = {} if bool(live.all()) else {"attention_mask": torch.nn.functional.pad(live.long(), (seen, 0), value=1)}
                 logits = self._forward(ids[:, part], positions[:, part].clamp(min=0), **padding, **keep)[:, -1]
             begin = end
         if isinstance(self.cache, TwilightCache):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -16,6 +16,10 @@ from ..compile.private import assert_async, mark_static_address
 
 # Called as recorder(q, layer, page_table, seq_lens, sm_scale); returns buffers (kept_indices, kept_counts) or None.
 Recorder = Callable[[Tensor, PagedKVLayer, Tensor, Tensor, float], "tuple[Tensor, Tensor] | None"]
+
+
+# Tokens that a layer with a window remembers beyond it, so that so many can be taken back.
+ROLLBACK = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Forward:
         slots: [B, T] int32, where each column goes, -1 for padding; None: the last T slots of every sequence.
         rows: of an exact forward; None while a graph is traced, where nothing can be read on the host.
         order: [B, T] columns with the padding first; None where every column of a decode step is a token.
-        next_layer: the layer that is due.
+        calls: of attention so far.
+        visible: masks of a decode step that layers with equal windows share.
+        past: rings of K and V by layer, as they were before this prompt, where later layers attend to them too.
     """
 
     tokens: int
@@ -57,8 +63,16 @@ class Forward:
     slots: Tensor | None = None
     rows: list[PromptRow] | None = None
     order: Tensor | None = None
-    next_layer: int = 0
     dense: bool = False
+    calls: int = 0
+    visible: dict[Hashable, Tensor] = field(default_factory=dict)
+    past: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def positions(self) -> Tensor:
+        """Of every column in its sequence, [B, T] int64, -1 for padding."""
+        if self.slots is not None:
+            return self.slots.long()
+        return self.seq_lens.long()[:, None] + torch.arange(-self.tokens, 0, device=self.seq_lens.device)
 
     def padding_first(self, q: Tensor) -> Tensor:
         """q [B, T, Hq, D] as a decode step wants it: a row sees one token less than the row after it."""
@@ -79,14 +93,28 @@ class Sequences:
     what is cached; `step_lens` is what the operators of the forward under way read, and becomes `seq_lens` when the last layer is done.
 
     Args:
-        paged: pages, table, lengths and layers.
-        num_layers: of the model.
+        paged: pages, table, lengths and layers, those of full attention.
+        callers: the layers that call attention, by their number in the model.
         step_tokens: a forward of up to so many tokens on a filled cache is a decode step.
         recorder: see `TwilightCache`.
+        slots: the least that a layer with a window remembers; None where no layer has one.
+        states: the kind of layers that keep a state instead of tokens; None where there are none.
+        sharing: whether layers attend to K and V of earlier ones.
     """
 
-    def __init__(self, paged: PagedKVCache, num_layers: int, step_tokens: int, recorder: Recorder | None = None):
-        self.paged, self.num_layers, self.step_tokens, self.recorder = paged, num_layers, step_tokens, recorder
+    def __init__(
+        self,
+        paged: PagedKVCache,
+        callers: Sequence[int],
+        step_tokens: int,
+        recorder: Recorder | None = None,
+        slots: int | None = None,
+        states: str | None = None,
+        sharing: bool = False,
+    ):
+        self.paged, self.callers, self.step_tokens, self.recorder = paged, callers, step_tokens, recorder
+        self.slots, self.states, self.sharing = slots, states, sharing
+        self.reach: Tensor | None = None  # [max_batch_size] int32: the longest each sequence has been since the last reset
         self.step_lens: Tensor | None = None  # [max_batch_size] int32
         self.live_step_lens: Tensor | None = None  # [B], a view: the sequences in use
         self.seen: Tensor | int = 0  # columns forwarded so far, padding included: what generate() slices its inputs with
@@ -101,18 +129,28 @@ class Sequences:
         self.announced = self.speculates = False
         # Our loop checks drafts: forwards are dense decode steps, of which every column is a token.
         self.verifies = False
+        # Whether layers that keep a state, and cannot go back, have gone beyond what is cached.
+        self.ahead = False
 
     def add_layer(self, *sizes, **kinds) -> PagedKVLayer:
         """`PagedKVCache.add_layer`, with tensors that a graph may hold."""
         # Tensors made under inference mode could not be written by a graph compiled outside it.
         with torch.inference_mode(False), torch.no_grad():
             layer = self.paged.add_layer(*sizes, **kinds)
-            if self.step_lens is None:
-                self.step_lens = torch.zeros_like(self.paged.seq_lens)
-                self.seen = torch.zeros((), dtype=torch.int64, device=self.step_lens.device)
-                self._view_rows()
-        _mark_static(*layer.tensors())
+        self.allocate(layer.kv.k_cache.device)
+        mark_static(*layer.tensors())
         return layer
+
+    def allocate(self, device: torch.device) -> None:
+        """Lengths and page table, with whichever layer comes first."""
+        if self.step_lens is not None:
+            return
+        with torch.inference_mode(False):
+            self.paged.allocate_table(device)
+            self.step_lens = torch.zeros_like(self.paged.seq_lens)
+            self.reach = torch.zeros_like(self.paged.seq_lens)
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)
+            self._view_rows()
 
     def _view_rows(self) -> None:
         """`PagedKVCache.use_rows` has pointed its live views elsewhere: this one follows."""
@@ -120,8 +158,8 @@ class Sequences:
         with torch.inference_mode(False):
             self.live_step_lens = self.step_lens[: paged.batch_size]
         if not torch.compiler.is_compiling():
-            _mark_static(paged.page_table, paged.seq_lens, paged.live_page_table, paged.live_seq_lens)
-            _mark_static(self.step_lens, self.live_step_lens, self.seen)
+            mark_static(paged.page_table, paged.seq_lens, paged.live_page_table, paged.live_seq_lens)
+            mark_static(self.step_lens, self.live_step_lens, self.seen, self.reach)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "forward": None, "live_step_lens": None}  # a view does not stay one through pickle
@@ -131,30 +169,45 @@ class Sequences:
         if self.step_lens is not None:
             self._view_rows()
         for layer in self.paged.layers:
-            _mark_static(*layer.tensors())
+            mark_static(*layer.tensors())
 
     def enter_layer(self, index: int, batch: int, tokens: int, live: Tensor | None, position_ids: Tensor | None) -> Forward:
-        """The forward that layer `index` belongs to; the first layer begins it.
+        """The forward that this call of attention by layer `index` belongs to; the first one begins it.
 
         Raises:
             RuntimeError: the model does not visit every layer once and in order.
         """
-        forward = self.begin(batch, tokens, live, position_ids) if index == 0 else self.forward
-        if forward is None or index != forward.next_layer:
+        forward = self.begin(batch, tokens, live, position_ids) if index == self.callers[0] else self.forward
+        if forward is None or forward.calls == len(self.callers) or index != self.callers[forward.calls]:
             self.refuse_order(index)
-        forward.next_layer += 1
+        forward.calls += 1
         return forward
 
-    def leave_layer(self, index: int) -> None:
-        """Ends the forward with the last layer."""
-        if index == self.num_layers - 1:
+    def shares(self, index: int, caller: int | None) -> bool:
+        """Whether this call of attention is that of layer `caller`, which has no K and V of its own and takes those of layer `index`."""
+        forward = self.forward
+        due = None if forward is None or forward.calls == len(self.callers) else self.callers[forward.calls]
+        return due is not None and caller == due and index in self.callers[: forward.calls]
+
+    def leave_layer(self) -> None:
+        """Ends the forward with the last layer that calls attention."""
+        if self.forward.calls == len(self.callers):
             self.commit()
 
     def refuse_order(self, index: int) -> NoReturn:
+        due = self.callers[0 if self.forward is None else min(self.forward.calls, len(self.callers) - 1)]
         raise RuntimeError(
             f"TwilightCache: layer {index}: expected a model that calls attention once in every layer, in order, got a call of layer "
-            f"{index} where layer {0 if self.forward is None else self.forward.next_layer} was due"
+            f"{index} where layer {due} was due"
         )
+
+    def check_states(self) -> None:
+        """Refuses to go on from states that have gone beyond what is cached (RuntimeError)."""
+        if self.ahead:
+            raise RuntimeError(
+                f"TwilightCache: cache: expected reset() before another forward, because the states of its {self.states} layers cannot go "
+                "back, got states that are ahead of what is cached (a forward failed, or a sequence ended before others)"
+            )
 
     def begin(self, batch: int, tokens: int, live: Tensor | None = None, position_ids: Tensor | None = None) -> Forward:
         """Checks a forward and says where its tokens go; nothing that is cached changes.
@@ -190,6 +243,9 @@ class Sequences:
         forward = self.forward
         self.paged.live_seq_lens.copy_(self.live_step_lens)
         self.seen.add_(forward.tokens)
+        if self.slots is not None:
+            reach = self.reach[: self.paged.batch_size]
+            reach.copy_(torch.maximum(reach, self.live_step_lens))
         limit = self._step_limit()
         if forward.exact and (forward.tokens > limit or not self.filled):
             self.after_prompt, self.in_chunks = True, self.after_prompt
@@ -197,6 +253,7 @@ class Sequences:
         else:
             self.begin_decoding()
         self.filled = True
+        self.ahead = False
         self.forward = None
 
     def begin_decoding(self) -> None:
@@ -269,6 +326,13 @@ class Sequences:
         longest = max(row.end for row in rows)
         if longest > self.paged.max_cache_len:
             self._refuse_length(longest)
+        if self.states is not None and slots is not None:
+            left = all(row.count == tokens or (row.start == 0 and _is_right(row.columns, row.count, tokens)) for row in rows)
+            if not left or live is None:
+                raise ValueError(
+                    f"TwilightCache: attention_mask: expected padding on the left of the first prompt alone, because {self.states} layers "
+                    f"take every later column for a token, got {'other padding' if left is False else 'padding without a mask'}"
+                )
         return rows, None if slots is None else slots.to(lens.device)
 
     def reset(self) -> None:
@@ -277,6 +341,7 @@ class Sequences:
         self.paged.reset()
         if self.step_lens is not None:
             self.seen.zero_()
+            self.reach.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` columns; a positive number is the length to keep, as in transformers."""
@@ -284,12 +349,23 @@ class Sequences:
         removed = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         if removed > seen:
             raise ValueError(f"TwilightCache: tokens_to_remove: expected at most the {seen} cached tokens, got {removed}")
-        if removed:
-            self.paged.seq_lens.sub_(removed).clamp_(min=0)
-            self.seen.sub_(removed)
+        if not removed:
+            return
+        if self.states is not None:
+            raise ValueError(f"TwilightCache: tokens_to_remove: expected 0, because {self.states} layers cannot go back, got {removed}")
+        if self.slots is not None:
+            lens = self.paged.seq_lens
+            gone = int(torch.where(self.reach > self.slots, self.reach - lens, 0).amax()) + removed
+            if int(self.reach.amax()) > self.slots and gone > ROLLBACK:
+                raise ValueError(
+                    f"TwilightCache: tokens_to_remove: expected at most {ROLLBACK} in all, because layers with a window have "
+                    f"forgotten what was before it, got {gone}"
+                )
+        self.paged.seq_lens.sub_(removed).clamp_(min=0)
+        self.seen.sub_(removed)
 
 
-def _mark_static(*tensors: Tensor) -> None:
+def mark_static(*tensors: Tensor) -> None:
     """Tells the compiler that these addresses never change; without it CUDA graphs are skipped."""
     for tensor in tensors:
         mark_static_address(tensor)
@@ -316,6 +392,11 @@ def live_columns(positions: Tensor, empty: Tensor) -> Tensor:
     left = (following & zero & (zero.cumsum(1) > 1) & ~started).any()
     token = torch.where(alone, torch.where(left, last, first), zero & ~started & following)
     return positive | (token & empty[:, None])
+
+
+def _is_right(columns: slice | Tensor, count: int, tokens: int) -> bool:
+    """Whether these columns are the last of a row."""
+    return count == 0 or (isinstance(columns, slice) and columns.stop == tokens)
 
 
 def _place(live: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,9 +55,12 @@ def run(args: argparse.Namespace) -> int:
         cache = TwilightCache(model.config, config, max_cache_len=len(ids))
         with terminal.progress(f"{len(ids)} tokens, layers") as advance, layer_progress(model, advance), torch.no_grad():
             model(torch.tensor([ids], device=model.device), logits_to_keep=1, **{cache_argument(model): cache})
-        paged = [layer.paged for layer in cache.layers]
+        paged = cache.paged.layers
         metadata = {"tau": str(selector.tau), "budget_fraction": str(selector.budget_fraction), "tokens": str(len(ids))}
-        calibration.save([layer.shadow for layer in paged], args.out, {"model_type": model.config.model_type, **metadata})
+        shadows = {layer.index: layer.shadow for layer in paged}
+        calibration.save(
+            [shadows.get(index) for index in range(len(cache.layers))], args.out, {"model_type": model.config.model_type, **metadata}
+        )
         prefix = torch.stack([layer.shadow.prefix_channels for layer in paged]).float()
         terminal.line(
             f"{args.out}: {len(paged)} layers x {prefix.shape[1]} KV heads from {len(ids)} tokens, "

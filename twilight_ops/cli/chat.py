@@ -88,10 +88,13 @@ class Conversation:
         # A part of a few tokens that follows a filled cache would be taken for a decode step, and pruned.
         if equal and len(ids) - equal <= MAX_QUERY_TOKENS:
             equal = max(0, len(ids) - MAX_QUERY_TOKENS - 1)
+        if 0 < equal < len(self.cached):
+            try:
+                self.decoder.cache.crop(equal)
+            except ValueError:  # layers with states or windows cannot go back so far
+                equal = 0
         if equal == 0:
             self.decoder.cache.reset()
-        elif equal < len(self.cached):
-            self.decoder.cache.crop(equal)
         self.cached = self.cached[:equal]
 
 

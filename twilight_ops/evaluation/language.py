@@ -112,7 +112,7 @@ def _first_logits(prefills: Sequence[Prefill]) -> Tensor:
 def budget(cache: TwilightCache) -> dict:
     """What the sparse layers of a run proposed, kept and read."""
     report = cache.budget_report()
-    layers = [layer.paged for layer in cache.layers]
+    layers = cache.paged.layers
     read = bytes_read(layers, report)
     result = {"bytes_share": read.share, "sparse_layers_bytes_share": read.sparse_share}
     if report.sparse is None:

@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from ..config import TwilightConfig
 from ..decode_step import append
 from ..integration import TwilightCache
+from ..integration.hf.generate import cache_argument
 from ..selectors._channels import RECENT_QUERIES
 
 
@@ -32,7 +33,7 @@ class Prefill:
     """One prompt after exact attention."""
 
     ids: Tensor  # [N]
-    layers: list[LayerRecord]
+    layers: list[LayerRecord]  # none of a model that has more than attention to everything: its prompts are run again for every cache
     last_logits: Tensor  # [V] fp32, of the last prompt token
 
     @property
@@ -49,6 +50,8 @@ _RECORDING = _Recording()
 
 def _record_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Exact causal attention over one whole prompt, noting what it saw; q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
+    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
+        raise ValueError("record: model: expected attention without sinks and soft-capping in a model without windows and states")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
     newest = query[:, :, -_RECORDING.queries :].transpose(1, 2).contiguous()
@@ -75,6 +78,9 @@ def attention(model, name: str):
 @torch.inference_mode()
 def record(model, ids: Tensor, queries: int = RECENT_QUERIES) -> Prefill:
     """Runs one prompt ids [N] through the model with exact attention; keeps the newest `queries` queries of every layer."""
+    cache = TwilightCache(model.config, None, 1, len(ids), warn_never_sparse=False)
+    if not cache.is_plain:
+        return Prefill(ids, [], _run(model, cache, [ids])[0])
     _RECORDING.clear()
     _RECORDING.queries = queries
     with attention(model, "twilight_record"):
@@ -90,6 +96,10 @@ def cache_of(
 ) -> TwilightCache:
     """A cache of the method `config` that holds the recorded prompts, calibrated on them, with room for `new_tokens` more each."""
     longest = max(prefill.tokens for prefill in prefills)
+    if not prefills[0].layers:
+        cache = TwilightCache(model.config, config, len(prefills), longest + new_tokens, recorder=recorder)
+        _run(model, cache, [prefill.ids for prefill in prefills])
+        return cache
     first = prefills[0].layers[0].k
     room, kind = longest + new_tokens, {"device": first.device, "dtype": first.dtype}
     cache = TwilightCache(model.config, config, len(prefills), room, **kind, recorder=recorder)
@@ -106,6 +116,20 @@ def cache_of(
         append(k, v, layer.paged, forward.page_table, forward.seq_lens, forward.slots)
     cache.sequences.commit()
     return cache
+
+
+def _run(model, cache: TwilightCache, prompts: Sequence[Tensor]) -> Tensor:
+    """Runs prompts [N] through the model into an empty cache; the logits [B, V] fp32 after each."""
+    longest = max(len(ids) for ids in prompts)
+    pad = [(longest - len(ids), 0) for ids in prompts]
+    ids = torch.stack([torch.nn.functional.pad(ids, sides) for ids, sides in zip(prompts, pad, strict=True)]).to(model.device)
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(ids), sides) for ids, sides in zip(prompts, pad, strict=True)])
+    positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
+    padding = {} if bool(mask.all()) else {"attention_mask": mask.to(model.device), "position_ids": positions}
+    with attention(model, "twilight"):
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **padding, **{cache_argument(model): cache})
+    cache.sequences.begin_decoding()
+    return out.logits[:, -1].float()
 
 
 def _left_pad(rows: Tensor, length: int) -> Tensor:
