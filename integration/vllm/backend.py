@@ -16,6 +16,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -88,7 +89,8 @@ class TwilightBackend(AttentionBackend):
 
     engine: ClassVar[Engine]  # of the model that this process has built last: a cache is laid out after its model is built
     forward_includes_kv_cache_update = True
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    # The prompts of a GPU go to FlashAttention, which takes no fp32.
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16] + [torch.float32] * (not current_platform.is_cuda())
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
