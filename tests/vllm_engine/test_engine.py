@@ -187,6 +187,32 @@ def flash_attention(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seq
         out[first:last] = torch.einsum("hqk,khd->qhd", logits.masked_fill(hidden, -torch.inf).softmax(-1), values)
 
 
+@pytest.mark.parametrize("counts", [[1, 1, 1], [7, 40]])
+def test_a_dummy_run_writes_nothing(engine, counts):
+    """Ranks of data parallelism run along with no request of theirs: no slots, and the block table of the step before."""
+    small = engine({"selector": "full", "top_p": 1.0, "dense_below": 0})
+    small.generate([numbers(50, 1)], 4)
+    runner = small.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    builder = runner.attn_groups[0][0].get_metadata_builder()
+    layer, tokens = builder.layers[0], sum(counts)
+    device, lens = layer.kv_cache.device, torch.tensor(counts, dtype=torch.int32)
+    batch = SimpleNamespace(
+        num_reqs=len(counts),
+        num_actual_tokens=tokens,
+        query_start_loc_cpu=torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        is_prefilling=torch.zeros(len(counts), dtype=torch.bool),
+        causal=True,
+        seq_lens=lens.to(device),
+        seq_lens_cpu_upper_bound=lens,
+        block_table_tensor=torch.arange(1, 1 + 4 * len(counts), dtype=torch.int32, device=device).view(len(counts), 4),
+        slot_mapping=torch.full((tokens,), -1, device=device),
+    )
+    before, metadata = layer.kv_cache.clone(), builder.build(0, batch)
+    q, k, v = (torch.randn(tokens, heads, 64, dtype=before.dtype, device=device) for heads in (4, 2, 2))
+    layer.impl.forward(layer, q, k, v, layer.kv_cache, metadata, torch.empty_like(q))
+    assert torch.equal(layer.kv_cache.view(torch.uint8), before.view(torch.uint8)) and before.any()
+
+
 @pytest.mark.skipif(GPU, reason="stands for a GPU where there is none")
 def test_a_gpu_finds_its_layers_before_it_captures_a_graph_and_hands_prompts_to_flash_attention(engine, expected):
     """What is counted while graphs are captured is forgotten at the first step. FlashAttention itself is written out here."""
@@ -202,6 +228,7 @@ def test_a_gpu_finds_its_layers_before_it_captures_a_graph_and_hands_prompts_to_
         causal=True,
         seq_lens=torch.zeros(4, dtype=torch.int32),
         block_table_tensor=torch.zeros(4, 16, dtype=torch.int32),
+        slot_mapping=torch.full((4,), -1),
     )
     metadata = builder.build_for_cudagraph_capture(batch)
     assert (metadata.decodes, metadata.query_tokens, metadata.ragged, metadata.prompts) == (4, 1, None, None)
