@@ -29,8 +29,9 @@ def attend(
     sm_scale: float,
     kept_indices: Tensor | None = None,
     kept_counts: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D] and lse [B, T, Hq]."""
+    """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D], written in place if given, and lse [B, T, Hq]."""
     selector, policy, candidates = layer.plan.selector, layer.policy, Candidates()
     if selector is not None and policy.selector == "given":
         candidates = selector.select(q, layer, page_table, seq_lens, sm_scale)
@@ -38,7 +39,7 @@ def attend(
             policy = policy._replace(selector="full")
     observe = Observation(layer.budget_counters, kept_indices, kept_counts)
     paging = Paging(page_table, seq_lens)
-    return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe, layer.means)
+    return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe, layer.means, out)
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:

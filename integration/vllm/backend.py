@@ -341,7 +341,7 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, m: TwilightMetadata, output: Tensor) -> None:
         shape, ragged = (m.decodes, m.query_tokens), m.ragged
-        if ragged is None:
+        if not ragged:
             tokens, positions = m.decodes * m.query_tokens, m.positions
             q, k, v = (x[:tokens].unflatten(0, shape) for x in (query, key, value))
         else:
@@ -350,8 +350,10 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
         table, lens = m.block_table[: m.decodes], m.seq_lens[: m.decodes]
         paged = self._for_rows(paged, m.decodes)
         append(k, v, paged, table, lens, positions)
-        out = attend(q, paged, table, lens, self.scale)[0].flatten(0, 1)
-        output[:tokens].copy_(out if ragged is None else out[ragged.places])
+        into = None if ragged else output[:tokens].unflatten(0, shape)
+        out, _ = attend(q, paged, table, lens, self.scale, out=into)
+        if ragged:
+            output[:tokens] = out.flatten(0, 1)[ragged.places]
 
     def _prompts(self, query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, prompts: Prompts, output: Tensor) -> None:
         append(key[prompts.tokens], value[prompts.tokens], paged, prompts.page_table, prompts.live, prompts.positions)

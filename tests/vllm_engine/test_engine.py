@@ -71,10 +71,10 @@ class Watch:
     def __init__(self):
         self.kept = []
 
-    def __call__(self, q, layer, page_table, seq_lens, sm_scale):
+    def __call__(self, q, layer, page_table, seq_lens, sm_scale, out):
         slots = page_table.shape[1] * layer.page_size
         sets = [torch.empty(q.shape[0], layer.num_kv_heads, *size, dtype=torch.int32, device=q.device) for size in ((slots,), ())]
-        out, lse = attend(q, layer, page_table, seq_lens, sm_scale, *sets)
+        out, lse = attend(q, layer, page_table, seq_lens, sm_scale, *sets, out)
         lens = seq_lens.tolist()
         self.kept.append([(layer.index, lens[row], sets[0][row, :, : lens[row]].clone()) for row in range(len(lens))])
 
