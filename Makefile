@@ -7,7 +7,7 @@
 # smoke         two minutes of evaluation that fail when a default has become worse
 # demo, demo-tp a real model on one process, on two
 # bench-cpu     bench/results/cpu_decode_attention.jsonl; bench-base BASE=COMMIT compares this checkout with another
-# On an sm_90 machine whose GPU_PYTHON holds a CUDA build of PyTorch: gpu-install, gpu-test, gpu-sanitize, gpu-bench
+# On an sm_90 machine whose GPU_PYTHON holds a CUDA build of PyTorch: gpu-install, gpu-test, gpu-test-vllm, gpu-sanitize, gpu-bench
 VENV := .venv
 PY := $(VENV)/bin/python
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -15,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py)
 CPP_SOURCES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) csrc/*/*/*.$(ending)) tests/emulator/*)
 
-.PHONY: venv test vllm-env test-vllm demo demo-tp lint format bench-cpu bench-base clean gpu-install gpu-test gpu-sanitize gpu-bench
+.PHONY: venv test vllm-env test-vllm demo demo-tp lint format bench-cpu bench-base clean gpu-install gpu-test gpu-test-vllm gpu-sanitize gpu-bench
 
 venv: $(VENV)/.installed
 
@@ -134,7 +134,11 @@ gpu-install:
 	TWILIGHT_NATIVE=required $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 
 gpu-test:
-	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu --durations=15 tests
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) --dist worksteal -m gpu --durations=15 --ignore=tests/vllm_engine tests
+
+# With vLLM installed beside it, one after the other: each engine takes its share of the GPU.
+gpu-test-vllm:
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q --durations=12 tests/vllm_engine
 
 # Four tests a process, as many processes as workers: racecheck alone takes 15 minutes one after the other.
 gpu-sanitize:

@@ -23,6 +23,7 @@ from twilight_ops.evaluation import tasks
 from .run import tokens_of
 
 PROSE = Path(tasks.__file__).parents[1] / "data" / "prose" / "moby_dick.txt"
+SHOWN = ("twilight:", "Enum.CUSTOM backend", "Graph capturing finished")  # of the server's log
 
 
 def arguments() -> argparse.Namespace:
@@ -97,7 +98,7 @@ def main() -> None:
             server.terminate()
         server.wait()
         log.seek(0)
-        print("".join(line for line in log if "twilight" in line or "AttentionBackendEnum" in line or "graph" in line.lower())[-2000:])
+        print("".join(line for line in log if any(text in line for text in SHOWN)))
 
 
 if __name__ == "__main__":

@@ -17,4 +17,4 @@
       const OptionalTensor &k_center, const OptionalTensor &page_bounds, const OptionalTensor &bounds_scale,        \
       const OptionalTensor &indices, const OptionalTensor &counts, int64_t tokens_per_index,                        \
       OptionalTensor budget_counters, OptionalTensor kept_indices, OptionalTensor kept_counts,                      \
-      const OptionalTensor &page_means, const OptionalTensor &means_scale
+      const OptionalTensor &page_means, const OptionalTensor &means_scale, OptionalTensor out

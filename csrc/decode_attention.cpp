@@ -253,6 +253,7 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
     check.tensor("kept_indices", *kept_indices, {"B", "Hkv", k_cache.size(2) * page_table.size(1)}, {ScalarType::Int});
     check.tensor("kept_counts", *kept_counts, {"B", "Hkv"}, {ScalarType::Int});
   }
+  if (out.has_value()) check.tensor("out", *out, {"B", "T", "Hq", "D"}, {q.scalar_type()});
   check.no_gradients();
 
   const KVCache cache(k_cache, v_cache);
@@ -272,7 +273,10 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   const int64_t list_capacity = selects_pages(selector) ? page_capacity(limits, paging.page_size, budget_fraction)
                                                         : token_capacity(limits, budget_fraction);
 
-  Tensor out = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads, query.head_dim});
+  // An operator may not return what it writes.
+  Tensor attended = out.has_value()
+                        ? torch::stable::new_empty(q, {0})
+                        : torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads, query.head_dim});
   Tensor lse = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads}, ScalarType::Float);
   Arena& arena = Arena::mine();
   Arena::Scope scope(arena);
@@ -291,7 +295,7 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
                         given,
                         limits.dense_below,
                         list_capacity,
-                        out.mutable_data_ptr(),
+                        out.has_value() ? out->mutable_data_ptr() : attended.mutable_data_ptr(),
                         lse.mutable_data_ptr<float>(),
                         kept_indices.has_value() ? kept_indices->mutable_data_ptr<int32_t>() : nullptr,
                         kept_counts.has_value() ? kept_counts->mutable_data_ptr<int32_t>() : nullptr,
@@ -300,7 +304,7 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   run_rows<DecodeRow>(call, rows, paging.longest(query.batch) * (reads_all ? 2 : 1));
   if (budget_counters.has_value())
     add_to_counters(call.reports, query.batch, query.kv_heads, budget_counters->mutable_data_ptr<int64_t>());
-  return {out, lse};
+  return {attended, lse};
 }
 
 }  // namespace

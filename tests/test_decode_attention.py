@@ -28,17 +28,18 @@ SELECTORS = ("full", "quest", "page_mean", "shadow_prefix", "streaming", "given"
 
 
 class Decoded:
-    """One call with every inspection output: out, lse, the kept set [B, Hkv, M * S] and the counters."""
+    """One call with every output that a caller may give: out, lse, the kept set [B, Hkv, M * S] and the counters."""
 
     def __init__(self, backend, x, **options):
         batch, kv_heads, device = len(x.seq_lens), x.num_kv_heads, x.q.device
         self.indices = torch.full((batch, kv_heads, x.max_tokens), 77, dtype=torch.int32, device=device)
         self.counts = torch.full((batch, kv_heads), 77, dtype=torch.int32, device=device)
         self.counters = torch.zeros(kv_heads, COUNTER_COLUMNS, dtype=torch.int64, device=device)
-        self.arguments = x.arguments(
-            "decode_attention", budget_counters=self.counters, kept_indices=self.indices, kept_counts=self.counts, **options
-        )
-        self.out, self.lse = backend.decode_attention(**self.arguments)
+        self.out = x.q.new_empty(x.q.shape)
+        observed = {"budget_counters": self.counters, "kept_indices": self.indices, "kept_counts": self.counts, "out": self.out}
+        self.arguments = x.arguments("decode_attention", **observed, **options)
+        nothing, self.lse = backend.decode_attention(**self.arguments)
+        assert nothing.numel() == 0
         self.kept = listed_set(self.indices, self.counts, x.max_tokens)
 
 
@@ -311,7 +312,7 @@ def test_decode_attention_counts_what_it_keeps(backend, selector):
     assert torch.equal(got.counters, 2 * before), "counters add up over calls"
 
 
-def test_decode_attention_needs_no_inspection_outputs(backend):
+def test_decode_attention_needs_no_outputs_of_the_caller(backend):
     x = make_inputs(SMALL, device=backend.device)
     for selector in ("dense", *SELECTORS):
         options = options_for(x, selector)

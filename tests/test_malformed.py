@@ -49,6 +49,7 @@ def valid(op: str, x) -> dict:
             "budget_counters": torch.zeros(2, COUNTER_COLUMNS, dtype=torch.int64),
             "kept_indices": torch.zeros(2, 2, MAX_TOKENS, dtype=torch.int32),
             "kept_counts": torch.zeros(2, 2, dtype=torch.int32),
+            "out": torch.empty(2, 1, 4, 64, dtype=x.q.dtype),
         },
     }
     return x.arguments(op, **extra[op])
@@ -335,6 +336,7 @@ def mutated_arguments() -> list[Case]:
         "budget_counters": f"shape [Hkv, {COUNTER_COLUMNS}] with Hkv = 2",
         "kept_indices": f"shape [B, Hkv, {MAX_TOKENS}] with B = 2",
         "kept_counts": "shape [B, Hkv] with B = 2",
+        "out": "shape [B, T, Hq, D] with B = 2",
     }
     cases = []
     for op in ("append_kv", "decode_attention"):

@@ -73,6 +73,13 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
         ),
         (
             "decode_attention",
+            "shadow prefix into a tensor of the caller",
+            y.arguments(
+                "decode_attention", selector="shadow_prefix", token_budget=20, out=torch.zeros(y.q.shape, dtype=y.q.dtype, device=device)
+            ),
+        ),
+        (
+            "decode_attention",
             "given",
             x.arguments("decode_attention", selector="given", indices=tokens, counts=token_counts),
         ),

@@ -80,7 +80,10 @@ def test_prompts_cut_into_pages_are_written_as_if_appended_whole(page_size):
         ([1, 1, 1], None, 1, (3, 1)),
         ([1, 1, 1], [False, False, True], 1, (2, 1)),  # the last token of a prompt is no decode step
         ([1, 1, 0, 0], [False, False], 1, (2, 1)),  # padding; the engine says nothing of it
-        ([1, 5, 1], [False, True, False], 8, (1, 1)),
+        ([1, 1, 1], [False, True, False], 1, (1, 1)),
+        ([1, 5, 1], [False, True, False], 8, (3, 5)),  # with drafts, the host does not know the last row's exact length
+        ([4, 1, 2, 3, 40], [False, True, False, True, True], 8, (3, 4)),
+        ([1, 40, 1], [False, True, False], 8, (1, 1)),
         ([3, 3, 1], [False, False, False], 8, (3, 3)),
         ([1, 0, 4, 9], [False, False, False, False], 8, (3, 4)),
         ([0, 0], None, 8, (0, 0)),

@@ -30,8 +30,9 @@ def attend(
     kept_indices: Tensor | None = None,
     kept_counts: Tensor | None = None,
     dense: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D] and lse [B, T, Hq].
+    """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D], written in place if given, and lse [B, T, Hq].
 
     `dense` attends to everything instead, for once, and leaves the layer's counters alone.
     """
@@ -44,7 +45,7 @@ def attend(
             policy = policy._replace(selector="full")
     observe = Observation(None if dense else layer.budget_counters, kept_indices, kept_counts)
     paging = Paging(page_table, seq_lens)
-    return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe, layer.means)
+    return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe, layer.means, out)
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:

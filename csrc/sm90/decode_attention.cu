@@ -47,9 +47,10 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   const int64_t batch = q.size(0), query_tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const int device = q.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor out = torch::stable::new_empty(q, {batch, query_tokens, heads, head_dim});
+  Tensor attended = out.has_value() ? torch::stable::new_empty(q, {0})  // an operator may not return what it writes
+                                    : torch::stable::new_empty(q, {batch, query_tokens, heads, head_dim});
   Tensor lse = torch::stable::new_empty(q, {batch, query_tokens, heads}, ScalarType::Float);
-  if (batch == 0) return {out, lse};
+  if (batch == 0) return {attended, lse};
 
   FusedTensors p{};
   p.q = q.const_data_ptr();
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
     p.kept_indices = static_cast<int*>(kept_indices->mutable_data_ptr());
     p.kept_counts = static_cast<int*>(kept_counts->mutable_data_ptr());
   }
-  p.out = out.mutable_data_ptr();
+  p.out = out.has_value() ? out->mutable_data_ptr() : attended.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   p.top_p = top_p;
   p.sm_scale = static_cast<float>(sm_scale);
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   launcher_of(q.scalar_type(), head_dim)(fused_params(p, request, plan), plan.grid, plan.cluster_size,
                                          plan.shared_bytes, static_cast<cudaStream_t>(stream));
-  return {out, lse};
+  return {attended, lse};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -88,7 +89,8 @@ class TwilightBackend(AttentionBackend):
 
     engine: ClassVar[Engine]  # of the model that this process has built last: a cache is laid out after its model is built
     forward_includes_kv_cache_update = True
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    # The prompts of a GPU go to FlashAttention, which takes no fp32.
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16] + [torch.float32] * (not current_platform.is_cuda())
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
@@ -176,6 +178,7 @@ class TwilightMetadata(AttentionMetadata):
     query_tokens: int  # of each of them
     block_table: Tensor  # [B, M] int32
     seq_lens: Tensor  # [B] int32, this step's tokens included
+    positions: Tensor | None  # [decodes, query_tokens] int32 in the sequence, -1 for padding; None where `ragged` has them
     ragged: Ragged | None
     prompts: Prompts | None
 
@@ -189,6 +192,8 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERY_TOKENS)
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.log = LogLines(vllm_config, layer_names, TwilightBackend.engine.settings.log_every)
+        most = vllm_config.scheduler_config.max_num_seqs * MAX_QUERY_TOKENS
+        self.positions = torch.empty(most, dtype=torch.int32, device=device)  # graphs read it, so its address stays
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TwilightMetadata:
         self.log.step()
@@ -208,8 +213,16 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
         counts = np.diff(starts)
         decodes, query_tokens = split_rows(counts, m.is_prefilling, self.reorder_batch_threshold, m.num_actual_tokens)
         ragged = self._ragged(m, counts[:decodes]) if decodes else None
+        positions = self._positions(m, decodes, query_tokens) if decodes and ragged is None else None
         prompts = self._prompts(m, decodes, starts) if counts[decodes:].any() else None
-        return TwilightMetadata(decodes, query_tokens, m.block_table_tensor, m.seq_lens, ragged, prompts)
+        return TwilightMetadata(decodes, query_tokens, m.block_table_tensor, m.seq_lens, positions, ragged, prompts)
+
+    def _positions(self, m: Any, decodes: int, query_tokens: int) -> Tensor:
+        """Where vLLM gives no slot, nothing is written: a dummy run's block table is that of the step before."""
+        slots = m.slot_mapping[: decodes * query_tokens].view(decodes, query_tokens)
+        newest = torch.arange(1 - query_tokens, 1, dtype=torch.int32, device=slots.device)
+        positions = self.positions[: slots.numel()].view_as(slots)
+        return positions.copy_(torch.where(slots < 0, -1, m.seq_lens[:decodes, None] - 1 + newest))
 
     def _ragged(self, m: Any, counts: np.ndarray) -> Ragged | None:
         rows = ragged_rows(counts)
@@ -227,6 +240,7 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
         request, page, token, position, live = page_pieces(starts[decodes:], lens, self.kv_cache_spec.block_size)
         device, table = m.block_table_tensor.device, m.block_table_tensor[rows]
         request, page, token, position, live = (_to_device(array, device) for array in (request, page, token, position, live))
+        position = torch.where(m.slot_mapping[token] < 0, -1, position)
         start = int(starts[decodes])
         local = starts[decodes:] - start
         return Prompts(
@@ -327,8 +341,8 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, m: TwilightMetadata, output: Tensor) -> None:
         shape, ragged = (m.decodes, m.query_tokens), m.ragged
-        if ragged is None:
-            tokens, positions = m.decodes * m.query_tokens, None
+        if not ragged:
+            tokens, positions = m.decodes * m.query_tokens, m.positions
             q, k, v = (x[:tokens].unflatten(0, shape) for x in (query, key, value))
         else:
             tokens, positions = len(ragged.places), ragged.positions
@@ -336,8 +350,10 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
         table, lens = m.block_table[: m.decodes], m.seq_lens[: m.decodes]
         paged = self._for_rows(paged, m.decodes)
         append(k, v, paged, table, lens, positions)
-        out = attend(q, paged, table, lens, self.scale)[0].flatten(0, 1)
-        output[:tokens].copy_(out if ragged is None else out[ragged.places])
+        into = None if ragged else output[:tokens].unflatten(0, shape)
+        out, _ = attend(q, paged, table, lens, self.scale, out=into)
+        if ragged:
+            output[:tokens] = out.flatten(0, 1)[ragged.places]
 
     def _prompts(self, query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, prompts: Prompts, output: Tensor) -> None:
         append(key[prompts.tokens], value[prompts.tokens], paged, prompts.page_table, prompts.live, prompts.positions)

@@ -91,7 +91,8 @@ def carve_layer(
 def split_rows(counts: np.ndarray, is_prefilling: Tensor | None, most_tokens: int, total_tokens: int) -> tuple[int, int]:
     """How many of the first rows are decode steps, and the most tokens that one of them has.
 
-    What a row is, the engine says and not its length: the last token of a prompt is a prompt.
+    What a row is, the engine says and not its length: the last token of a prompt is a prompt. With drafts, the host knows no exact length
+    of a decode row, so that short prompts before one run as decode steps too.
 
     Args:
         counts: tokens of each row; 0 is padding.
@@ -100,16 +101,24 @@ def split_rows(counts: np.ndarray, is_prefilling: Tensor | None, most_tokens: in
         total_tokens: in the batch; a graph's padding counts.
     """
     decode = counts <= most_tokens
+    short = _leading(decode)
     if is_prefilling is not None:
         prefilling = is_prefilling.numpy()[: len(counts)]
         decode[: len(prefilling)] &= ~prefilling
-    decodes = len(counts) if decode.all() else int(decode.argmin())
+    decodes = _leading(decode)
+    if most_tokens > 1:
+        decodes = max(decodes, int(np.flatnonzero((decode & (counts > 0))[:short]).max(initial=-1)) + 1)
     query_tokens = int(counts[:decodes].max(initial=0))
     if query_tokens == 0:
         return 0, 0
     if _uniform(counts[:decodes]):
         decodes = min(decodes, total_tokens // query_tokens)
     return decodes, query_tokens
+
+
+def _leading(rows: np.ndarray) -> int:
+    """How many are True before the first that is not."""
+    return len(rows) if rows.all() else int(rows.argmin())
 
 
 def _uniform(counts: np.ndarray) -> bool:

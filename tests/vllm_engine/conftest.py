@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from engines import REQUESTS, Engine, numbers
+from engines import REQUESTS, Engine, Expected, numbers
 from torch import set_num_threads  # vLLM replaces it with one that does nothing
 
 from twilight_ops import ShadowPrefix, TwilightConfig, calibration
@@ -50,10 +50,10 @@ def calibrated(model_path):
 def expected(model_path):
     """What vLLM's own attention gives for all requests. Its engine is gone before others come: engines of one process share state."""
     engine = Engine(model_path, None, enable_prefix_caching=False)
-    tokens = {name: engine.generate(*request) for name, request in REQUESTS.items()}
+    expected = {name: Expected(*engine.margins(*request)) for name, request in REQUESTS.items()}
     del engine
     gc.collect()
-    return tokens
+    return expected
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import dataclass
 
 # Before vLLM is imported: everything in this process, and no network.
 os.environ.update(
@@ -15,9 +16,13 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 VOCABULARY = 256
+GPU = torch.cuda.is_available()
+DTYPE = "float16" if GPU else "float32"  # FlashAttention takes no fp32
+TIE = 0.05 if GPU else 0.0  # by how much less likely a token may be that rounding prefers
 
 
 def numbers(count: int, seed: int) -> list[int]:
@@ -38,16 +43,24 @@ class Engine:
             "max_num_batched_tokens": 64,
             "num_gpu_blocks_override": 400,
         }
-        self.llm = LLM(str(model_path), dtype="float32", seed=0, disable_log_stats=False, **(plain | options))
+        if GPU:
+            plain["gpu_memory_utilization"] = 0.3
+        self.llm = LLM(str(model_path), dtype=DTYPE, seed=0, disable_log_stats=False, **(plain | options))
 
     def generate(self, prompts: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
         """Greedy continuations."""
         return [list(out.outputs[0].token_ids) for out in self.outputs(prompts, tokens)]
 
-    def outputs(self, prompts, tokens):
+    def outputs(self, prompts, tokens, logprobs: int | None = None):
         counts = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
-        params = [greedy(count) for count in counts]
+        params = [greedy(count, logprobs) for count in counts]
         return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+    def margins(self, prompts: list[list[int]], tokens: int | list[int]) -> tuple[list[list[int]], list[list[float]]]:
+        """Greedy continuations, and by how much each token was more likely than the next best, in log space."""
+        outs = [out.outputs[0] for out in self.outputs(prompts, tokens, logprobs=2)]
+        steps = [[sorted((entry.logprob for entry in step.values()), reverse=True) for step in out.logprobs] for out in outs]
+        return [list(out.token_ids) for out in outs], [[best[0] - best[1] for best in row] for row in steps]
 
     def metric(self, name: str) -> float:
         return sum(m.value for m in self.llm.get_metrics() if m.name == name)
@@ -69,5 +82,22 @@ REQUESTS = {
 }
 
 
-def greedy(tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+def greedy(tokens: int, logprobs: int | None = None) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What vLLM's own attention gives for one of REQUESTS."""
+
+    tokens: list[list[int]]
+    margins: list[list[float]]
+
+    def check(self, tokens: list[list[int]], rows: slice = slice(None)) -> None:
+        """The same tokens; on a GPU, up to the first that rounding may decide, and nearly all of them all the same."""
+        same = total = 0
+        for mine, theirs, margins in zip(tokens, self.tokens[rows], self.margins[rows], strict=True):
+            first = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), len(theirs))
+            assert first == len(theirs) or margins[first] < TIE, (first, mine, theirs, margins)
+            same, total = same + first, total + len(theirs)
+        assert same >= total * (0.5 if TIE else 1.0)

@@ -22,5 +22,5 @@ def test_speculative_rows_are_decode_steps_of_up_to_8_tokens(engine, expected):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend.TwilightMetadataBuilder, "_build", watched)
-        assert exact.generate(*REQUESTS["repeating"]) == expected["repeating"]
+        expected["repeating"].check(exact.generate(*REQUESTS["repeating"]))
     assert max(rows)[0] == 8 and any(ragged for _, ragged in rows)

@@ -25,9 +25,10 @@ def decode_attention(
     candidates: Candidates,
     observe: Observation,
     means: PageMeans | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton stages; weights stay logits with their softmax statistics until the pruner has them, and lists carry no pads."""
-    out, lse = outputs(q)
+    attended, lse = outputs(q, out)
     batch, query_tokens, heads, _ = q.shape
     _, kv_heads, page_size, _ = kv.k_cache.shape
     max_tokens = paging.page_table.shape[1] * page_size
@@ -66,5 +67,5 @@ def decode_attention(
         union(keep, mass, *shape, observe, dense_below, fill_dense=asked, pad=asked)
     if policy.prunes:
         candidates = Candidates(observe.kept_indices, observe.kept_counts)
-    run_attend(q, kv, paging, candidates, sm_scale, out, lse, dense_below)
-    return out, lse
+    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below)
+    return attended, lse

@@ -1,12 +1,12 @@
 """twilight::decode_attention: select, prune and attend behind one schema; what a model calls."""
 
+import torch
 from torch import Tensor
 
 from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
 from ..capacity import COUNTER_COLUMNS
 from ._checks import Checker
 from ._library import Operator
-from .attend_sparse import outputs
 
 SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "streaming", "given")
 
@@ -22,6 +22,7 @@ def decode_attention(
     candidates: Candidates = Candidates(),
     observe: Observation = Observation(),
     means: PageMeans | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One decode step of Select-then-Prune attention: `select_*`, `estimate_weights`, `prune_top_p` and `attend_sparse` in one call.
 
@@ -40,9 +41,10 @@ def decode_attention(
         sm_scale: factor on q . k, usually D ** -0.5.
         candidates: for the selector "given".
         observe: what to report beside the result.
+        out: [B, T, Hq, D] in q's dtype, contiguous, apart from all other arguments: takes the result. By default a new tensor does.
 
     Returns:
-        out [B, T, Hq, D] contiguous, in q's dtype; lse [B, T, Hq] fp32, natural logarithm. Zeros and -inf where seq_len is 0.
+        out, [B, T, Hq, D] contiguous, in q's dtype; lse [B, T, Hq] fp32, natural logarithm. Zeros and -inf where seq_len is 0.
 
     Raises:
         RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward. Nothing was
@@ -50,7 +52,8 @@ def decode_attention(
 
     Source: Twilight, arXiv 2502.02770, algorithm 1.
     """
-    return OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
+    attended, lse = OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out)
+    return attended if out is None else out, lse
 
 
 def check(
@@ -64,6 +67,7 @@ def check(
     candidates: Candidates,
     observe: Observation,
     means: PageMeans | None,
+    out: Tensor | None = None,
 ) -> None:
     c = Checker("decode_attention", q)
     c.query(q)
@@ -86,9 +90,21 @@ def check(
         c.require(candidates.indices is None, "indices", 'None, unless selector is "given"', "a tensor")
     c.candidates(candidates, kv.k_cache.shape[2])
     c.observation(observe, kv.k_cache.shape[2] * paging.page_table.shape[1], COUNTER_COLUMNS)
+    if out is not None:
+        c.tensor("out", out, ("B", "T", "Hq", "D"), q.dtype)
     c.no_gradients()
 
 
+def outputs(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the operator returns; `out` is the last of the others. Where it is given, the first result is empty, because an operator may
+    not return what it writes."""
+    return q.new_empty(q.shape if others[-1] is None else (0,)), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
 OPERATOR = Operator(
-    decode_attention, "(Tensor out, Tensor lse)", check, outputs, mutates=("budget_counters", "kept_indices", "kept_counts")
+    decode_attention,
+    "(Tensor attended, Tensor lse)",
+    check,
+    outputs,
+    mutates=("budget_counters", "kept_indices", "kept_counts", "out"),
 )

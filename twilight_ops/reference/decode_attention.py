@@ -26,6 +26,7 @@ def decode_attention(
     candidates: Candidates,
     observe: Observation,
     means: PageMeans | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, query_tokens = q.shape[:2]
     _, kv_heads, page_size, _ = kv.k_cache.shape
@@ -58,10 +59,10 @@ def decode_attention(
         tokens, live = candidate_tokens(candidates, every, seq_lens)
         row_mass = row_mass.view(batch, query_tokens, kv_heads, -1).double().mean(dim=(1, 3))
         mass = torch.where(dense, 1.0, row_mass)
-    out, lse = attend_sparse(q, kv, paging, candidates, sm_scale)
+    attended, lse = attend_sparse(q, kv, paging, candidates, sm_scale)
     if selector != "dense" and limits.dense_below > 0:
         dense_out, dense_lse = attend_sparse(q, kv, paging, Candidates(), sm_scale)
-        out = torch.where(dense[:, :, None, None], dense_out, out)
+        attended = torch.where(dense[:, :, None, None], dense_out, attended)
         lse = torch.where(dense[:, :, None], dense_lse, lse)
 
     kept_count = torch.where(dense, seq_lens[:, None], live.sum(-1))  # I1, [B, Hkv]
@@ -75,7 +76,10 @@ def decode_attention(
         observe.kept_counts.copy_(kept_count)
     if observe.budget_counters is not None:
         _count(observe.budget_counters, seq_lens, candidate_count, kept_count, mass, dense)
-    return out, lse
+    if out is not None:
+        out.copy_(attended)
+        attended = attended.new_empty(0)
+    return attended, lse
 
 
 def _count(budget_counters: Tensor, seq_lens: Tensor, candidates: Tensor, kept: Tensor, mass: Tensor, dense: Tensor) -> None:
