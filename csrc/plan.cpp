@@ -92,6 +92,7 @@ std::string refusal(const PlanRequest& r) {
   if (r.head_dim != 64 && r.head_dim != 128) return got("head_dim: expected 64 or 128", r.head_dim);
   if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());
   if (r.selector == Selector::kQuest && r.bounds_bits != 8) return got("page_bounds: expected 8 bits", r.bounds_bits);
+  if (r.page_fraction < 1.0) return "page_fraction: expected 1, got " + std::to_string(r.page_fraction);
   if (r.max_pages == 0) return got("page_table: expected at least one page", r.max_pages);
   const int64_t words = r.num_pages * r.kv_heads * r.page_size * (r.head_dim / 8);
   if (words >= kMaxCacheWords) return got("k_cache: expected fewer than 2**32 words of eight elements", words);

@@ -66,7 +66,7 @@ struct PlanRequest {
   int64_t head_dim, query_tokens, group_size, kv_heads, batch;
   int64_t page_size, max_pages, num_pages;
   int64_t token_budget, sink_tokens, recent_tokens, dense_below;
-  double budget_fraction;
+  double budget_fraction, page_fraction;
   DeviceLimits device;
   // What a test decides itself; 0 and -1 leave it to the plan.
   int64_t cluster_size, evens_out;

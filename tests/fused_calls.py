@@ -41,6 +41,7 @@ def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: 
     call = {"selector": selector, "prunes": selector != "dense", "dtype_bits": 16, "bounds_bits": 8, "head_dim": 128, "query_tokens": 1}
     call |= {"group_size": query_heads // kv_heads, "kv_heads": kv_heads, "batch": batch, "page_size": 16}
     call |= {"max_pages": -(-tokens // 16), "num_pages": batch * -(-tokens // 16), "device": launch_plan.H200, "budget_fraction": 0.0}
+    call |= {"page_fraction": 1.0}
     call |= dict.fromkeys(("token_budget", "sink_tokens", "recent_tokens", "dense_below"), 0)
     return launch_plan.plan_of(launch_plan.Request(**(call | settings)))
 
