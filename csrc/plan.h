@@ -43,6 +43,11 @@ constexpr int blocks_of(int size, int items) { return (items + size - 1) / size;
 constexpr int share_of_tokens(int tokens, int blocks) { return round_up(blocks_of(blocks, tokens), kBlockTokens); }
 constexpr int share_of_pages(int pages, int blocks) { return round_up(blocks_of(blocks, pages), kTileTokens); }
 
+// Tiles of so many pages, in whole steps of a warp.
+constexpr int tiles_of_pages(int pages, int page_size) {
+  return round_up(pages * page_size, kBlockTokens) / kTileTokens;
+}
+
 // Query rows that a kernel was compiled for.
 constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; }
 

@@ -77,6 +77,8 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
         "sink_tokens": rng.choice([0, 0, 4, 40]),
         "recent_tokens": rng.choice([0, 0, 8, 70]),
     }
+    if overrides["selector"] == "shadow_prefix":
+        overrides["page_fraction"] = rng.choice([1.0, 0.5, 0.5, 0.2])
     if rng.random() < 0.2:
         overrides["head_token_budget"] = torch.tensor(
             [rng.choice([0, 5, 100, 2000]) for _ in range(kv_heads)], dtype=torch.int32, device=device
@@ -107,6 +109,8 @@ def extreme_call(seed: int, device: str = "cpu") -> tuple[DecodeInputs, dict, in
         "sink_tokens": rng.choice([0, 4, *large]),
         "recent_tokens": rng.choice([0, 8, *large]),
     }
+    if overrides["selector"] == "shadow_prefix":
+        overrides["page_fraction"] = rng.choice([1.0, 0.5, 1e-9])
     if rng.random() < 0.3:
         heads = torch.tensor([rng.choice([-(2**31), -1, 17, 2**31 - 1]) for _ in range(2)], dtype=torch.int32, device=device)
         overrides["head_token_budget"] = heads

@@ -161,6 +161,18 @@ def test_page_means_give_the_reference_sets_and_values(emulator, head_dim, group
     check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group, kv_heads, page_size", [(1, 3, 16), (3, 2, 64), (8, 1, 32)])
+@pytest.mark.parametrize("cluster_size", [1, 4])
+@pytest.mark.parametrize("page_fraction", [0.5, 0.1])
+def test_two_levels_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, page_size, cluster_size, page_fraction):
+    """Prefixes of half a row, of 8 channels and of whole rows; shares of several steps of a warp, of a page and of none."""
+    shape = Shape((2531, 301, 5), group * kv_heads, kv_heads, head_dim, page_size, 1, torch.bfloat16)
+    options = {"selector": "shadow_prefix", "token_budget": 40, "budget_fraction": 1 / 7, "sink_tokens": 16, "recent_tokens": 20}
+    options |= {"page_fraction": page_fraction, "top_p": 0.95}
+    check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
+
+
 @pytest.mark.parametrize("group, head_dim", [(1, 64), (4, 128)])
 @pytest.mark.parametrize("cluster_size", [1, 4])
 @pytest.mark.parametrize("top_p", [0.9, 1.0])

@@ -24,8 +24,8 @@ class ShadowPrefix(Selector):
         token_budget: floor of the budget in tokens.
         budget_fraction: candidates as a share of the live length.
         tau: largest share of attention mass that the worst query head of a KV head may lose to its prefix.
-        page_fraction: share of the pages whose tokens are scored, 0 < page_fraction <= 1: those whose 4-bit mean has the best prefix scores,
-            and at least as many as hold the budget. 1 scores every token, and no means are kept.
+        page_fraction: share of the pages whose tokens are scored, 0 < page_fraction <= 1: those with the best prefix scores of their 4-bit
+            means, and at least as many as hold the budget. 1 scores every token, and no means are kept.
         prefix_channels: a fixed prefix for every KV head, a multiple of 8, instead of the calibrated one.
         calibration: path of a file written by `python -m twilight_ops calibrate`; None takes TwilightConfig's, and where it has none
             calibrates from the prompt.
