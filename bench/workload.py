@@ -139,8 +139,9 @@ class Sizes:
 
 
 def candidate_budget(selector: str, length: int) -> int:
-    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter; the shadow prefix an eighth; 1 is none."""
-    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 1}[selector]
+    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter; the shadow prefix an eighth, in two levels a
+    seventh; 1 is none."""
+    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "two_levels": length // 7, "full": 1}[selector]
 
 
 def decode_bytes(sizes: Sizes, layer: PagedKVLayer, candidates: float, kept: float) -> int:

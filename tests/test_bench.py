@@ -596,7 +596,8 @@ def test_every_phase_that_the_sources_mark_is_timed_and_drawn():
 @pytest.mark.parametrize("selector", phases.SELECTORS)
 def test_the_call_that_phases_are_read_in_is_a_valid_one(data, selector):
     budget = workload.candidate_budget(selector, data.sizes.length)
-    workload.call("decode_attention", data, 0, selector=selector, token_budget=budget, dense_below=0, budget_counters=None)()
+    asked = {"selector": selector, "token_budget": budget, "dense_below": 0} | phases.SELECTORS[selector]
+    workload.call("decode_attention", data, 0, budget_counters=None, **asked)()
 
 
 def test_phases_last_from_mark_to_mark_and_those_not_passed_are_left_out():
