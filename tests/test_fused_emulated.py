@@ -142,13 +142,14 @@ def test_the_largest_integers_give_the_reference_sets_and_values(emulator, seed)
 
 
 PRUNED = {"token_budget": 300, "top_p": 0.999}
+TWO_LEVELS = {"selector": "shadow_prefix", "page_fraction": 0.5}
 
 
-@pytest.mark.parametrize("selector", ["full", "shadow_prefix", "quest", "page_mean"])
+@pytest.mark.parametrize("selector", ["full", "shadow_prefix", "two levels", "quest", "page_mean"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_of_equal_scores_the_lowest_positions_are_taken_and_equal_weights_stay_together(emulator, selector, group):
     inputs = make_inputs(Shape((1500,), group, 1, 64, 16, 1, torch.bfloat16), spread=0.0, bounds_dtype="uint8")
-    check(emulator, inputs, {**PRUNED, "selector": selector}, 2, seed=1)
+    check(emulator, inputs, {**PRUNED, **(TWO_LEVELS if selector == "two levels" else {"selector": selector})}, 2, seed=1)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -195,11 +196,12 @@ def test_many_weights_that_can_decide_give_the_same_set(emulator):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("selector", ["dense", "full", "shadow_prefix", "quest", "page_mean"])
+@pytest.mark.parametrize("selector", ["dense", "full", "shadow_prefix", "two levels", "quest", "page_mean"])
 def test_a_broken_query_ends_and_gives_nan(emulator, selector, value):
     inputs = make_inputs(Shape((700,), 1, 1, 64, 16, 1, torch.bfloat16), bounds_dtype="uint8")
     inputs.q[0, 0, 0, 5] = value
-    arguments = inputs.arguments("decode_attention", selector=selector, token_budget=64, top_p=0.9, **observed(inputs))
+    asked = TWO_LEVELS if selector == "two levels" else {"selector": selector}
+    arguments = inputs.arguments("decode_attention", token_budget=64, top_p=0.9, **asked, **observed(inputs))
     out, _ = emulate(emulator, arguments, 2, seed=3)
     assert out.isnan().all()
 

@@ -1,5 +1,8 @@
 // One launch a layer: candidate scores, their choice, 4-bit estimates, top-p, attention on the survivors, merge.
 //
+// In two levels (kTwoLevels) pages are scored and chosen first, and what a block then owns of the sequence is an even
+// share of their tokens.
+//
 // Grid: a cluster of C blocks a (sequence, KV head). Each block owns an even share of the sequence while scoring. Of
 // the candidates while estimating and of the survivors while attending it owns an even share too, handed over through
 // distributed shared memory, or what its own tokens gave (FusedParams::evens_out).

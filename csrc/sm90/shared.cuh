@@ -11,8 +11,8 @@
 //            | output rows of warps      | attend                  | attend                   | "partial rows sent"
 //            | factors of blocks         | write_output            | write_output             | the end
 // pages      | pages, tiles of the share | load_queries            | score, TopK              | "candidates dealt"
-//            | tiles of the kept pages   | list_tiles              | score, TopK              | "candidates dealt"
-// candidates | kept pages                | TopK *                  | list_tiles               | "tiles listed"
+//            | tiles of the kept pages   | keep_pages              | score, TopK              | "candidates dealt"
+// candidates | kept pages                | TopK *                  | keep_pages               | "tiles listed"
 //            | (row, position) of units  | TopK *, list_pages      | prune                    | "survivors listed"
 //            |                           | list_window             | attend *, write_kept *   | "kept rows written"
 // state      | item logits, then bins    | score, count_scores     | TopK                     | "candidates dealt"
