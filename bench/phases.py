@@ -31,7 +31,13 @@ DEFINES = ("TWILIGHT_READS_PHASES",)
 PHASE_SLOTS = 1024
 FLUSH_BYTES = 1 << 30  # written before each call, so that nothing it reads is cached
 CALLS = 9
-SELECTORS = ("quest", "shadow_prefix", "full")
+# Arguments of decode_attention beside the selector's budget.
+SELECTORS: dict[str, dict[str, object]] = {
+    "quest": {},
+    "shadow_prefix": {},
+    "two_levels": {"selector": "shadow_prefix", "page_fraction": 0.5},
+    "full": {},
+}
 
 
 def phases_of(source: Path) -> dict[str, int]:
@@ -99,6 +105,7 @@ class Phases(LayerOp):
         """Calls of the fused kernel on one buffer set that find nothing in the L2."""
         budget = workload.candidate_budget(selector, data.sizes.length)
         asked = {"selector": selector, "token_budget": budget, "budget_fraction": 0.0, "top_p": options.top_p, "dense_below": 0}
+        asked |= SELECTORS[selector]
         arguments = workload.call_arguments("decode_attention", data, 0, **asked)
         served = workload.explained(arguments)
         if served.plan is None:

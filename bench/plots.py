@@ -22,6 +22,7 @@ STAGES = ("select", "estimate", "prune", "attend")
 # What the fused kernel does between two readings of the clock, by what it is for.
 PHASES_OF = {
     "query read": ("query read",),
+    "pages kept": ("pages kept",),
     "candidates scored": ("candidates scored", "scores normalized"),
     "candidates chosen": ("scores counted", "bin found", "candidates dealt"),
     "weights estimated": ("weights estimated", "weights normalized"),

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from twilight_ops import Full, PagedKVLayer, Quest, ShadowPrefix, TwilightConfig, decode_step
+from twilight_ops import Full, PagedKVLayer, PageMean, Quest, ShadowPrefix, TwilightConfig, decode_step
 from twilight_ops.evaluation.methods import parse_method
 
 from . import heads, peers, rows, speed_of_light, timing, workload
@@ -178,6 +178,8 @@ def config_of(name: str, data: Workload, options: argparse.Namespace) -> Twiligh
         "quest": lambda: Quest(token_budget=budget),
         "shadow_prefix": lambda: ShadowPrefix(token_budget=options.token_budget, budget_fraction=0.0, prefix_channels=data.fixed_prefix),
         "shadow_prefix_eighth": lambda: ShadowPrefix(budget_fraction=0.125, prefix_channels=data.fixed_prefix),
+        "shadow_prefix_levels": lambda: ShadowPrefix(budget_fraction=1 / 7, page_fraction=0.5, prefix_channels=data.fixed_prefix),
+        "page_mean": lambda: PageMean(),
         "full": lambda: Full(),
     }
     layers = len(data.queries) if name == "dense" else 0
@@ -263,6 +265,14 @@ def light_chunks(data: Workload, index: int, arguments: dict) -> list[speed_of_l
     return speed_of_light.decode_chunks(arguments, candidates, (kept, counts))
 
 
+def reads_means(name: str, options: argparse.Namespace) -> bool:
+    """Whether a contender selects by means of pages, which the reading kernel does not know."""
+    if name not in options.settings:
+        return name in ("shadow_prefix_levels", "page_mean")
+    selector = parse_method(name).selector
+    return isinstance(selector, PageMean) or getattr(selector, "page_fraction", 1.0) < 1.0
+
+
 def light_method(name: str, data: Workload, options: argparse.Namespace) -> Method:
     """The reading kernel with the cluster size that serves it best."""
     layers = data.layers(config_of(name, data, options))
@@ -289,14 +299,15 @@ def decode_entries(options: argparse.Namespace) -> list[Entry]:
         except ValueError as error:
             options.error(f"--{error}")
         if method.selector is None or method.selector.kernel == "given":
-            options.error(f"--settings: expected a selector whose data the bench keeps (full, quest, shadow_prefix), got {text}")
+            options.error(f"--settings: expected a selector whose data the bench keeps (full, quest, page_mean, shadow_prefix), got {text}")
     gpu, both = ("cuda",), DEVICES
     configurations = {"dense": both, "quest": both, "shadow_prefix": ("cpu",), "shadow_prefix_eighth": both, "full": ("cpu",)}
+    configurations |= {"shadow_prefix_levels": both, "page_mean": both}
     configurations |= {text: both for text in options.settings}
     on_gpu = [name for name, devices in configurations.items() if "cuda" in devices]
     sparse = {name: partial(prunes, name) for name in on_gpu if name != "dense"}
     found = [*peers.PEERS]
-    for name in on_gpu:
+    for name in (name for name in on_gpu if not reads_means(name, options)):
         wanted = {"wanted": sparse[name]} if name in sparse else {}
         found.append(Entry(f"speed_of_light_{name}", partial(light_method, name), gpu, "bound", **wanted))
     found += [Entry(f"twilight_{name}", partial(twilight_method, "twilight", name), devices) for name, devices in configurations.items()]

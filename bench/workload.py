@@ -13,6 +13,7 @@ from torch import Tensor
 from twilight_ops import Always, Explanation, PagedKVCache, PagedKVLayer, Paging, Quest, ShadowPrefix, TwilightConfig, decode_step, explain
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
 from twilight_ops.ops import operator as twilight_operator
+from twilight_ops.selectors._paged import allocate_means
 
 from . import heads
 
@@ -107,9 +108,10 @@ class Sizes:
 
     @property
     def paged_bytes(self) -> int:
-        """One layer of the paged cache: K and V in whole pages, shadow, 8-bit bounds."""
+        """One layer of the paged cache: K and V in whole pages, shadow, 8-bit bounds, 4-bit means."""
         pages = -(-self.length // self.page_size)
-        return self.lists * pages * self.page_size * (self.token_bytes + self.shadow_token_bytes) + self.bounds_bytes()
+        means = self.lists * pages * (self.head_dim // 2 + 4)
+        return self.lists * pages * self.page_size * (self.token_bytes + self.shadow_token_bytes) + self.bounds_bytes() + means
 
     @property
     def touched_bytes(self) -> int:
@@ -137,8 +139,9 @@ class Sizes:
 
 
 def candidate_budget(selector: str, length: int) -> int:
-    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter; the shadow prefix an eighth; 1 is none."""
-    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "full": 1}[selector]
+    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter; the shadow prefix an eighth, in two levels a
+    seventh; 1 is none."""
+    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "two_levels": length // 7, "full": 1}[selector]
 
 
 def decode_bytes(sizes: Sizes, layer: PagedKVLayer, candidates: float, kept: float) -> int:
@@ -174,7 +177,7 @@ class Workload:
 
     sizes: Sizes
     queries: list[Tensor]  # [B, T, Hq, D] a set
-    cache: PagedKVCache  # one layer a set, with shadow and 8-bit bounds
+    cache: PagedKVCache  # one layer a set, with shadow, 8-bit bounds and means
     keys: Tensor  # [B, L, Hkv, D], a view of [B, Hkv, L, D]
     values: Tensor
     data: str  # one of DATA
@@ -262,7 +265,9 @@ def call_arguments(op: str, data: Workload, index: int, layer: PagedKVLayer | No
     """
     layer = data.cache.layers[index] if layer is None else layer
     policy = layer.policy
-    groups = (layer.kv, layer.shadow, layer.bounds, data.paging, policy.budget, policy.pruning, Always())
+    # select_pages is timed with bounds, append_kv without means.
+    pages = (layer.bounds, layer.means) if op in ("decode_attention", "select_tokens") else (layer.bounds,)
+    groups = (layer.kv, layer.shadow, *pages, data.paging, policy.budget, policy.pruning, Always())
     known = {name: value for group in groups for name, value in group._asdict().items()} | {
         "q": data.queries[index],
         "page_size": data.sizes.page_size,
@@ -270,6 +275,7 @@ def call_arguments(op: str, data: Workload, index: int, layer: PagedKVLayer | No
         "sm_scale": data.sm_scale,
         "selector": policy.selector,
         "dense_below": policy.dense_below,
+        "page_fraction": policy.page_fraction,
         "budget_counters": layer.budget_counters,
     }
     known |= given
@@ -373,6 +379,8 @@ def build(
     cache = PagedKVCache(config, sets, sizes.num_qo_heads, kv_heads, dim, batch, length, sizes.dtype, device)
     if page_order == "shuffled":
         cache.page_table.copy_(torch.randperm(cache.page_table.numel(), generator=rng, device=device).view_as(cache.page_table))
+    for layer in cache.layers:
+        layer.means = allocate_means(layer)
     first = cache.layers[0]
     calibrate(first)
     for start in range(0, length, FILL_CHUNK):

@@ -60,6 +60,14 @@ inline int64_t page_capacity(const Limits& limits, int64_t page_size, double bud
   return std::min(limits.max_tokens / page_size, std::max(ceil_div(tokens, page_size), forced));
 }
 
+// Of the list of pages whose tokens are scored.
+inline int64_t kept_pages_capacity(const Limits& limits, int64_t page_size, double budget_fraction,
+                                   double page_fraction) {
+  const double pages = static_cast<double>(limits.max_tokens / page_size);
+  return std::max(page_capacity(limits, page_size, budget_fraction),
+                  static_cast<int64_t>(std::ceil(page_fraction * pages)));
+}
+
 enum CounterColumn : int64_t {
   kCounterRows,
   kCounterLive,

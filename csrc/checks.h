@@ -266,6 +266,11 @@ class Checker {
     if (head_token_budget.has_value()) tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
   }
 
+  void page_fraction(double page_fraction) const {
+    if (!(page_fraction > 0.0 && page_fraction <= 1.0))
+      fail("page_fraction", "0 < page_fraction <= 1", number(page_fraction));
+  }
+
   void top_p(double top_p, const OptionalTensor& head_top_p) {
     if (!(top_p > 0.0 && top_p <= 1.0)) fail("top_p", "0 < top_p <= 1", number(top_p));
     if (!head_top_p.has_value()) return;

@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <numeric>
-
 #include "arguments.h"
 #include "attend_sparse.h"
 #include "capacity.h"
@@ -33,6 +31,7 @@ struct DecodeCall {
   Selector selector;
   bool prunes;
   const Budget& budget;
+  const PageLevel& level;
   const PruneOptions& options;
   const GivenCandidates& candidates;
   int64_t dense_below, capacity;  // capacity: of the selector's list, in its units
@@ -69,9 +68,13 @@ class DecodeRow {
     if (selects_) {
       unit_ = by_page ? call.paging.page_size : 1;
       const TopK top_k(call.budget, h_, length_, unit_, call.capacity);
-      selection_.start(top_k, call.query.rows, /*keep_logits=*/by_token && prunes_, arena);
+      if (by_token) {
+        selection_.start_tokens(top_k, call.budget, call.level, call.query, call.paging, b_, h_, prunes_, arena);
+      } else {
+        selection_.start(top_k, call.query.rows, /*keep_logits=*/false, arena);
+      }
       capacity = std::min(length_, top_k.count * unit_);
-      if (!selection_.takes_all()) {
+      if (selection_.scores_items()) {
         if (by_token) {
           selection_.use_tokens(shadow_query_, call.paging, b_, arena);
         } else if (call.selector == Selector::kPageMean) {
@@ -91,7 +94,7 @@ class DecodeRow {
     attend_.start(call.cache, call.paging, call.query, b_, h_, capacity, call.out, call.lse, arena);
     if (!prunes_) return;
     estimate_.start(shadow_query_, call.paging, call.query, b_, capacity, arena);
-    if (by_token && !selection_.takes_all()) estimate_.set_known(selection_.prefix_logits());
+    if (by_token) estimate_.set_known(selection_.prefix_logits());
     top_p_ = arena.take<TopP>(call.query.rows);
     weights_ = arena.take<const float*>(call.query.rows);
     kept_ = arena.take<int32_t>(capacity + kLanes);
@@ -226,6 +229,10 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   check.top_p(top_p, head_top_p);
   check.scale(sm_scale);
   check.at_least("dense_below", dense_below, 0);
+  check.page_fraction(page_fraction);
+  const bool by_level = page_fraction < 1.0;
+  if (by_level && selector != Selector::kShadowPrefix)
+    check.fail("page_fraction", "1, unless selector is \"shadow_prefix\"", number(page_fraction));
   const bool prunes = selector != Selector::kDense && (top_p < 1.0 || head_top_p.has_value());
   if (prunes || selector == Selector::kShadowPrefix) {
     check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
@@ -239,7 +246,9 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
     check.absent("bounds_scale", bounds_scale, "None, because page_bounds is None");
   }
   check.means(page_means, means_scale,
-              selector == Selector::kPageMean ? "a tensor, because selector is \"page_mean\"" : nullptr);
+              selector == Selector::kPageMean ? "a tensor, because selector is \"page_mean\""
+              : by_level                      ? "a tensor, because page_fraction is below 1"
+                                              : nullptr);
   if (selector == Selector::kGiven) {
     check.given("indices", indices, "a tensor, because selector is \"given\"");
   } else {
@@ -260,14 +269,17 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   const Query query(q, cache.kv_heads, sm_scale);
   const Paging paging(page_table, seq_lens, cache.num_pages, cache.page_size);
   std::optional<Shadow> shadow;
-  if (k_quant.has_value()) shadow.emplace(*k_quant, *k_scale, *channel_order, *prefix_channels);
+  if (k_quant.has_value()) shadow = Shadow::of_keys(*k_quant, *k_scale, *channel_order, *prefix_channels);
   std::optional<PageBounds> bounds;
   if (page_bounds.has_value()) bounds.emplace(*page_bounds, bounds_scale);
   std::optional<Shadow> means;
-  if (page_means.has_value()) means.emplace(*page_means, *means_scale, channel_order);
+  if (page_means.has_value())
+    means = Shadow::of_means(*page_means, *means_scale, channel_order, by_level ? prefix_channels : std::nullopt);
   const Paging means_paging = paging.of_means();
   const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens, dense_below);
   const Budget budget(limits, budget_fraction, head_token_budget);
+  const PageLevel level{means, means_paging, page_fraction,
+                        kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction)};
   const PruneOptions options(top_p, head_top_p, limits);
   const GivenCandidates given(indices, counts, tokens_per_index);
   const int64_t list_capacity = selects_pages(selector) ? page_capacity(limits, paging.page_size, budget_fraction)
@@ -291,6 +303,7 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
                         selector,
                         prunes,
                         budget,
+                        level,
                         options,
                         given,
                         limits.dense_below,

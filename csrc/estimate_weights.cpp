@@ -123,7 +123,7 @@ Tensor estimate_weights(const Tensor& q, const Tensor& k_quant, const Tensor& k_
   check.scale(sm_scale);
   check.no_gradients();
 
-  const Shadow shadow(k_quant, k_scale, channel_order, prefix_channels);
+  const Shadow shadow = Shadow::of_keys(k_quant, k_scale, channel_order, prefix_channels);
   const Query query(q, shadow.kv_heads, sm_scale);
   const Paging paging(page_table, seq_lens, shadow.num_pages, shadow.page_size);
   const GivenCandidates candidates(indices, counts, tokens_per_index);

@@ -64,7 +64,7 @@ struct FusedCall {
   Limits limits;
   Selector selector;
   bool prunes;
-  int capacity, rows;
+  int capacity, most_pages, rows;  // most_pages: whose tokens are scored
 
   explicit FusedCall(const PlanRequest& r)
       : request(r),
@@ -74,10 +74,12 @@ struct FusedCall {
         prunes(r.prunes && selector != Selector::kDense),
         capacity(by_page() ? page_capacity(limits, r.page_size, r.budget_fraction)
                            : token_capacity(limits, r.budget_fraction)),
+        most_pages(kept_pages_capacity(limits, r.page_size, r.budget_fraction, r.page_fraction)),
         rows(padded_rows(r.rows())) {}
 
   bool by_page() const { return selects_pages(selector); }
   bool by_token() const { return selector == Selector::kShadowPrefix || lists_window(); }
+  bool two_levels() const { return selector == Selector::kShadowPrefix && request.page_fraction < 1.0; }
   bool lists_window() const { return selector == Selector::kStreaming; }
   int tokens() const { return static_cast<int>(limits.max_tokens); }
   int candidate_tokens() const { return by_page() ? capacity * request.page_size : by_token() ? capacity : tokens(); }
@@ -104,7 +106,12 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
   const bool by_page = call.by_page(), by_token = call.by_token();
   const int own_tokens = share_of_tokens(call.tokens(), cluster_size);
   const int own_pages = share_of_pages(call.request.max_pages, cluster_size);
-  const int own_items = by_page ? own_pages : by_token && !call.lists_window() ? own_tokens : 0;  // scored
+  const int kept_pages = call.two_levels() ? blocks_of(cluster_size, call.most_pages) : 0;
+  const int own_items = by_page               ? own_pages  // scored
+                        : kept_pages > 0      ? kept_pages * page_size
+                        : !by_token           ? 0
+                        : call.lists_window() ? 0
+                                              : own_tokens;
   const int own_candidates = !by_page && !by_token              ? 0
                              : evens_out || call.lists_window() ? blocks_of(cluster_size, call.capacity)
                                                                 : std::min(own_items, call.capacity);
@@ -120,11 +127,15 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
     return static_cast<int>(start);
   };
   at.scratch_at = take(std::max({kScoreBins, rows * kWeightBins, kWarps * rows * head_dim}) * 4);
-  at.pages_at = take(by_page ? own_pages * 4 : by_token ? own_items / kTileTokens * 4 : 0);
+  at.pages_at = take(kept_pages > 0 ? std::max(own_pages * 4, tiles_of_pages(kept_pages, page_size) * 8)
+                     : by_page      ? own_pages * 4
+                     : by_token     ? own_items / kTileTokens * 4
+                                    : 0);
   const bool lists_pages = call.selector == Selector::kFull;
-  at.candidates_at = take((lists_pages ? own_tokens / page_size : own_candidates) * int64_t{8});
+  at.candidates_at = take((lists_pages ? own_tokens / page_size : std::max(own_candidates, kept_pages)) * int64_t{8});
   const int64_t score_stride = by_token ? blocks_of(2, rows) : rows;
-  at.state_at = take(std::max(own_items * score_stride, at.slot_capacity * int64_t{rows}) * 4);
+  const int64_t scored = std::max<int64_t>(own_items * score_stride, kept_pages > 0 ? int64_t{own_pages} * rows : 0);
+  at.state_at = take(std::max(scored, at.slot_capacity * int64_t{rows}) * 4);
 
   // A dense row streams its pages through all of this.
   if (call.limits.dense_below > 0 || (!by_page && !by_token && !call.prunes)) {

@@ -43,6 +43,11 @@ constexpr int blocks_of(int size, int items) { return (items + size - 1) / size;
 constexpr int share_of_tokens(int tokens, int blocks) { return round_up(blocks_of(blocks, tokens), kBlockTokens); }
 constexpr int share_of_pages(int pages, int blocks) { return round_up(blocks_of(blocks, pages), kTileTokens); }
 
+// Tiles of so many pages, in whole steps of a warp.
+constexpr int tiles_of_pages(int pages, int page_size) {
+  return round_up(pages * page_size, kBlockTokens) / kTileTokens;
+}
+
 // Query rows that a kernel was compiled for.
 constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; }
 
@@ -66,7 +71,7 @@ struct PlanRequest {
   int64_t head_dim, query_tokens, group_size, kv_heads, batch;
   int64_t page_size, max_pages, num_pages;
   int64_t token_budget, sink_tokens, recent_tokens, dense_below;
-  double budget_fraction;
+  double budget_fraction, page_fraction;
   DeviceLimits device;
   // What a test decides itself; 0 and -1 leave it to the plan.
   int64_t cluster_size, evens_out;

@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const OptionalTensor& p
   std::optional<PageBounds> bounds;
   std::optional<Shadow> means;
   if (by_mean) {
-    means.emplace(*page_means, *means_scale, channel_order);
+    means = Shadow::of_means(*page_means, *means_scale, channel_order, std::nullopt);
   } else {
     bounds.emplace(*page_bounds, bounds_scale);
   }

@@ -29,15 +29,15 @@ struct PartRefs {
 
 }  // namespace
 
-void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
-                   uint32_t* pairs) {
+void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const int32_t* positions, int64_t part,
+                   SoftmaxRows& softmax, uint32_t* pairs) {
   const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
   const auto score = [&](const auto& items) {
     query.logits(ShadowQuery::kPrefix, items.refs, items.count, pairs + range.begin, softmax.logits(0) + range.begin,
                  softmax.stride());
   };
-  if (paging.page_size == 1) return score(PartRefs<TokenRefs>(paging, b, nullptr, range));
-  score(PartRefs<RunRefs>(paging, b, nullptr, range));
+  if (paging.page_size == 1) return score(PartRefs<TokenRefs>(paging, b, positions, range));
+  score(PartRefs<RunRefs>(paging, b, positions, range));
 }
 
 void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const PositionList& list, int64_t part,
@@ -55,12 +55,12 @@ void full_logits(const ShadowQuery& query, const Paging& paging, int64_t b, cons
     return query.logits(ShadowQuery::kBoth, tokens.refs, count, pairs, out, softmax.stride());
 
   for (int64_t i = 0; i < count; i += kLanes) {
-    VecI position = {};
-    std::memcpy(&position, list.positions + range.begin + i, std::min<int64_t>(kLanes, count - i) * sizeof(int32_t));
-    store(pairs + i, gather(known.pairs, position));
+    VecI item = {};
+    std::memcpy(&item, known.items + range.begin + i, std::min<int64_t>(kLanes, count - i) * sizeof(int32_t));
+    store(pairs + i, gather(known.pairs, item));
     for (int64_t r = 0; r < softmax.rows(); ++r)
       store(out + r * softmax.stride() + i,
-            gather(reinterpret_cast<const uint32_t*>(known.logits + r * known.stride), position));
+            gather(reinterpret_cast<const uint32_t*>(known.logits + r * known.stride), item));
   }
   query.logits(ShadowQuery::kTail, tokens.refs, count, pairs, out, softmax.stride());
 }
@@ -72,6 +72,7 @@ struct SelectTokensCall {
   const Shadow& shadow;
   const Paging& paging;
   const Budget& budget;
+  const PageLevel& level;
   int64_t capacity;
   int32_t *indices, *counts;
 };
@@ -80,9 +81,10 @@ class SelectTokensRow : public SelectionRow {
  public:
   void prepare(const SelectTokensCall& call, int64_t row, Arena& arena) {
     const int64_t kv_heads = call.query.kv_heads, b = row / kv_heads, h = row % kv_heads;
-    start(TopK(call.budget, h, call.paging.length(b), 1, call.capacity), call.query.rows, /*keep_logits=*/false, arena);
+    const TopK tokens(call.budget, h, call.paging.length(b), 1, call.capacity);
+    start_tokens(tokens, call.budget, call.level, call.query, call.paging, b, h, /*keep_logits=*/false, arena);
     write_to(call.indices + row * call.capacity, call.counts + row, call.capacity);
-    if (takes_all()) return;
+    if (!scores_items()) return;
     query_.prepare(call.shadow, call.query, b, h, arena);
     use_tokens(query_, call.paging, b, arena);
   }
@@ -96,7 +98,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
                                          const OptionalTensor& k_center, const Tensor& page_table,
                                          const Tensor& seq_lens, int64_t token_budget, double budget_fraction,
                                          const OptionalTensor& head_token_budget, double sm_scale, int64_t sink_tokens,
-                                         int64_t recent_tokens) {
+                                         int64_t recent_tokens, const OptionalTensor& page_means,
+                                         const OptionalTensor& means_scale, double page_fraction) {
   Checker check("select_tokens", q);
   check.query(q);
   check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
@@ -104,18 +107,30 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
   check.paging(page_table, seq_lens);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
   check.scale(sm_scale);
+  check.page_fraction(page_fraction);
+  check.means(page_means, means_scale, page_fraction < 1.0 ? "a tensor, because page_fraction is below 1" : nullptr);
   check.no_gradients();
 
-  const Shadow shadow(k_quant, k_scale, channel_order, prefix_channels);
+  const Shadow shadow = Shadow::of_keys(k_quant, k_scale, channel_order, prefix_channels);
   const Query query(q, shadow.kv_heads, sm_scale);
-  const Paging paging(page_table, seq_lens, shadow.num_pages, shadow.page_size);
+  std::optional<Shadow> means;
+  if (page_means.has_value()) means = Shadow::of_means(*page_means, *means_scale, channel_order, prefix_channels);
+  const Paging paging(page_table, seq_lens, shadow.num_pages, shadow.page_size), means_paging = paging.of_means();
   const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens);
   const Budget budget(limits, budget_fraction, head_token_budget);
   const int64_t capacity = token_capacity(limits, budget_fraction);
   Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
-  const SelectTokensCall call{
-      query, shadow, paging, budget, capacity, indices.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>()};
+  const PageLevel level{means, means_paging, page_fraction,
+                        kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction)};
+  const SelectTokensCall call{query,
+                              shadow,
+                              paging,
+                              budget,
+                              level,
+                              capacity,
+                              indices.mutable_data_ptr<int32_t>(),
+                              counts.mutable_data_ptr<int32_t>()};
   run_rows<SelectTokensRow>(call, query.batch * query.kv_heads, paging.longest(query.batch));
   return {indices, counts};
 }

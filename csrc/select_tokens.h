@@ -10,13 +10,14 @@ namespace twilight {
 struct PrefixLogits {
   const float* logits = nullptr;  // [rows, stride]; null: none
   int64_t stride = 0;
-  uint32_t* pairs = nullptr;  // (scale, zero) of each token
+  uint32_t* pairs = nullptr;       // (scale, zero) of each token
+  const int32_t* items = nullptr;  // of each candidate
 };
 
-// Logits of a row's tokens 0 .. n - 1 from the leading channels, a part at a time; of its pages where `query` is of
-// their means and `paging` says where those are.
-void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, int64_t part, SoftmaxRows& softmax,
-                   uint32_t* pairs);
+// Logits of a row's tokens 0 .. n - 1, or of those at `positions` in whole pages, from the leading channels, a part at
+// a time; of its pages where `query` is of their means and `paging` says where those are.
+void prefix_logits(const ShadowQuery& query, const Paging& paging, int64_t b, const int32_t* positions, int64_t part,
+                   SoftmaxRows& softmax, uint32_t* pairs);
 
 // Positions to estimate: null stands for 0 .. n - 1. In whole pages, all but the last full, every kLanes of them are a
 // run.

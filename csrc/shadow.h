@@ -13,26 +13,32 @@ struct Shadow {
   const int32_t* prefix;  // [Hkv]; null: whole rows
   int64_t num_pages, kv_heads, page_size, head_dim;
 
-  Shadow(const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order, const Tensor& prefix_channels)
-      : codes(reinterpret_cast<const uint32_t*>(k_quant.const_data_ptr())),
-        scale(reinterpret_cast<const uint32_t*>(k_scale.const_data_ptr())),
-        order(channel_order.const_data_ptr<int32_t>()),
-        prefix(prefix_channels.const_data_ptr<int32_t>()),
-        num_pages(k_scale.size(0)),
-        kv_heads(k_scale.size(1)),
-        page_size(k_scale.size(2)),
-        head_dim(channel_order.size(1)) {}
+  static Shadow of_keys(const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order,
+                        const Tensor& prefix_channels) {
+    return {reinterpret_cast<const uint32_t*>(k_quant.const_data_ptr()),
+            reinterpret_cast<const uint32_t*>(k_scale.const_data_ptr()),
+            channel_order.const_data_ptr<int32_t>(),
+            prefix_channels.const_data_ptr<int32_t>(),
+            k_scale.size(0),
+            k_scale.size(1),
+            k_scale.size(2),
+            channel_order.size(1)};
+  }
 
-  // Page means are rows of a shadow whose pages hold one token each: select_tokens's scan scores them.
-  Shadow(const Tensor& page_means, const Tensor& means_scale, const OptionalTensor& channel_order)
-      : codes(reinterpret_cast<const uint32_t*>(page_means.const_data_ptr())),
-        scale(reinterpret_cast<const uint32_t*>(means_scale.const_data_ptr())),
-        order(channel_order.has_value() ? channel_order->const_data_ptr<int32_t>() : nullptr),
-        prefix(nullptr),
-        num_pages(page_means.size(0)),
-        kv_heads(page_means.size(1)),
-        page_size(1),
-        head_dim(2 * page_means.size(2)) {}
+  // Page means are rows of a shadow whose pages hold one token each: select_tokens's scan scores them, all of them or
+  // their leading channels.
+  static Shadow of_means(const Tensor& page_means, const Tensor& means_scale, const OptionalTensor& channel_order,
+                         const OptionalTensor& prefix_channels) {
+    const auto numbers = [](const OptionalTensor& of) { return of ? of->const_data_ptr<int32_t>() : nullptr; };
+    return {reinterpret_cast<const uint32_t*>(page_means.const_data_ptr()),
+            reinterpret_cast<const uint32_t*>(means_scale.const_data_ptr()),
+            numbers(channel_order),
+            numbers(prefix_channels),
+            page_means.size(0),
+            page_means.size(1),
+            /*page_size=*/1,
+            2 * page_means.size(2)};
+  }
 
   int64_t prefix_words(int64_t h) const {
     if (prefix == nullptr) return head_dim / 8;

@@ -30,13 +30,23 @@ struct TopK {
   int64_t items, front, back, count;  // 0..front and back..items are forced
 
   TopK() = default;
-  TopK(const Budget& budget, int64_t h, int64_t length, int64_t unit, int64_t capacity)
+  // At least `least` items.
+  TopK(const Budget& budget, int64_t h, int64_t length, int64_t unit, int64_t capacity, int64_t least = 0)
       : items(ceil_div(length, unit)),
         front(std::min(items, ceil_div(std::min(budget.limits.sink_tokens, length), unit))) {
     const int64_t newest = length - std::min(length, budget.limits.recent_tokens);
     back = std::max(front, newest / unit);
-    const int64_t wanted = ceil_div(std::min(budget.tokens(h, length), length), unit);
+    const int64_t wanted = std::max(ceil_div(std::min(budget.tokens(h, length), length), unit), least);
     count = std::min({std::max(wanted, front + items - std::min(items, back)), items, capacity});
+  }
+
+  // The same of `left` items, among which are those that are forced.
+  TopK of(int64_t left) const {
+    TopK out = *this;
+    out.items = left;
+    out.back -= items - left;
+    out.count = std::min(count, left);
+    return out;
   }
 
   bool takes_all() const { return count == items; }

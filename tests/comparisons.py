@@ -208,13 +208,17 @@ def group_sum_of_softmax(x: DecodeInputs, logits: Tensor, live: Tensor, rounded:
     return scores.masked_fill(~live[:, None], torch.nan)
 
 
-def token_scores(x: DecodeInputs, dtype: torch.dtype, rounded: bool = True) -> Tensor:
-    """Scores [B, Hkv, M * S] that select_tokens ranks, the obvious way: channels outside the prefix are zero."""
+def leading_channels(x: DecodeInputs) -> Tensor:
+    """[Hkv, D], by channel of K: whether it belongs to the prefix."""
     rank = torch.empty_like(x.channel_order).scatter_(
         1, x.channel_order.long(), torch.arange(x.q.shape[-1]).int().to(x.q.device).expand_as(x.channel_order)
     )
-    leading = rank < x.prefix_channels[:, None]  # [Hkv, D]
-    keys = paged_rows(x, shadow_keys(x, dtype)) * leading
+    return rank < x.prefix_channels[:, None]
+
+
+def token_scores(x: DecodeInputs, dtype: torch.dtype, rounded: bool = True) -> Tensor:
+    """Scores [B, Hkv, M * S] that select_tokens ranks, the obvious way: channels outside the prefix are zero."""
+    keys = paged_rows(x, shadow_keys(x, dtype)) * leading_channels(x)
     live = torch.arange(x.max_tokens, device=x.q.device) < x.seq_lens[:, None]
     return group_sum_of_softmax(x, plain_logits(x, keys, dtype), live, rounded)
 
@@ -239,9 +243,10 @@ def page_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
     return group_sum_of_softmax(x, logits, live)
 
 
-def page_mean_scores(x: DecodeInputs, dtype: torch.dtype) -> Tensor:
-    """The same of the pages' means, [B, Hkv, M]."""
-    live, owned = _owned_pages(x, mean_keys(x, dtype))  # [B, M, Hq, D]
+def page_mean_scores(x: DecodeInputs, dtype: torch.dtype, channels: Tensor | None = None) -> Tensor:
+    """The same of the pages' means, or of some of their channels [Hkv, D], [B, Hkv, M]."""
+    means = mean_keys(x, dtype)
+    live, owned = _owned_pages(x, means if channels is None else torch.where(channels, means, 0.0))  # [B, M, Hq, D]
     logits = torch.einsum("bthd,bmhd->bthm", x.q.to(dtype), owned) * x.sm_scale
     return group_sum_of_softmax(x, logits, live)
 

@@ -24,6 +24,7 @@ DEFAULTS = {
     "sink_tokens": 0,
     "recent_tokens": 0,
     "dense_below": 0,
+    "page_fraction": 1.0,
 }
 # What select_pages reads instead of means, and instead of bounds.
 BY_BOUNDS = {"page_means": None, "means_scale": None}

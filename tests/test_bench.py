@@ -116,7 +116,7 @@ def test_the_largest_cell_of_the_targets_fits_an_h200_and_the_next_does_not():
 
 def test_a_cell_that_does_not_fit_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 140 * GIB))
-    with pytest.raises(MemoryError, match=r"B64 .* need 77 GiB, 10 GiB are free"):
+    with pytest.raises(MemoryError, match=r"B64 .* need 78 GiB, 10 GiB are free"):
         workload.build(Sizes(64, 1, 32, 32, 128, 16, 32768, torch.bfloat16), "cuda")
 
 
@@ -300,6 +300,7 @@ def test_the_gpu_flow_measures_every_method_and_explains_the_others(gpu_stand_in
         "flashinfer",
         *(f"{family}_{name}" for family in ("twilight", "speed_of_light") for name in ("dense", "quest", "shadow_prefix_eighth")),
         *(f"stages_{name}" for name in ("quest", "shadow_prefix_eighth")),
+        *(f"{family}_{name}" for family in ("twilight", "stages") for name in ("shadow_prefix_levels", "page_mean")),
     }
     assert "differs from exact attention" in found["flex_attention"]["error"]
     assert found["flashinfer"]["error"] == "RuntimeError: no kernel"
@@ -595,7 +596,8 @@ def test_every_phase_that_the_sources_mark_is_timed_and_drawn():
 @pytest.mark.parametrize("selector", phases.SELECTORS)
 def test_the_call_that_phases_are_read_in_is_a_valid_one(data, selector):
     budget = workload.candidate_budget(selector, data.sizes.length)
-    workload.call("decode_attention", data, 0, selector=selector, token_budget=budget, dense_below=0, budget_counters=None)()
+    asked = {"selector": selector, "token_budget": budget, "dense_below": 0} | phases.SELECTORS[selector]
+    workload.call("decode_attention", data, 0, budget_counters=None, **asked)()
 
 
 def test_phases_last_from_mark_to_mark_and_those_not_passed_are_left_out():

@@ -71,6 +71,7 @@ FIELDS = {
     PageMean: BUDGETS,
     ShadowPrefix: {
         **BUDGETS,
+        "page_fraction": ((1, 0.5, np.float32(0.25)), (0.0, 1.1, -0.5, NAN, True, None, "1/2")),
         "tau": ((0.5, np.float32(0.1)), (0.0, 1.0, NAN, True, None)),
         "prefix_channels": ((None, 8, 64, np.int64(24)), (0, -8, 30, 8.0, True, NAN, "8")),
         "calibration": ((None, "a file"), ("", 3, b"a")),

@@ -142,13 +142,14 @@ def test_the_largest_integers_give_the_reference_sets_and_values(emulator, seed)
 
 
 PRUNED = {"token_budget": 300, "top_p": 0.999}
+TWO_LEVELS = {"selector": "shadow_prefix", "page_fraction": 0.5}
 
 
-@pytest.mark.parametrize("selector", ["full", "shadow_prefix", "quest", "page_mean"])
+@pytest.mark.parametrize("selector", ["full", "shadow_prefix", "two levels", "quest", "page_mean"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_of_equal_scores_the_lowest_positions_are_taken_and_equal_weights_stay_together(emulator, selector, group):
     inputs = make_inputs(Shape((1500,), group, 1, 64, 16, 1, torch.bfloat16), spread=0.0, bounds_dtype="uint8")
-    check(emulator, inputs, {**PRUNED, "selector": selector}, 2, seed=1)
+    check(emulator, inputs, {**PRUNED, **(TWO_LEVELS if selector == "two levels" else {"selector": selector})}, 2, seed=1)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -158,6 +159,18 @@ def test_page_means_give_the_reference_sets_and_values(emulator, head_dim, group
     """One, four and eight padded rows, shares of a few pages and of several steps of a warp."""
     shape = Shape((1031, 5), group * kv_heads, kv_heads, head_dim, 16, 1, torch.bfloat16)
     options = {"selector": "page_mean", "token_budget": 200, "top_p": 0.95, "sink_tokens": 16, "recent_tokens": 20}
+    check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group, kv_heads, page_size", [(1, 3, 16), (3, 2, 64), (8, 1, 32)])
+@pytest.mark.parametrize("cluster_size", [1, 4])
+@pytest.mark.parametrize("page_fraction", [0.5, 0.1])
+def test_two_levels_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, page_size, cluster_size, page_fraction):
+    """Prefixes of half a row, of 8 channels and of whole rows; shares of several steps of a warp, of a page and of none."""
+    shape = Shape((2531, 301, 5), group * kv_heads, kv_heads, head_dim, page_size, 1, torch.bfloat16)
+    options = {"selector": "shadow_prefix", "token_budget": 40, "budget_fraction": 1 / 7, "sink_tokens": 16, "recent_tokens": 20}
+    options |= {"page_fraction": page_fraction, "top_p": 0.95}
     check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
 
 
@@ -183,11 +196,12 @@ def test_many_weights_that_can_decide_give_the_same_set(emulator):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("selector", ["dense", "full", "shadow_prefix", "quest", "page_mean"])
+@pytest.mark.parametrize("selector", ["dense", "full", "shadow_prefix", "two levels", "quest", "page_mean"])
 def test_a_broken_query_ends_and_gives_nan(emulator, selector, value):
     inputs = make_inputs(Shape((700,), 1, 1, 64, 16, 1, torch.bfloat16), bounds_dtype="uint8")
     inputs.q[0, 0, 0, 5] = value
-    arguments = inputs.arguments("decode_attention", selector=selector, token_budget=64, top_p=0.9, **observed(inputs))
+    asked = TWO_LEVELS if selector == "two levels" else {"selector": selector}
+    arguments = inputs.arguments("decode_attention", token_budget=64, top_p=0.9, **asked, **observed(inputs))
     out, _ = emulate(emulator, arguments, 2, seed=3)
     assert out.isnan().all()
 

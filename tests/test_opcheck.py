@@ -45,6 +45,7 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
         ("select_pages", "means", x.arguments("select_pages", token_budget=32, **BY_MEANS)),
         ("select_tokens", "fixed budget", x.arguments("select_tokens", token_budget=16)),
         ("select_tokens", "fraction", y.arguments("select_tokens", token_budget=1, budget_fraction=0.3)),
+        ("select_tokens", "two levels", x.arguments("select_tokens", token_budget=4, page_fraction=0.5)),
         ("select_tokens", "head budgets", x.arguments("select_tokens", head_token_budget=budgets, sink_tokens=2, recent_tokens=3)),
         ("estimate_weights", "every token", x.arguments("estimate_weights")),
         ("estimate_weights", "a token list", x.arguments("estimate_weights", **listed)),
@@ -77,6 +78,11 @@ def samples(device: str) -> list[tuple[str, str, dict]]:
             y.arguments(
                 "decode_attention", selector="shadow_prefix", token_budget=20, out=torch.zeros(y.q.shape, dtype=y.q.dtype, device=device)
             ),
+        ),
+        (
+            "decode_attention",
+            "two levels",
+            x.arguments("decode_attention", selector="shadow_prefix", token_budget=4, budget_fraction=0.1, page_fraction=0.5),
         ),
         (
             "decode_attention",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from comparisons import listed_set, token_scores
+from comparisons import leading_channels, listed_set, page_mean_scores, token_scores, top_k_borderline
 from inputs import SHAPES, Shape, break_key, make_inputs
 from selection import Ranking
 
@@ -13,6 +13,7 @@ from twilight_ops.capacity import Limits
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 RANKING = Ranking("select_tokens", token_scores, by_page=False)
+LONG = Shape((1200, 48, 333), 6, 3, 64, 16, 2, torch.float32)
 SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
 
 
@@ -85,6 +86,77 @@ def test_select_tokens_reads_only_the_prefix_channels(backend):
     after = backend.select_tokens(**x.arguments("select_tokens"))
     assert torch.equal(narrow[0], after[0]) and torch.equal(narrow[1], after[1])
     assert not torch.equal(before[0], narrow[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_select_tokens_takes_tokens_of_pages_with_the_best_means(backend, shape):
+    """A budget of whole pages, and a share that is none: all tokens of the pages that are kept."""
+    x = make_inputs(shape, device=backend.device)
+    options = {"token_budget": 5 * shape.page_size, "page_fraction": 1e-3, "sink_tokens": 3, "recent_tokens": 20}
+    got, want = backend.select_tokens(**x.arguments("select_tokens", **options)), x.oracle("select_tokens", **options)
+    assert torch.equal(got[1], want[1]) and got[0].shape == want[0].shape
+    member = listed_set(*got, x.max_tokens)
+    pages, wanted = (tokens.unflatten(-1, (-1, shape.page_size)).any(-1) for tokens in (member, listed_set(*want, x.max_tokens)))
+    scores = [page_mean_scores(x, dtype, leading_channels(x)) for dtype in (torch.float64, torch.float32)]
+    assert ((pages ^ wanted).sum(-1) <= 2 * top_k_borderline(*scores, wanted)).all()
+    live = torch.arange(x.max_tokens, device=x.q.device) < x.seq_lens[:, None, None]
+    assert torch.equal(member, pages.repeat_interleave(shape.page_size, -1) & live)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_select_tokens_takes_the_best_tokens_of_the_kept_pages(backend, fraction):
+    """Pages whose means are broken come first: which are kept is known."""
+    x = make_inputs(LONG, device=backend.device)
+    rng = torch.Generator().manual_seed(3)
+    kept = torch.zeros(3, 3, x.page_table.shape[1], dtype=torch.bool)
+    for b, length in enumerate(LONG.seq_lens):
+        pages = -(-length // 16)
+        wanted = max(math.ceil(fraction * pages), 2)
+        for h in range(3):
+            # The page of sinks and that of the newest tokens are among them.
+            kept[b, h, [0, pages - 1, *(1 + torch.randperm(pages - 2, generator=rng)[: wanted - 2]).tolist()]] = True
+        broken = torch.where(kept[b, :, :pages], math.nan, 1.0).T.to(x.means_scale)
+        x.means_scale[x.page_table[b, :pages].long()] = broken[..., None].expand(-1, -1, 2).contiguous()
+    options = {"token_budget": 30, "sink_tokens": 4, "recent_tokens": 5}
+    got = backend.select_tokens(**x.arguments("select_tokens", page_fraction=fraction, **options))
+    member, open_tokens = listed_set(*got, x.max_tokens), kept.to(x.q.device).repeat_interleave(16, -1)
+    assert not (member & ~open_tokens).any() and (member.sum(-1) == 30).all()
+    want = listed_set(*x.oracle("select_tokens", page_fraction=fraction, **options), x.max_tokens)
+    scores = [token_scores(x, dtype).masked_fill(~open_tokens, math.nan) for dtype in (torch.float64, torch.float32)]
+    assert ((member ^ want).sum(-1) <= 2 * top_k_borderline(*scores, want)).all()
+
+
+def test_select_tokens_scores_all_tokens_where_all_pages_are_kept(backend):
+    x = make_inputs(LONG, device=backend.device)
+    x.means_scale.fill_(math.nan)  # as good as any
+    whole = backend.select_tokens(**x.arguments("select_tokens", token_budget=50))
+    for page_fraction in (1.0, 0.9999):
+        same = backend.select_tokens(**x.arguments("select_tokens", token_budget=50, page_fraction=page_fraction))
+        assert torch.equal(whole[0], same[0]) and torch.equal(whole[1], same[1])
+
+
+def test_select_tokens_takes_no_more_than_the_kept_pages_hold(backend):
+    x = make_inputs(Shape((1000,), 2, 1, 64, 16, 1, torch.float32), device=backend.device)
+    indices, counts = backend.select_tokens(**x.arguments("select_tokens", token_budget=33, page_fraction=0.01))
+    assert counts.tolist() == [[33]]  # three pages, the last of eight tokens
+    indices, counts = backend.select_tokens(**x.arguments("select_tokens", token_budget=48, page_fraction=0.01))
+    assert counts.tolist() == [[40]] and (indices[0, 0, 40:] == -1).all()
+    heads = torch.tensor([64], dtype=torch.int32, device=backend.device)
+    _, counts = backend.select_tokens(**x.arguments("select_tokens", token_budget=48, page_fraction=0.01, head_token_budget=heads))
+    assert counts.tolist() == [[40]]  # clamped to the capacity
+
+
+def test_select_tokens_reads_means_for_two_levels_only(backend):
+    x = make_inputs(SMALL, device=backend.device)
+    before = backend.select_tokens(**x.arguments("select_tokens", page_fraction=0.5))
+    head_dim, prefix = 64, 8
+    x.page_means[:, 1, prefix // 2 :] = 255  # behind the prefix of head 1
+    assert x.prefix_channels[1] == prefix and head_dim > prefix
+    after = backend.select_tokens(**x.arguments("select_tokens", page_fraction=0.5))
+    assert torch.equal(before[0], after[0])
+    without = {"page_means": None, "means_scale": None}
+    one = [backend.select_tokens(**x.arguments("select_tokens", **options)) for options in ({}, without)]
+    assert torch.equal(one[0][0], one[1][0])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)

@@ -54,6 +54,7 @@ if INTERPRETED:
     SPECULATIVE = Shape((33, 40), 3, 1, 96, 32, 3, torch.float32)
     WIDE_HEAD = Shape((70, 5), 8, 1, 128, 64, 2, torch.float16)
     SHAPES = (RAGGED, SPECULATIVE, WIDE_HEAD)
+    TWO_LEVELS = {"token_budget": 5, "sink_tokens": 3, "recent_tokens": 5, "page_fraction": 0.5}
     FEW = Shape((0, 45), 2, 1, 64, 16, 1, torch.float16)
     PRUNER = ({"top_p": 0.85}, {"top_p": 0.3, "sink_tokens": 3, "recent_tokens": 9}, {"top_p": 1.0}, {"top_p": 0.9999})
 
@@ -118,6 +119,10 @@ def test_select_tokens_takes_what_the_oracle_takes(shape, resident, monkeypatch)
     ranking = Ranking("select_tokens", token_scores, False)
     ranking.check_against_oracle(STAGES, x, token_budget=20)
     ranking.check_against_oracle(STAGES, x, token_budget=7, budget_fraction=0.3, sink_tokens=3, recent_tokens=5)
+    # Few enough pages and tokens for one set: the oracle's.
+    for options in (TWO_LEVELS, TWO_LEVELS | {"token_budget": shape.page_size + 1, "page_fraction": 0.1}):
+        got, want = STAGES.select_tokens(**x.arguments("select_tokens", **options)), x.oracle("select_tokens", **options)
+        assert torch.equal(got[1], want[1]) and (got[0] != want[0]).sum() <= 2
     # Equal scores everywhere: the lowest positions.
     x.k_quant.fill_(0x55)
     x.k_scale.fill_(1.0)

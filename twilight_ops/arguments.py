@@ -135,6 +135,7 @@ class Policy(NamedTuple):
         pruning: share of weight to keep.
         always: tokens that no decision leaves out.
         dense_below: tokens; sequences no longer than this attend to everything, decided on the device.
+        page_fraction: of "shadow_prefix", the share of a sequence's pages whose tokens are scored, see `select_tokens`; 1 is all of them.
     """
 
     selector: str
@@ -142,6 +143,7 @@ class Policy(NamedTuple):
     pruning: Pruning = Pruning()
     always: Always = Always()
     dense_below: int = 0
+    page_fraction: float = 1.0
 
     @property
     def prunes(self) -> bool:

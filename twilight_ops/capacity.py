@@ -54,6 +54,10 @@ class Limits(NamedTuple):
         forced = -(-self.sink_tokens // page_size) + -(-self.recent_tokens // page_size) + 1
         return min(self.max_tokens // page_size, max(-(-self.candidate_tokens // page_size), forced))
 
+    def kept_pages_capacity(self, page_size: int, page_fraction: float) -> int:
+        """Slots of the list of pages whose tokens are scored."""
+        return max(self.page_capacity(page_size), math.ceil(page_fraction * (self.max_tokens // page_size)))
+
 
 # Layout of one row of `budget_counters` [Hkv, COUNTER_COLUMNS] int64.
 COUNTER_ROWS = 0  # calls counted: one a sequence with seq_len > 0

@@ -49,6 +49,7 @@ class Request(NamedTuple):
     recent_tokens: int
     dense_below: int
     budget_fraction: float
+    page_fraction: float
     device: DeviceLimits
     cluster_size: int = 0
     evens_out: int = -1
@@ -75,6 +76,7 @@ class Request(NamedTuple):
             *policy.always,
             policy.dense_below,
             policy.budget.budget_fraction,
+            policy.page_fraction,
             device,
         )
 

@@ -117,7 +117,8 @@ class LayerPlan:
         if self.selector is None:
             return Policy("dense", Budget(1), pruning, always, self.dense_below)
         budget = Budget(self.selector.token_budget, self.selector.budget_fraction, head_budget)
-        return Policy(self.selector.kernel, budget, pruning, always, self.dense_below)
+        page_fraction = getattr(self.selector, "page_fraction", 1.0)
+        return Policy(self.selector.kernel, budget, pruning, always, self.dense_below, page_fraction)
 
 
 @dataclass

@@ -8,13 +8,14 @@ namespace twilight {
 namespace {
 
 // Made once the length is known, and the same from then on. D channels, RP query rows padded to 1, 4 or 8.
-template <typename Value, int kHeadDim, int kPaddedRows, Selector kChosen>
+template <typename Value, int kHeadDim, int kPaddedRows, Selector kChosen, bool kTokensOfPages = false>
 struct Context {
   using T = Value;
   static constexpr int D = kHeadDim, RP = kPaddedRows;
   static constexpr Selector kSelector = kChosen;
   static constexpr bool kByPage = selects_pages(kSelector);
   static constexpr bool kByMean = kSelector == Selector::kPageMean;
+  static constexpr bool kTwoLevels = kTokensOfPages;                    // tokens are scored of the best pages alone
   static constexpr bool kByWindow = kSelector == Selector::kStreaming;  // the first and the newest tokens
   static constexpr bool kByToken = kSelector == Selector::kShadowPrefix || kByWindow;
   static constexpr bool kSelects = kByPage || kByToken;
@@ -59,6 +60,16 @@ struct Context {
            group;
   }
 };
+
+// What first scores items: of two levels pages, by their means.
+template <class C>
+__device__ __forceinline__ decltype(auto) first_level(const C& c) {
+  if constexpr (C::kTwoLevels) {
+    return Context<typename C::T, C::D, C::RP, Selector::kPageMean>(c.p, c.cluster, c.sequence, c.head);
+  } else {
+    return (c);
+  }
+}
 
 // The block's tokens or pages of the sequence: `owned` from `first`.
 struct Share {

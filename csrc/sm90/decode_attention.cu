@@ -105,6 +105,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   request.recent_tokens = recent_tokens;
   request.dense_below = dense_below;
   request.budget_fraction = budget_fraction;
+  request.page_fraction = page_fraction;
   request.cluster_size = cluster_size;
   request.evens_out = -1;
   STD_CUDA_CHECK(read_limits(device, request.device));

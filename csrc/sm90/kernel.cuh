@@ -1,5 +1,8 @@
 // One launch a layer: candidate scores, their choice, 4-bit estimates, top-p, attention on the survivors, merge.
 //
+// In two levels (kTwoLevels) pages are scored and chosen first, and what a block then owns of the sequence is an even
+// share of their tokens.
+//
 // Grid: a cluster of C blocks a (sequence, KV head). Each block owns an even share of the sequence while scoring. Of
 // the candidates while estimating and of the survivors while attending it owns an even share too, handed over through
 // distributed shared memory, or what its own tokens gave (FusedParams::evens_out).
@@ -31,9 +34,9 @@ __device__ Run list_window(const C& c, int wanted, View<uint2> candidates) {
   return own;
 }
 
-template <typename T, int D, int RP, Selector kSelector>
+template <typename T, int D, int RP, Selector kSelector, bool kTwoLevels = false>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(const __grid_constant__ FusedParams p) {
-  using C = Context<T, D, RP, kSelector>;
+  using C = Context<T, D, RP, kSelector, kTwoLevels>;
   static_assert(sizeof(FusedShared<D, RP>) == fused_shared_bytes(D, RP), "what the host plans with");
   TWILIGHT_PHASE("start");
   const Cluster cluster = Cluster::current();
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
   const Shadow<C> shadow{c, lead_words(c)};
   const int items = by_page ? blocks_of(c.page_size(), c.live) : c.live;
   const Share share = share_of(c, items, by_page);
-  const int wanted = selects ? wanted_items(c, items) : items;
+  int wanted = selects ? wanted_items(c, items, p.capacity) : items;
 
   TileStream<C> stream{c, share, shared.streamed_tiles(), share.owned};
   if (dense) {
@@ -62,7 +65,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
   } else if (!C::kSelects) {
     list_pages(c, share.first >> p.log2_page_size, blocks_of(c.page_size(), share.owned), shared.candidates());
   }
-  load_queries(c, share, !dense, wanted < items && !C::kByWindow, 8 * shadow.lead_words, fixed.queries, shared.pages());
+  const auto& pages_of = first_level(c);
+  const int pages = blocks_of(c.page_size(), c.live);
+  const Share scored = kTwoLevels ? share_of(pages_of, pages, true) : share;
+  const bool scores = kTwoLevels ? selects : wanted < items && !C::kByWindow;
+  load_queries(pages_of, scored, !dense, scores, 8 * shadow.lead_words, fixed.queries, shared.pages());
   if (!dense) cluster.started();
   TWILIGHT_PHASE("query read");
 
@@ -72,7 +79,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
       if constexpr (C::kByWindow) {
         run = list_window(c, wanted, shared.candidates());
       } else {
-        run = choose_candidates(c, scorer_of(c, share, shadow, shared), wanted, items, shared.top_k(),
+        Share own = share;
+        int left_out = 0;
+        if constexpr (kTwoLevels) {
+          const int kept = wanted_pages(pages_of, pages);
+          left_out = (pages - kept) << p.log2_page_size;
+          wanted = min(wanted, c.live - left_out);
+          own = keep_pages(pages_of, scored, shadow.lead_words, kept, c.live - left_out, shared);
+        }
+        const int words = C::kByMean ? C::kWords : shadow.lead_words;
+        run = choose_candidates(c, scorer_of(c, own, words, left_out, shared), wanted, items, shared.top_k(),
                                 shared.candidates());
       }
       TWILIGHT_PHASE("candidates dealt");

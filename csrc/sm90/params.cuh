@@ -39,12 +39,13 @@ struct FusedTensors {
 };
 
 struct FusedParams : FusedTensors, SharedLayout {
-  double budget_fraction;
+  double budget_fraction, page_fraction;
   Selector selector;
   int prunes;
   int query_tokens, group_size, kv_heads;
   int log2_page_size, max_pages, num_pages;
   int token_budget, capacity;                   // tokens; items
+  int page_capacity;                            // pages whose tokens are scored
   int dense_below, sink_tokens, recent_tokens;  // as Limits has them
 };
 
@@ -54,6 +55,7 @@ inline FusedParams fused_params(const FusedTensors& tensors, const PlanRequest& 
   static_cast<FusedTensors&>(p) = tensors;
   static_cast<SharedLayout&>(p) = plan.layout;
   p.budget_fraction = r.budget_fraction;
+  p.page_fraction = r.page_fraction;
   p.selector = plan.selector;
   p.prunes = plan.prunes;
   p.query_tokens = r.query_tokens;
@@ -64,6 +66,7 @@ inline FusedParams fused_params(const FusedTensors& tensors, const PlanRequest& 
   p.num_pages = r.num_pages;
   p.token_budget = limits.token_budget;
   p.capacity = plan.capacity;
+  p.page_capacity = kept_pages_capacity(limits, r.page_size, r.budget_fraction, r.page_fraction);
   p.dense_below = limits.dense_below;
   p.sink_tokens = limits.sink_tokens;
   p.recent_tokens = limits.recent_tokens;

@@ -24,12 +24,13 @@ struct Scores {
   const Share share;
   const View<float> logits;  // [items][kStride]
   const float* const norm;   // [RP], what logits are lowered by
+  const int left_out = 0;    // tokens of pages that are not kept
 
   __device__ __forceinline__ View<uint32_t> levels() const { return logits.as<uint32_t>(); }
 
   // Owned items in [begin, end) compete; those before are sinks, those behind the newest, and both are always taken.
   __device__ __forceinline__ int2 competing_items() const {
-    const int newest = max(c.live - c.p.recent_tokens, 0);
+    const int newest = max(c.live - c.p.recent_tokens, 0) - left_out;
     const int begin = C::kByPage ? (c.p.sink_tokens + c.page_size() - 1) >> c.p.log2_page_size : c.p.sink_tokens;
     const int end = C::kByPage ? newest >> c.p.log2_page_size : newest;
     return make_int2(begin - share.first, end - share.first);
@@ -81,13 +82,17 @@ struct TokenScorer {
   const Share share;
   const Shadow<C> shadow;
   const Queries<C::D, RP>& q;
-  const View<uint32_t> tiles;  // first rows
+  const View<uint32_t> tiles;   // first rows
+  const View<int> tile_tokens;  // first positions, of two levels
   const Scores<C> scores;
   Sums<RP>& sums;
 
   // Row of one of this block's tokens; of the last tile's for tokens behind it.
   __device__ __forceinline__ uint32_t row_of(int token) const {
     return tiles[token / kTileTokens] + token % kTileTokens;
+  }
+  __device__ __forceinline__ int position_of(int token) const {
+    return C::kTwoLevels ? tile_tokens[token / kTileTokens] + token % kTileTokens : share.first + token;
   }
 
   static constexpr int kTiles = kBlockTokens / kTileTokens;
@@ -305,8 +310,10 @@ struct PageScorer {
   const View<uint32_t> pages;
   const Scores<C> scores;
   Sums<RP>& sums;
+  const int mean_words;  // of each mean's codes that decide
 
   __device__ __forceinline__ uint32_t row_of(int page) const { return pages[page] << c.p.log2_page_size; }
+  __device__ __forceinline__ int position_of(int page) const { return (share.first + page) << c.p.log2_page_size; }
 
   // Bounds are read in whole lines of 128 bytes, eight threads a line: half as many requests as of 64 bytes, which the
   // L2 cache serves no faster. So threads g and g ^ 1 share pages, each has the chunks of 16 bytes 8 l + 4 (g & 1) + t,
@@ -358,7 +365,10 @@ struct PageScorer {
         // Behind the last page that one again.
         const uint32_t block = pages[min(page_of(base, m, i), share.owned - 1)];
         const uint32_t* codes = reinterpret_cast<const uint32_t*>(c.p.page_means) + block * (D / 8) + kMeanWords * c.t;
-        if constexpr (kMeanWords == 4) {
+        if (kMeanWords * c.t >= mean_words) {
+#pragma unroll
+          for (int w = 0; w < kMeanWords; ++w) page.words[m][i][w] = 0;
+        } else if constexpr (kMeanWords == 4) {
           const uint4 four = load_stream(reinterpret_cast<const uint4*>(codes));
           page.words[m][i][0] = four.x, page.words[m][i][1] = four.y;
           page.words[m][i][2] = four.z, page.words[m][i][3] = four.w;
@@ -381,12 +391,13 @@ struct PageScorer {
     float gain[2], zero_gain[2];
 #pragma unroll
     for (int i = 0; i < kMeanWords; ++i) {
-      queries[i] = c.g < RP ? q.codes[kMeanWords * c.t + i][c.g % RP] : make_uint4(0, 0, 0, 0);
+      const bool read = c.g < RP && kMeanWords * c.t + i < mean_words;
+      queries[i] = read ? q.codes[kMeanWords * c.t + i][c.g % RP] : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       gain[k] = q.gain[c.row_of_column(k)];
-      zero_gain[k] = q.sum[c.row_of_column(k)];
+      zero_gain[k] = mean_words < C::kWords ? q.prefix_sum[c.row_of_column(k)] : q.sum[c.row_of_column(k)];
     }
     int base = c.warp * kStep;
     if (base < share.owned) load_means(page, base);
@@ -409,7 +420,8 @@ struct PageScorer {
         for (int n = 0; n < 2 * kMeanTiles; ++n) {
           const int m = n / 2, i = n % 2, item = page_of(base, m, i);
           const bool valid = item < share.owned && 2 * c.t + k < RP;
-          const float logit = fmaf(scale[m][i].x, acc[m][2 * i + k] * gain[k], scale[m][i].y * zero_gain[k]);
+          const float logit =
+              Scores<C>::rounded(fmaf(scale[m][i].x, acc[m][2 * i + k] * gain[k], scale[m][i].y * zero_gain[k]));
           value[n] = finite_or_masked(logit, valid);
           if (valid) scores.logits[item * RP + c.row_of_column(k)] = logit;
         }
@@ -491,14 +503,16 @@ struct PageScorer {
   }
 };
 
+// `words` of codes decide; tokens of pages that are not kept are `left_out`.
 template <class C, class Storage>
-__device__ __forceinline__ auto scorer_of(const C& c, Share share, const Shadow<C>& shadow, const Storage& shared) {
+__device__ __forceinline__ auto scorer_of(const C& c, Share share, int words, int left_out, const Storage& shared) {
   auto& fixed = shared.fixed();
-  const Scores<C> scores{c, share, shared.scores(), fixed.top_k.norm};
+  const Scores<C> scores{c, share, shared.scores(), fixed.top_k.norm, left_out};
   if constexpr (C::kByPage) {
-    return PageScorer<C>{c, share, fixed.queries, shared.pages(), scores, fixed.sums};
+    return PageScorer<C>{c, share, fixed.queries, shared.pages(), scores, fixed.sums, words};
   } else {
-    return TokenScorer<C>{c, share, shadow, fixed.queries, shared.pages(), scores, fixed.sums};
+    const Shadow<C> shadow{c, words};
+    return TokenScorer<C>{c, share, shadow, fixed.queries, shared.pages(), shared.tile_tokens(), scores, fixed.sums};
   }
 }
 

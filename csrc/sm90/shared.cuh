@@ -11,7 +11,9 @@
 //            | output rows of warps      | attend                  | attend                   | "partial rows sent"
 //            | factors of blocks         | write_output            | write_output             | the end
 // pages      | pages, tiles of the share | load_queries            | score, TopK              | "candidates dealt"
-// candidates | (row, position) of units  | TopK *, list_pages      | prune                    | "survivors listed"
+//            | tiles of the kept pages   | keep_pages              | score, TopK              | "candidates dealt"
+// candidates | kept pages                | TopK *                  | keep_pages               | "tiles listed"
+//            | (row, position) of units  | TopK *, list_pages      | prune                    | "survivors listed"
 //            |                           | list_window             | attend *, write_kept *   | "kept rows written"
 // state      | item logits, then bins    | score, count_scores     | TopK                     | "candidates dealt"
 //            | logits of candidates      | Estimator               | Thresholds               | "thresholds sent"
@@ -114,6 +116,11 @@ struct ThresholdStorage {
   const View<uint32_t> bins;  // [RP][kWeightBins] masses
 };
 
+// Most tiles of kept pages that a block scores.
+__device__ __forceinline__ int kept_tiles(int blocks, const FusedParams& p) {
+  return tiles_of_pages(blocks_of(blocks, p.page_capacity), 1 << p.log2_page_size);
+}
+
 // Views of a block's shared memory.
 template <typename T, int D, int RP>
 struct Storage {
@@ -124,6 +131,10 @@ struct Storage {
   }
   // First rows of every 16 tokens of this block's share, or page * kv_heads + head of every page.
   __device__ __forceinline__ View<uint32_t> pages() const { return {p.pages_at}; }
+  // Behind the first rows of tiles of kept pages: their first positions.
+  __device__ __forceinline__ View<int> tile_tokens() const {
+    return {p.pages_at, static_cast<int>(sizeof(uint32_t)) * kept_tiles(Cluster::current().size, p)};
+  }
   // (first row, first position) of pages or tokens.
   __device__ __forceinline__ View<uint2> candidates() const { return {p.candidates_at}; }
   // [items][Scores::kStride] base-2 logits, then bins.

@@ -23,6 +23,7 @@ struct TopK {
   const Scores<C>& scores;
   const TopKStorage<RP> s;
   const View<uint2> candidates;
+  const bool evens_out;
 
   // Histogram of this block's bins, which are made from the logits, or stored already.
   __device__ void count_scores(bool makes_bins) const {
@@ -130,15 +131,14 @@ struct TopK {
     const int quota = min(max(s.state.need - (warp_inclusive_scan(in_bin) - in_bin), 0), in_bin);
     const int first = warp_inclusive_scan(above + quota) - above - quota;
     const Run own = {__shfl_sync(~0u, first, c.cluster.rank), __shfl_sync(~0u, above + quota, c.cluster.rank)};
-    deal_candidates(__shfl_sync(~0u, quota, c.cluster.rank), c.p.evens_out ? own.first : 0, wanted);
+    deal_candidates(__shfl_sync(~0u, quota, c.cluster.rank), evens_out ? own.first : 0, wanted);
     return own;
   }
 
   // Sends this block's items above the bin, and the first `quota` of those in it, in order, to the block whose even
   // share they fall into, or keeps them.
   __device__ void deal_candidates(int quota, int to_first, int wanted) const {
-    const int even = c.p.evens_out ? blocks_of(c.cluster.size, wanted) : INT32_MAX,
-              word_count = blocks_of(32, share.owned);
+    const int even = evens_out ? blocks_of(c.cluster.size, wanted) : INT32_MAX, word_count = blocks_of(32, share.owned);
     const uint32_t cut = s.state.bin;
     int above = 0, in_bin = 0;  // items seen
     // A warp takes up to 32 words of items in a row, and each of its lanes one of these words.
@@ -168,14 +168,12 @@ struct TopK {
 #pragma unroll 1
         for (; left > 0; --left, ties &= ties - 1) bits |= ties & -ties;
       }
-      int owner = c.p.evens_out ? to / even : c.cluster.rank;
-      if (c.p.evens_out) to -= owner * even;
+      int owner = evens_out ? to / even : c.cluster.rank;
+      if (evens_out) to -= owner * even;
 #pragma unroll 1
       for (; bits != 0; bits &= bits - 1) {
         const int item = (first_word + c.lane) * 32 + __ffs(bits) - 1;
-        const uint32_t row = scorer.row_of(item);
-        const int token = C::kByPage ? (share.first + item) << c.p.log2_page_size : share.first + item;
-        c.cluster.write(&candidates[to], owner, make_uint2(row, token));
+        c.cluster.write(&candidates[to], owner, make_uint2(scorer.row_of(item), scorer.position_of(item)));
         if (++to == even) {
           to = 0;
           ++owner;
@@ -185,9 +183,9 @@ struct TopK {
   }
 };
 
-// How many of a sequence's items are chosen: the budget, and at least those that are always taken.
+// How many of a sequence's items are chosen: the budget, and at least those that are always taken and `least`.
 template <class C>
-__device__ int wanted_items(const C& c, int items) {
+__device__ int wanted_items(const C& c, int items, int capacity, int least = 0) {
   int64_t budget = c.p.head_token_budget ? max(c.p.head_token_budget[c.head], 0)
                                          : max(static_cast<int64_t>(c.p.token_budget),
                                                static_cast<int64_t>(ceil(c.live * c.p.budget_fraction)));
@@ -200,8 +198,8 @@ __device__ int wanted_items(const C& c, int items) {
   } else {
     forced = static_cast<int64_t>(c.p.sink_tokens) + c.live - newest;
   }
-  return static_cast<int>(
-      min(min(max(budget, forced), static_cast<int64_t>(items)), static_cast<int64_t>(c.p.capacity)));
+  budget = max(max(budget, forced), static_cast<int64_t>(least));
+  return static_cast<int>(min(budget, static_cast<int64_t>(min(items, capacity))));
 }
 
 template <class C>
@@ -230,17 +228,49 @@ __device__ Run choose_tokens(const TokenScorer<C>& scorer, int wanted, const Top
       sync_block("bins stored");
     }
   }
-  return TopK<C, TokenScorer<C>>{c, scorer.share, scorer, scorer.scores, storage, candidates}.select(
-      wanted, usable || !kLevels);
+  const TopK<C, TokenScorer<C>> top_k{c, scorer.share, scorer, scorer.scores, storage, candidates, c.p.evens_out != 0};
+  return top_k.select(wanted, usable || !kLevels);
 }
 
 template <class C>
 __device__ Run choose_pages(const PageScorer<C>& scorer, int wanted, const TopKStorage<C::RP>& storage,
-                            View<uint2> candidates) {
+                            View<uint2> candidates, bool evens_out) {
   scorer.score();
   exchange_norms(scorer.c, scorer.sums, storage.state.norm);
-  return TopK<C, PageScorer<C>>{scorer.c, scorer.share, scorer, scorer.scores, storage, candidates}.select(wanted,
-                                                                                                           true);
+  const TopK<C, PageScorer<C>> top_k{scorer.c, scorer.share, scorer, scorer.scores, storage, candidates, evens_out};
+  return top_k.select(wanted, true);
+}
+
+// The pages whose tokens are scored, of a sequence's `pages`.
+template <class P>
+__device__ int wanted_pages(const P& c, int pages) {
+  return wanted_items(c, pages, c.p.page_capacity, static_cast<int>(ceil(pages * c.p.page_fraction)));
+}
+
+// Keeps the `wanted` best of the pages by the leading `words` of their means, and deals them out evenly as tiles of
+// tokens; returns the block's share of the `tokens` that they hold.
+template <class P, class Storage>
+__device__ Share keep_pages(const P& c, Share share, int words, int wanted, int tokens, const Storage& shared) {
+  clear_histogram<kScoreBins>(c, shared.top_k().histogram);
+  choose_pages(scorer_of(c, share, words, 0, shared), wanted, shared.top_k(), shared.candidates(), /*evens_out=*/true);
+  c.cluster.sync("kept pages dealt");
+  const int even = blocks_of(c.cluster.size, wanted) << c.p.log2_page_size, first = c.cluster.rank * even;
+  const Share kept = {first, min(max(tokens - first, 0), even)};
+  const View<uint2> pages = shared.candidates();
+  const View<uint32_t> rows = shared.pages();
+  const View<int> positions = shared.tile_tokens();
+  // Tiles behind the last repeat it, so that whole steps of a warp can be read.
+#pragma unroll 1
+  for (int i = c.tid(); i < round_up(kept.owned, kBlockTokens) / kTileTokens; i += kThreads) {
+    const int token = min(i * kTileTokens, kept.owned - 1) & -kTileTokens;
+    const uint2 page = pages[token >> c.p.log2_page_size];
+    const int offset = token & (c.page_size() - 1);
+    rows[i] = page.x + offset;
+    positions[i] = page.y + offset;
+  }
+  sync_block("tiles listed");
+  TWILIGHT_PHASE("pages kept");
+  return kept;
 }
 
 // Makes the `wanted` best of `items` candidates, or all; returns this block's run of slots.
@@ -249,11 +279,11 @@ __device__ Run choose_candidates(const C& c, const Scorer& scorer, int wanted, i
                                  const TopKStorage<C::RP>& storage, View<uint2> candidates) {
   const int even = blocks_of(c.cluster.size, wanted);
   Run own = {c.cluster.rank * even, min(max(wanted - c.cluster.rank * even, 0), even)};
-  if (wanted < items) {
+  if (C::kTwoLevels || wanted < items) {
     clear_histogram<kScoreBins>(c, storage.histogram);
     Run found;
     if constexpr (C::kByPage) {
-      found = choose_pages(scorer, wanted, storage, candidates);
+      found = choose_pages(scorer, wanted, storage, candidates, c.p.evens_out);
     } else {
       found = choose_tokens(scorer, wanted, storage, candidates);
     }

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import capacity
+from ..arguments import Candidates
 from ..capacity import Limits
 from ._launch import Launch, cdiv, next_power_of_2
 from ._tiles import INF, LOG2E, count_tile, in_order, live_length, rank_in_order, softmax_row, store_compacted
@@ -25,20 +26,47 @@ FORCED = tl.constexpr((1 << (31 - capacity.SCORE_BIN_SHIFT)) - 1)
 
 
 @triton.jit
-def _forced_items(length, sink_tokens, recent_tokens, UNIT: tl.constexpr):
-    """Live items, the first item behind the sinks, and the first recent one: it reaches beyond token length - recent."""
+def _forced_items(length, page_counts, row, sink_tokens, recent_tokens, PAGE: tl.constexpr, UNIT: tl.constexpr):
+    """Live items, the first item behind the sinks, and the first recent one: it reaches beyond token length - recent.
+
+    Of listed pages, where there is a list of them, all items: sinks and recent ones are always in it.
+    """
     items = (length + UNIT - 1) // UNIT
-    return items, tl.minimum((sink_tokens + UNIT - 1) // UNIT, items), tl.maximum(length - recent_tokens, 0) // UNIT
+    recent = tl.maximum(length - recent_tokens, 0) // UNIT
+    if page_counts is not None:
+        left_out = ((length + PAGE - 1) // PAGE - tl.load(page_counts + row)) * PAGE
+        items -= left_out
+        recent -= left_out
+    return items, tl.minimum((sink_tokens + UNIT - 1) // UNIT, items), recent
+
+
+@triton.jit
+def _positions(pages, row, item, items, page_capacity, PAGE: tl.constexpr):
+    """Positions of the items of listed pages."""
+    position = item
+    if pages is not None:
+        page = tl.load(pages + row.to(tl.int64) * page_capacity + item // PAGE, mask=item < items, other=0)
+        position = page * PAGE + item % PAGE
+    return position
+
+
+@triton.jit
+def _ceil_share(count, fraction):
+    product = count.to(tl.float64) * tl.full([], fraction, tl.float64)
+    whole = product.to(tl.int64)
+    return whole + tl.where(whole.to(tl.float64) < product, 1, 0)
 
 
 @triton.jit
 def _row_limits(
     seq_lens,
     head_budget,
+    page_counts,
     row,
     max_pages,
     token_budget,
     budget_fraction,
+    item_fraction,
     sink_tokens,
     recent_tokens,
     capacity,
@@ -48,16 +76,13 @@ def _row_limits(
 ):
     """Length, live items, first item behind the sinks, first recent item, and items to take."""
     length = live_length(seq_lens, row // KV_HEADS, max_pages, PAGE)
-    items, sinks, recent = _forced_items(length, sink_tokens, recent_tokens, UNIT)
+    items, sinks, recent = _forced_items(length, page_counts, row, sink_tokens, recent_tokens, PAGE, UNIT)
     if head_budget is None:
-        product = length.to(tl.float64) * tl.full([], budget_fraction, tl.float64)
-        whole = product.to(tl.int64)
-        whole += tl.where(whole.to(tl.float64) < product, 1, 0)
-        budget = tl.maximum(whole, token_budget)
+        budget = tl.maximum(_ceil_share(length, budget_fraction), token_budget)
     else:
         budget = tl.maximum(tl.load(head_budget + row % KV_HEADS), 0).to(tl.int64)
     forced = tl.minimum(sinks + items - recent, items)
-    wanted = tl.maximum((budget + UNIT - 1) // UNIT, forced.to(tl.int64))
+    wanted = tl.maximum(tl.maximum((budget + UNIT - 1) // UNIT, _ceil_share(items, item_fraction)), forced.to(tl.int64))
     take = tl.minimum(tl.minimum(wanted, items.to(tl.int64)), capacity).to(tl.int32)
     return length, items, sinks, recent, take
 
@@ -114,8 +139,9 @@ def _pad_list(indices, row, count, capacity, BLOCK: tl.constexpr):
 
 @triton.jit
 def _choose_tile(
-    logits, peaks, sums, indices, row, items, sinks, recent, take, stride_logits, capacity, used, splits,
-    KV_HEADS: tl.constexpr, QUERY_TOKENS: tl.constexpr, GROUP: tl.constexpr, SPLITS_PAD: tl.constexpr, TILE: tl.constexpr,
+    logits, peaks, sums, pages, indices, row, items, sinks, recent, take, page_capacity, stride_logits, capacity, used, splits,
+    KV_HEADS: tl.constexpr, QUERY_TOKENS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """A whole row in registers."""
     item = in_order(TILE // 32)
@@ -135,7 +161,8 @@ def _choose_tile(
             beyond = middle
             above = count
     taken, _ = _above_cut(bin, cut, 0, take - above)
-    store_compacted(indices + row.to(tl.int64) * capacity, item, taken, 0, capacity)
+    position = _positions(pages, row, item, items, page_capacity, PAGE)
+    store_compacted(indices + row.to(tl.int64) * capacity, position, taken, 0, capacity)
 
 
 @triton.jit
@@ -145,13 +172,17 @@ def choose_resident_kernel(
     sums,
     seq_lens,  # [B]
     head_budget,  # [Hkv] or None
+    pages,  # [B, Hkv, page_capacity], whose tokens are the items; None: all
+    page_counts,  # [B, Hkv]
     indices,  # [B, Hkv, capacity]
     counts,  # [B, Hkv]
     max_pages,
     token_budget,
     budget_fraction: tl.float64,
+    item_fraction: tl.float64,
     sink_tokens,
     recent_tokens,
+    page_capacity,
     stride_logits,
     capacity,
     splits,
@@ -170,19 +201,20 @@ def choose_resident_kernel(
     """Grid (B * Hkv): one program chooses of one row, in the smaller of two tiles that holds its live items."""
     row = tl.program_id(0)
     length, items, sinks, recent, take = _row_limits(
-        seq_lens, head_budget, row, max_pages, token_budget, budget_fraction, sink_tokens, recent_tokens, capacity, KV_HEADS, PAGE, UNIT
-    )
+        seq_lens, head_budget, page_counts, row, max_pages, token_budget, budget_fraction, item_fraction, sink_tokens, recent_tokens,
+        capacity, KV_HEADS, PAGE, UNIT,
+    )  # fmt: skip
     if length <= dense_below:
         items = 0
         take = 0
     used = (items + CHUNK - 1) // CHUNK
     # fmt: off
     if items <= SMALL:
-        _choose_tile(logits, peaks, sums, indices, row, items, sinks, recent, take, stride_logits, capacity, used, splits, KV_HEADS,
-                     QUERY_TOKENS, GROUP, SPLITS_PAD, SMALL)
+        _choose_tile(logits, peaks, sums, pages, indices, row, items, sinks, recent, take, page_capacity, stride_logits, capacity, used,
+                     splits, KV_HEADS, QUERY_TOKENS, GROUP, PAGE, SPLITS_PAD, SMALL)
     elif LARGE > SMALL:
-        _choose_tile(logits, peaks, sums, indices, row, items, sinks, recent, take, stride_logits, capacity, used, splits, KV_HEADS,
-                     QUERY_TOKENS, GROUP, SPLITS_PAD, LARGE)
+        _choose_tile(logits, peaks, sums, pages, indices, row, items, sinks, recent, take, page_capacity, stride_logits, capacity, used,
+                     splits, KV_HEADS, QUERY_TOKENS, GROUP, PAGE, SPLITS_PAD, LARGE)
     # fmt: on
     tl.store(counts + row, take)
     if PAD:
@@ -195,6 +227,7 @@ def count_bins_kernel(
     peaks,  # [B * T * Hq, splits]
     sums,
     seq_lens,  # [B]
+    page_counts,  # [B, Hkv] or None
     bins,  # [B * Hkv, stride_logits] int16
     histogram,  # [B * Hkv, BINS] int32, zeros
     max_pages,
@@ -216,7 +249,7 @@ def count_bins_kernel(
     row = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
     length = live_length(seq_lens, row // KV_HEADS, max_pages, PAGE)
-    items, sinks, recent = _forced_items(length, sink_tokens, recent_tokens, UNIT)
+    items, sinks, recent = _forced_items(length, page_counts, row, sink_tokens, recent_tokens, PAGE, UNIT)
     if (first >= items) | (length <= dense_below):
         return
     item = first + tl.arange(0, BLOCK)
@@ -233,6 +266,8 @@ def count_bins_kernel(
 def list_bins_kernel(
     seq_lens,
     head_budget,  # [Hkv] or None
+    pages,
+    page_counts,
     bins,
     histogram,
     indices,  # [B, Hkv, capacity]
@@ -240,8 +275,10 @@ def list_bins_kernel(
     max_pages,
     token_budget,
     budget_fraction: tl.float64,
+    item_fraction: tl.float64,
     sink_tokens,
     recent_tokens,
+    page_capacity,
     stride_logits,
     capacity,
     dense_below,
@@ -254,8 +291,9 @@ def list_bins_kernel(
     """Grid (B * Hkv): one program finds the bin in which the row's budget ends, and lists the items above it and the first in it."""
     row = tl.program_id(0)
     length, items, sinks, recent, take = _row_limits(
-        seq_lens, head_budget, row, max_pages, token_budget, budget_fraction, sink_tokens, recent_tokens, capacity, KV_HEADS, PAGE, UNIT
-    )
+        seq_lens, head_budget, page_counts, row, max_pages, token_budget, budget_fraction, item_fraction, sink_tokens, recent_tokens,
+        capacity, KV_HEADS, PAGE, UNIT,
+    )  # fmt: skip
     if length <= dense_below:
         items = 0
         take = 0
@@ -270,7 +308,8 @@ def list_bins_kernel(
         item = start + in_order(BLOCK // 32)
         bin = tl.load(bins + row.to(tl.int64) * stride_logits + item, mask=item < items, other=-1).to(tl.int32)
         taken, here = _above_cut(bin, cut, before, wanted)
-        done += store_compacted(indices + row.to(tl.int64) * capacity, item, taken, done, capacity)
+        position = _positions(pages, row, item, items, page_capacity, PAGE)
+        done += store_compacted(indices + row.to(tl.int64) * capacity, position, taken, done, capacity)
         before += here
     tl.store(counts + row, take)
     if PAD:
@@ -293,14 +332,22 @@ def rank(
     limits: Limits,
     dense_below: int,
     pad: bool,
+    item_fraction: float = 0.0,
+    pages: Candidates = Candidates(),
 ) -> None:
-    """Writes the chosen items of every row, ascending, into `indices` and `counts`; `pad` fills the rest with -1."""
+    """Writes the chosen items of every row, ascending, into `indices` and `counts`; `pad` fills the rest with -1.
+
+    At least `item_fraction` of a row's items are chosen. With `pages` the items are the tokens of these.
+    """
     batch, query_tokens, heads, stride = logits.shape
     _, kv_heads, capacity = indices.shape
     rows, splits = batch * kv_heads, peaks.shape[1]
     if rows == 0:
         return
-    budget = (max_pages, limits.token_budget, limits.budget_fraction, limits.sink_tokens, limits.recent_tokens, stride)
+    page_capacity = 0 if pages.indices is None else pages.indices.shape[2]
+    listed = (pages.indices, pages.counts)
+    forced = (limits.sink_tokens, limits.recent_tokens)
+    budget = (max_pages, limits.token_budget, limits.budget_fraction, item_fraction, *forced, page_capacity, stride)
     shape = {"KV_HEADS": kv_heads, "QUERY_TOKENS": query_tokens, "GROUP": heads // kv_heads, "PAGE": page_size, "UNIT": unit}
     scores = {"CHUNK": chunk, "SPLITS_PAD": next_power_of_2(splits)}
     if num_items <= RESIDENT.block:
@@ -311,6 +358,7 @@ def rank(
             sums,
             seq_lens,
             head_budget,
+            *listed,
             indices,
             counts,
             *budget,
@@ -333,10 +381,12 @@ def rank(
         peaks,
         sums,
         seq_lens,
+        pages.counts,
         bins,
         histogram,
         max_pages,
-        *budget[3:],
+        *forced,
+        stride,
         splits,
         dense_below,
         **shape,
@@ -347,6 +397,7 @@ def rank(
     list_bins_kernel[(rows,)](
         seq_lens,
         head_budget,
+        *listed,
         bins,
         histogram,
         indices,

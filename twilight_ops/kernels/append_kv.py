@@ -147,6 +147,15 @@ def _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages,
 
 
 @triton.jit
+def _stored_range(rows_scale, block, low, high, nan, LEVELS: tl.constexpr):
+    """Writes scale and zero of a row of the whole page [1], and returns them in fp32."""
+    scale, zero = _range_scale(low, high, nan, LEVELS)
+    tl.store(rows_scale + block * 2 + tl.arange(0, 1), scale)
+    tl.store(rows_scale + block * 2 + 1 + tl.arange(0, 1), zero)
+    return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@triton.jit
 def page_bounds_kernel(
     k_cache,  # [P, Hkv, S, D]
     page_bounds,  # [P, Hkv, 2, D]
@@ -183,11 +192,7 @@ def page_bounds_kernel(
             least = tl.min(tl.where(in_dim, tl.minimum(low, high), INF), 0, keep_dims=True)
             most = tl.max(tl.where(in_dim, tl.maximum(low, high), -INF), 0, keep_dims=True)
             broken = tl.max((nan & in_dim).to(tl.int32), 0, keep_dims=True) > 0
-            scale, zero = _range_scale(least, most, broken, 255)
-            tl.store(bounds_scale + block * 2 + tl.arange(0, 1), scale)
-            tl.store(bounds_scale + block * 2 + 1 + tl.arange(0, 1), zero)
-            scale = scale.to(tl.float32)
-            zero = zero.to(tl.float32)
+            scale, zero = _stored_range(bounds_scale, block, least, most, broken, 255)
             tl.store(at, _codes(low, zero, scale, 255), mask=in_dim)
             tl.store(at + HEAD_DIM, _codes(high, zero, scale, 255), mask=in_dim)
 
@@ -237,11 +242,7 @@ def page_means_kernel(
         low = tl.min(tl.where(in_row, tl.minimum(even_mean, odd_mean), INF), 0, keep_dims=True)
         high = tl.max(tl.where(in_row, tl.maximum(even_mean, odd_mean), -INF), 0, keep_dims=True)
         nan = tl.max(((even_mean != even_mean) | (odd_mean != odd_mean)).to(tl.int32), 0, keep_dims=True) > 0
-        scale, zero = _range_scale(low, high, nan, 15)
-        tl.store(means_scale + block * 2 + tl.arange(0, 1), scale)
-        tl.store(means_scale + block * 2 + 1 + tl.arange(0, 1), zero)
-        scale = scale.to(tl.float32)
-        zero = zero.to(tl.float32)
+        scale, zero = _stored_range(means_scale, block, low, high, nan, 15)
         codes = _codes(even_mean, zero, scale, 15) | (_codes(odd_mean, zero, scale, 15) << 4)
         tl.store(page_means + block * (HEAD_DIM // 2) + byte, codes, mask=in_row)
 

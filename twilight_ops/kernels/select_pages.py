@@ -40,6 +40,7 @@ def page_logits_kernel(
     page_rows,  # [P, Hkv, 2, D] bounds, or [P, Hkv, D / 2] means
     rows_scale,  # [P, Hkv] int32: scale and zero, bf16 each; None with bounds in q's dtype
     channel_order,  # [Hkv, D], of means; None: K's own
+    prefix_channels,  # [Hkv], of means; None: whole rows
     page_table,  # [B, M]
     seq_lens,  # [B]
     logits,  # [B, T, Hq, stride_logits]
@@ -84,6 +85,9 @@ def page_logits_kernel(
     width: tl.constexpr = HEAD_DIM // 2 if MEANS else HEAD_DIM
     d = tl.arange(0, WIDTH_PAD)
     in_dim = d < width
+    if prefix_channels is not None:
+        # Whole groups of 8 channels, so that the compiler knows 4-byte alignment.
+        in_dim = d < tl.minimum(tl.maximum(tl.load(prefix_channels + head), 0), HEAD_DIM) // 8 * 4
     r = tl.arange(0, ROWS_PAD)
     in_rows = r < QUERY_TOKENS * GROUP
     query_token = r // GROUP
@@ -179,8 +183,12 @@ def propose(
     counts: Tensor,
     dense_below: int = -1,
     pad: bool = True,
+    page_fraction: float = 0.0,
 ) -> None:
-    """Fills `indices` and `counts`, by means where they are given; sequences no longer than `dense_below` are left out."""
+    """Fills `indices` and `counts`, by means where they are given; sequences no longer than `dense_below` are left out.
+
+    With a `page_fraction` the leading channels of the means decide, and at least this share of the pages is taken.
+    """
     batch, query_tokens, heads, head_dim = q.shape
     page_rows, rows_scale = means or bounds
     num_pages, kv_heads = page_rows.shape[:2]
@@ -202,6 +210,7 @@ def propose(
             page_rows,
             None if rows_scale is None else rows_scale.view(torch.int32),
             None if shadow is None else shadow.channel_order,
+            shadow.prefix_channels if page_fraction > 0.0 else None,
             *paging,
             logits,
             peaks,
@@ -226,7 +235,7 @@ def propose(
             **launch.options,
         )
     lists = (paging.seq_lens, head_token_budget, indices, counts)
-    rank(logits, peaks, sums, chunk, max_pages, *lists, max_pages, page_size, page_size, limits, dense_below, pad)
+    rank(logits, peaks, sums, chunk, max_pages, *lists, max_pages, page_size, page_size, limits, dense_below, pad, page_fraction)
 
 
 def select_pages(

@@ -186,6 +186,9 @@ class Checker:
         if budget.head_token_budget is not None:
             self.tensor("head_token_budget", budget.head_token_budget, ("Hkv",), torch.int32)
 
+    def page_fraction(self, page_fraction: float) -> None:
+        self.require(0.0 < page_fraction <= 1.0, "page_fraction", "0 < page_fraction <= 1", page_fraction)
+
     def always(self, always: Always) -> None:
         self.at_least("sink_tokens", always.sink_tokens, 0)
         self.at_least("recent_tokens", always.recent_tokens, 0)

@@ -2,14 +2,21 @@
 
 from torch import Tensor
 
-from ..arguments import Always, Budget, Paging, Shadow
+from ..arguments import Always, Budget, PageMeans, Paging, Shadow
 from ..capacity import Limits
 from ._checks import Checker
 from ._library import Operator, empty_lists
 
 
 def select_tokens(
-    q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always = Always()
+    q: Tensor,
+    shadow: Shadow,
+    paging: Paging,
+    budget: Budget,
+    sm_scale: float,
+    always: Always = Always(),
+    means: PageMeans | None = None,
+    page_fraction: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Selects tokens of the largest prefix scores, one ascending list a KV head.
 
@@ -20,6 +27,10 @@ def select_tokens(
     budget ends the lowest positions. A score's bin is its fp32 pattern without the last 20 bits: eight bins an octave, each 7 to 12%
     wide; those below 2**-96 share one. A token whose score is NaN or +inf ranks above all others.
 
+    With a `page_fraction` below 1 pages are scored first, each as one token by the same leading channels of its mean, and of n pages
+    max(ceil(page_fraction n), ceil(budget / S)) are taken, chosen as `select_pages` chooses. Only their tokens are then scored and taken,
+    and a budget beyond them is all of them.
+
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
         shadow: as `append_kv` writes it.
@@ -27,6 +38,8 @@ def select_tokens(
         budget: tokens. It and `always` may be larger than the table and then mean all of it.
         sm_scale: factor on q . k, usually D ** -0.5.
         always: the first and newest tokens, which are always among the candidates.
+        means: of the shadow's keys, as `append_kv` writes them beside it; None with a page_fraction of 1.
+        page_fraction: 0 < page_fraction <= 1.
 
     Returns:
         indices [B, Hkv, capacity] int32 positions, ascending, unique, -1 pads; counts [B, Hkv] int32.
@@ -36,10 +49,19 @@ def select_tokens(
 
     Source: this package; heavy channels as in Double Sparsity, arXiv 2408.07092, read from the pruner's own shadow.
     """
-    return OPERATOR(q, shadow, paging, budget, sm_scale, always)
+    return OPERATOR(q, shadow, paging, budget, sm_scale, always, means, page_fraction)
 
 
-def check(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always) -> None:
+def check(
+    q: Tensor,
+    shadow: Shadow,
+    paging: Paging,
+    budget: Budget,
+    sm_scale: float,
+    always: Always,
+    means: PageMeans | None,
+    page_fraction: float,
+) -> None:
     c = Checker("select_tokens", q)
     c.query(q)
     c.shadow(shadow)
@@ -47,10 +69,21 @@ def check(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: f
     c.paging(paging)
     c.budget(budget, always)
     c.scale(sm_scale)
+    c.page_fraction(page_fraction)
+    c.means(means, "a tensor, because page_fraction is below 1" if page_fraction < 1.0 else None)
     c.no_gradients()
 
 
-def outputs(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always) -> tuple[Tensor, Tensor]:
+def outputs(
+    q: Tensor,
+    shadow: Shadow,
+    paging: Paging,
+    budget: Budget,
+    sm_scale: float,
+    always: Always,
+    means: PageMeans | None,
+    page_fraction: float,
+) -> tuple[Tensor, Tensor]:
     limits = Limits.of(paging.page_table.shape[1] * shadow.k_scale.shape[2], q.shape[1], budget, always)
     return empty_lists(q, q.shape[0], shadow.k_scale.shape[1], limits.token_capacity)
 

@@ -69,6 +69,11 @@ def unpack_shadow(k_quant: Tensor, prefix_channels: Tensor, page_size: int) -> T
     return torch.where(odd, byte >> 4, byte & 15)
 
 
+def unpack_means(page_means: Tensor) -> Tensor:
+    """Codes [P, Hkv, D] uint8, channels as they are stored."""
+    return torch.stack([page_means & 15, page_means >> 4], dim=-1).flatten(-2)
+
+
 def pack_codes(codes: Tensor) -> Tensor:
     """Two codes a byte, the even channel in the low nibble."""
     return (codes[..., ::2] | (codes[..., 1::2] << 4)).to(torch.uint8)

@@ -38,6 +38,14 @@ def row_budget(seq_lens: Tensor, kv_heads: int, limits: Limits, head_token_budge
     return fraction.clamp(min=limits.token_budget)[:, None].expand(-1, kv_heads)
 
 
+def best_pages(logits: Tensor, seq_lens: Tensor, page_size: int, limits: Limits, wanted: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """`wanted` [B, Hkv] pages a row by their logits [B, T, Hkv, G, M]; those of sinks and of the newest tokens first."""
+    first = torch.arange(logits.shape[-1], device=logits.device) * page_size
+    live = (first < seq_lens[:, None])[:, None].expand(-1, logits.shape[2], -1)
+    forced = (first < limits.sink_tokens) | (first + page_size > seq_lens[:, None] - limits.recent_tokens)
+    return take_best(group_scores(logits, live), live, forced[:, None].expand_as(live), wanted, capacity)
+
+
 def take_best(scores: Tensor, live: Tensor, forced: Tensor, budget: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """`budget` live items a row, forced ones first, then by bins of their scores: ascending indices, -1 pads, and counts.
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..arguments import Always, Budget, PageBounds, PageMeans, Paging, Shadow
 from ..capacity import Limits
-from ._paging import compute_dtype, dequantise
-from ._top_k import group_scores, row_budget, take_best
+from ._paging import compute_dtype, dequantise, unpack_means
+from ._top_k import best_pages, row_budget
 
 
 def select_pages(
@@ -31,8 +31,7 @@ def select_pages(
     pages = page_table.long().clamp(0, num_pages - 1)
     grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)
     if means is not None:
-        codes = torch.stack([means.page_means & 15, means.page_means >> 4], dim=-1).flatten(-2)
-        rows = dequantise(codes, means.means_scale, dtype)[pages]  # [B, M, Hkv, D]
+        rows = dequantise(unpack_means(means.page_means), means.means_scale, dtype)[pages]  # [B, M, Hkv, D]
         if shadow is not None:
             grouped = grouped.gather(-1, shadow.channel_order.long()[:, None].expand_as(grouped))
         logits = torch.einsum("bthgd,bmhd->bthgm", grouped, rows)
@@ -45,11 +44,5 @@ def select_pages(
         logits = torch.einsum("bthgd,bmhd->bthgm", grouped.clamp(max=0), extremes[..., 0, :])
         logits = logits + torch.einsum("bthgd,bmhd->bthgm", grouped.clamp(min=0), extremes[..., 1, :])
 
-    pages = torch.arange(max_pages, device=q.device)
-    live = (pages * page_size < seq_lens[:, None])[:, None].expand(-1, kv_heads, -1)
-    scores = group_scores(logits * sm_scale, live)
-
-    newest = seq_lens[:, None] - limits.recent_tokens
-    forced = (pages * page_size < limits.sink_tokens) | ((pages + 1) * page_size > newest)
-    wanted = row_budget(seq_lens, kv_heads, limits, budget.head_token_budget)
-    return take_best(scores, live, forced[:, None].expand_as(live), -(-wanted // page_size), limits.page_capacity(page_size))
+    wanted = -(-row_budget(seq_lens, kv_heads, limits, budget.head_token_budget) // page_size)
+    return best_pages(logits * sm_scale, seq_lens, page_size, limits, wanted, limits.page_capacity(page_size))

@@ -3,16 +3,25 @@
 import torch
 from torch import Tensor
 
-from ..arguments import Always, Budget, Paging, Shadow
+from ..arguments import Always, Budget, PageMeans, Paging, Shadow
 from ..capacity import Limits
-from ._paging import all_tokens, compute_dtype, dequantise, gather_tokens, unpack_shadow
-from ._top_k import group_scores, row_budget, take_best
+from ._paging import all_tokens, compute_dtype, dequantise, gather_tokens, unpack_means, unpack_shadow
+from ._top_k import best_pages, group_scores, row_budget, take_best
 
 
-def select_tokens(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_scale: float, always: Always) -> tuple[Tensor, Tensor]:
+def select_tokens(
+    q: Tensor,
+    shadow: Shadow,
+    paging: Paging,
+    budget: Budget,
+    sm_scale: float,
+    always: Always,
+    means: PageMeans | None,
+    page_fraction: float,
+) -> tuple[Tensor, Tensor]:
     (k_quant, k_scale, channel_order, prefix_channels, _), (page_table, seq_lens) = shadow, paging
     batch, query_tokens, heads, head_dim = q.shape
-    _, kv_heads, page_size, _ = k_scale.shape
+    num_pages, kv_heads, page_size, _ = k_scale.shape
     max_pages = page_table.shape[1]
     dtype = compute_dtype(q)
     limits = Limits.of(max_pages * page_size, query_tokens, budget, always)
@@ -29,8 +38,19 @@ def select_tokens(q: Tensor, shadow: Shadow, paging: Paging, budget: Budget, sm_
     logits = torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale
 
     live = tokens < seq_lens[:, None, None]
+    wanted = row_budget(seq_lens, kv_heads, limits, budget.head_token_budget)
+    if page_fraction < 1.0:
+        assert means is not None  # as checked
+        rows = torch.where(leading, dequantise(unpack_means(means.page_means), means.means_scale, dtype), 0.0)
+        rows = rows[page_table.long().clamp(0, num_pages - 1)]  # [B, M, Hkv, D]
+        page_logits = torch.einsum("bthgd,bmhd->bthgm", grouped, rows) * sm_scale
+        share = (-(-seq_lens // page_size).double() * page_fraction).ceil().long()
+        pages = torch.maximum(share[:, None], -(-wanted // page_size))
+        capacity = limits.kept_pages_capacity(page_size, page_fraction)
+        listed, _ = best_pages(page_logits, seq_lens, page_size, limits, pages, capacity)
+        kept = live.new_zeros(batch, kv_heads, max_pages + 1).scatter_(2, listed.long() % (max_pages + 1), True)
+        live = live & kept[..., :max_pages].repeat_interleave(page_size, dim=-1)
     scores = group_scores(logits, live)
     newest = seq_lens[:, None, None] - limits.recent_tokens
     forced = (tokens < limits.sink_tokens) | (tokens >= newest)
-    wanted = row_budget(seq_lens, kv_heads, limits, budget.head_token_budget)
     return take_best(scores, live, forced, wanted, limits.token_capacity)

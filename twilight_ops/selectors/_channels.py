@@ -1,4 +1,5 @@
-"""How a shadow prefix is calibrated from a prompt: which channels lead, and how many of them are enough for each KV head.
+"""The shadow prefix as a selector: how it proposes, what that reads, and how it is calibrated from a prompt: which channels lead, and how
+many of them are enough for each KV head.
 
 Keys count as they are coded, less `center` [Hkv, D]: what all keys share decides nothing.
 """
@@ -10,7 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import Candidates, Paging
 from ..calibration import PREFIX_STEP
+from ..layer import PagedKVLayer, stored_bytes
+from ..ops.select_tokens import select_tokens
 from ..reference._paging import dequantise, quantise
 
 RECENT_QUERIES = 256  # newest queries of the prompt that stand for the ones to come
@@ -21,6 +25,28 @@ SAMPLED_TOKENS = 4096  # about as many of a longer prompt stand for all, evenly 
 SINK_TOKENS = 16  # that every query may attend to, so that no sample may miss one: the first ones, all of them
 # A shorter prompt has too few tokens for a top-n/8 to mean anything: the whole row stays the prefix, which loses nothing.
 MIN_TOKENS = 64
+
+
+def propose(q: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
+    """`Selector.select` with the layer's own prefix."""
+    assert layer.shadow is not None
+    policy, paging = layer.policy, Paging(page_table, seq_lens)
+    lists = select_tokens(q, layer.shadow, paging, policy.budget, sm_scale, policy.always, layer.means, policy.page_fraction)
+    return Candidates(*lists)
+
+
+def scan_bytes(layer: PagedKVLayer) -> list[float]:
+    """`Selector.scan_bytes`: the prefix and (scale, zero) of the pages that are kept, and the same of every page's mean."""
+    assert layer.shadow is not None
+    pages = layer.policy.page_fraction
+    share = pages if pages == 1.0 else pages + 1 / layer.page_size
+    return [share * (channels / 2 + 2 * stored_bytes(layer.shadow.k_scale)) for channels in layer.shadow.prefix_channels.tolist()]
+
+
+def estimate_bytes(layer: PagedKVLayer) -> list[float]:
+    """`Selector.estimate_bytes`: the scan has read the prefix and the scale."""
+    assert layer.shadow is not None
+    return [(layer.head_dim - channels) / 2 for channels in layer.shadow.prefix_channels.tolist()]
 
 
 def channel_order(q: Tensor, k: Tensor, positions: Tensor | None, center: Tensor) -> Tensor:

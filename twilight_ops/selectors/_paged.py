@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import PageMeans
+
+
+def allocate_means(layer) -> PageMeans:
+    """4-bit means of the layer's pages, which `append_kv` keeps from then on."""
+    shape = (layer.kv.k_cache.shape[0], layer.num_kv_heads)
+    codes = layer.new_pages((*shape, layer.head_dim // 2), dtype=torch.uint8)
+    return PageMeans(codes, layer.new_pages((*shape, 2), dtype=torch.bfloat16))
+
 
 def allocate_rows(layer, width: int, dtype: torch.dtype) -> Tensor:
     """Zeros [P + 1, Hkv, S, width]; the last page takes the rows that `write_rows` must skip, so that every shape stays fixed."""

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .. import calibration
 from .._settings import integer, normalise, one_of, optional, path
-from ..arguments import Candidates, Paging
+from ..arguments import Candidates
 from ..layer import Selector, stored_bytes
-from ..ops.select_tokens import select_tokens
 from ..reference._top_k import group_scores
+from . import _channels
 from ._paged import allocate_rows, read_rows, write_rows
 from ._rank import best_tokens, group_query, live_tokens, real_rows
 
@@ -103,8 +103,7 @@ class DoubleSparsity(Selector):
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         if self.uses_shadow:
-            policy = layer.policy
-            return Candidates(*select_tokens(q, layer.shadow, Paging(page_table, seq_lens), policy.budget, sm_scale, policy.always))
+            return _channels.propose(q, layer, page_table, seq_lens, sm_scale)
         state = layer.selector_state
         query = group_query(q, layer.num_kv_heads)  # [B, T, Hkv, G, D]
         channels = state["heavy_channels"].long()[:, None].expand(*query.shape[:-1], -1)
@@ -117,12 +116,10 @@ class DoubleSparsity(Selector):
 
     def scan_bytes(self, layer) -> list[float]:
         if self.uses_shadow:
-            return [min(self.heavy_channels, layer.head_dim) / 2 + 2 * stored_bytes(layer.shadow.k_scale)] * layer.num_kv_heads
+            return _channels.scan_bytes(layer)
         state = layer.selector_state
         names = [name for name in ("labels", "label_scale") if name in state]
         return [float(sum(state[name].shape[3] * stored_bytes(state[name]) for name in names))] * layer.num_kv_heads
 
     def estimate_bytes(self, layer) -> list[float]:
-        found = super().estimate_bytes(layer)
-        # The scan has read the labels and the scale.
-        return [a - b for a, b in zip(found, self.scan_bytes(layer), strict=True)] if self.uses_shadow else found
+        return _channels.estimate_bytes(layer) if self.uses_shadow else super().estimate_bytes(layer)

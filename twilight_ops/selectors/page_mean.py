@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..arguments import Candidates, PageMeans, Paging
+from ..arguments import Candidates, Paging
 from ..layer import Selector, stored_bytes
 from ..ops.select_pages import select_pages
+from ._paged import allocate_means
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class PageMean(Selector):
     kernel: ClassVar[str] = "page_mean"
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
-        shape = (layer.kv.k_cache.shape[0], layer.num_kv_heads)
-        codes = layer.new_pages((*shape, layer.head_dim // 2), dtype=torch.uint8)
-        layer.means = PageMeans(codes, layer.new_pages((*shape, 2), dtype=torch.bfloat16))
+        layer.means = allocate_means(layer)
         return {}
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:

@@ -5,16 +5,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .._settings import integer, normalise, number, optional, path
-from ..arguments import Candidates, Paging
-from ..layer import Selector, stored_bytes
-from ..ops.select_tokens import select_tokens
+from .._settings import integer, normalise, number, optional, path, share
+from ..arguments import Candidates
+from ..layer import Selector
+from . import _channels
 from ._channels import MIN_TOKENS, channel_order, shortest_prefix
+from ._paged import allocate_means
 
 
 @dataclass(frozen=True)
 class ShadowPrefix(Selector):
-    """Token-granular selection that needs no metadata beyond the pruner's own shadow.
+    """Token-granular selection that needs no metadata beyond the pruner's own shadow, and for two levels the means of its pages.
 
     Channels are ordered by mean |q_d| |k_d|, keys less their centre, and each KV head's prefix is the shortest that loses at most `tau`
     of true attention mass at the budget, both calibrated from the first prompt that fills the cache, or loaded from a file.
@@ -23,6 +24,8 @@ class ShadowPrefix(Selector):
         token_budget: floor of the budget in tokens.
         budget_fraction: candidates as a share of the live length.
         tau: largest share of attention mass that the worst query head of a KV head may lose to its prefix.
+        page_fraction: share of the pages whose tokens are scored, 0 < page_fraction <= 1: those with the best prefix scores of their 4-bit
+            means, and at least as many as hold the budget. 1 scores every token, and no means are kept.
         prefix_channels: a fixed prefix for every KV head, a multiple of 8, instead of the calibrated one.
         calibration: path of a file written by `python -m twilight_ops calibrate`; None takes TwilightConfig's, and where it has none
             calibrates from the prompt.
@@ -32,6 +35,7 @@ class ShadowPrefix(Selector):
     # .0067 and +.8% with 768, .0045 and +.6% with 1024, for 11.5, 13.8 and 15.9% of the bytes. From 6k tokens on it changes nothing.
     token_budget: int = 768
     budget_fraction: float = 0.125
+    page_fraction: float = 1.0
     tau: float = 0.03
     prefix_channels: int | None = None
     calibration: str | None = None
@@ -44,6 +48,7 @@ class ShadowPrefix(Selector):
         super().__post_init__()
         normalise(
             self,
+            page_fraction=share(),
             tau=number(above=0.0, below=1.0),
             prefix_channels=optional(integer(8, multiple_of=8)),
             calibration=optional(path),
@@ -51,6 +56,8 @@ class ShadowPrefix(Selector):
 
     def allocate(self, layer, previous) -> dict[str, Tensor]:
         integer(8, layer.head_dim, multiple_of=8)(type(self).__name__, "prefix_channels", self.prefix_channels or layer.head_dim)
+        if self.page_fraction < 1.0:
+            layer.means = allocate_means(layer)
         return {}
 
     def reset(self, layer) -> None:
@@ -70,13 +77,10 @@ class ShadowPrefix(Selector):
             layer.shadow.prefix_channels.copy_(shortest_prefix(q, k, positions, center, order, *budget))
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
-        policy = layer.policy
-        return Candidates(*select_tokens(q, layer.shadow, Paging(page_table, seq_lens), policy.budget, sm_scale, policy.always))
+        return _channels.propose(q, layer, page_table, seq_lens, sm_scale)
 
     def scan_bytes(self, layer) -> list[float]:
-        scale = 2 * stored_bytes(layer.shadow.k_scale)
-        return [channels / 2 + scale for channels in layer.shadow.prefix_channels.tolist()]
+        return _channels.scan_bytes(layer)
 
     def estimate_bytes(self, layer) -> list[float]:
-        # The scan has read the prefix and the scale.
-        return [(layer.head_dim - channels) / 2 for channels in layer.shadow.prefix_channels.tolist()]
+        return _channels.estimate_bytes(layer)

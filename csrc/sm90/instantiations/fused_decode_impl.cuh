@@ -7,9 +7,9 @@
 namespace twilight {
 namespace {
 
-template <typename T, int D, int RP, Selector kSelector>
+template <typename T, int D, int RP, Selector kSelector, bool kTwoLevels = false>
 void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const auto kernel = fused_decode_kernel<T, D, RP, kSelector>;
+  const auto kernel = fused_decode_kernel<T, D, RP, kSelector, kTwoLevels>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   if (cluster_size > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   TWILIGHT_REMEMBER_CLOCK();
@@ -18,7 +18,9 @@ void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_
 
 template <typename T, int D, int RP>
 void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const auto launcher = p.selector == Selector::kDense          ? launch_kernel<T, D, RP, Selector::kDense>
+  const bool two_levels = p.selector == Selector::kShadowPrefix && p.page_fraction < 1.0;
+  const auto launcher = two_levels                              ? launch_kernel<T, D, RP, Selector::kShadowPrefix, true>
+                        : p.selector == Selector::kDense        ? launch_kernel<T, D, RP, Selector::kDense>
                         : p.selector == Selector::kQuest        ? launch_kernel<T, D, RP, Selector::kQuest>
                         : p.selector == Selector::kPageMean     ? launch_kernel<T, D, RP, Selector::kPageMean>
                         : p.selector == Selector::kStreaming    ? launch_kernel<T, D, RP, Selector::kStreaming>
