@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from twilight_ops import DoubleSparsity, Full, PageMean, Quest, ShadowPrefix, TwilightConfig  # noqa: E402
 from twilight_ops.decode_step import append  # noqa: E402
 from twilight_ops.integration import Decoder, LosslessDecoder, Sampling, Speculation, TwilightCache, generate  # noqa: E402
+from twilight_ops.integration.compile import regions  # noqa: E402
 from twilight_ops.integration.hf.speculate import Acceptance, best_length, judge, look_up  # noqa: E402
 from twilight_ops.layer import PagedKVLayer  # noqa: E402
 
@@ -176,11 +177,15 @@ def test_a_second_turn_goes_on_where_the_first_ended(model, source):
     assert torch.equal(*turns)
 
 
-def test_two_compiled_graphs_serve_every_draft_length(model, monkeypatch):
+@pytest.mark.filterwarnings("error:compile_regions")
+@pytest.mark.parametrize("in_regions", [False, True])
+def test_two_compiled_graphs_serve_every_draft_length(model, monkeypatch, in_regions):
     ids, mask = prompts()
     expected, _ = dense_run(model, ids, mask)
     torch._dynamo.reset()
-    monkeypatch.setattr(loop, "lookup_backend", lambda _: lookup_backend("aot_eager"))
+    fast = lookup_backend("aot_eager")
+    monkeypatch.setattr(regions, "lookup_backend", lambda _: fast)
+    monkeypatch.setattr(loop, "lookup_backend", lambda _: regions.compile_regions if in_regions else fast)
     decoder, _ = lossless(model, speculation=7, capture="compile")
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = decoder.generate(ids, mask, max_new_tokens=NEW)
