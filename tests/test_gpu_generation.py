@@ -197,7 +197,5 @@ def test_lossless_tokens_are_the_likeliest_of_dense_attention_up_to_rounding(mod
     finally:
         model.set_attn_implementation("twilight")
     short = logits.amax(-1) - logits.gather(2, found.tokens[..., None])[..., 0]
-    print(
-        f"{source}: {found.drafts}, {(short > 0).sum()} tokens of {short.numel()} not the first of dense, short by at most {short.max():.4f}"
-    )
+    print(f"{source}: {found.drafts}, {(short > 0).sum()} of {short.numel()} tokens not the likeliest, short by at most {short.max():.4f}")
     assert short.max() < 0.1 * logits.std()
