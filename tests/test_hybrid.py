@@ -1,6 +1,10 @@
 """Models that mix full attention with windows, chunks, states, shared K and V and sinks: one cache, equal to transformers' own."""
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,3 +329,17 @@ def test_hybrid_sinks_leave_the_kept_sets_alone_and_take_their_share_of_what_is_
         expected = oracle(q.transpose(1, 2), k, v, visible[..., :101].repeat_interleave(2, 1), Scores(scale, None, sinks))
         assert (outputs[-1].view(4, 64) - expected[0, :, 0]).abs().max() < 1e-5
     assert torch.equal(kept[0][0], kept[1][0]) and (kept[0][1] < 101).all()
+
+
+GEMMA = Path(os.environ.get("TWILIGHT_GEMMA3_270M", "gemma3_270m"))
+
+
+@pytest.mark.skipif(
+    not (GEMMA / "model.gguf").exists(),
+    reason=f"no {GEMMA}/model.gguf (TWILIGHT_GEMMA3_270M names its folder): examples/gemma3_needle.py fetches it",
+)
+def test_hybrid_gemma3_270m_finds_a_number_among_two_thousand_tokens():
+    example = Path(__file__).parents[1] / "examples" / "gemma3_needle.py"
+    done = subprocess.run([sys.executable, str(example), str(GEMMA.resolve()), "--tokens", "2000"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 sliding_attention layers are not Twilight's" in done.stdout

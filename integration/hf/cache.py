@@ -422,9 +422,6 @@ def read_layers(config, max_cache_len: int) -> tuple[list[str | Window], list[in
     def fail(argument: str, expected: str, got: object) -> None:
         raise ValueError(f"TwilightCache: {argument}: expected {expected}, got {got}")
 
-    for field in ("num_hidden_layers", "num_attention_heads"):
-        if not isinstance(size := getattr(config, field, None), int):
-            fail(field, "one number for all layers", f"{size} in {name}")
     # The cache works through transformers' attention interface; a model with attention of its own would read K and V itself.
     model = MODEL_MAPPING.get(type(config), None) if type(config) in MODEL_MAPPING else None
     code = None if model is None else sys.modules[model.__module__]
@@ -432,6 +429,9 @@ def read_layers(config, max_cache_len: int) -> tuple[list[str | Window], list[in
         fail("config", "a model that calls transformers' attention interface", f"{name}, which has attention of its own")
     if any(isinstance(it, type) and issubclass(it, Cache) and it.__module__ == code.__name__ for it in vars(code or sys).values()):
         fail("config", "a model that takes every cache of transformers", f"{name}, which has a cache of its own")
+    for field in ("num_hidden_layers", "num_attention_heads"):
+        if not isinstance(size := getattr(config, field, None), int):
+            fail(field, "one number for all layers", f"{size} in {name}")
     types, settings = get_layer_types_and_kwargs(config)
     unknown = sorted(set(types) - KINDS)
     if unknown:
