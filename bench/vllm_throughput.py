@@ -17,6 +17,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,24 @@ class Worker(BudgetReports):
             names = {f"FLASH_ATTN {versions.flash_attention(self.model_runner.model_config.get_head_size())[1]}"}
         graphs = getattr(getattr(self.model_runner, "cudagraph_manager", None), "graphs", ())
         return f"{', '.join(sorted(names))}, full graphs of {sorted(graph.num_tokens for graph in graphs)} tokens"
+
+    def forbid_waits(self) -> None:
+        """From here on, what our backend does on the host in a step raises where it waits for the GPU."""
+        from twilight_ops.integration.vllm.backend import TwilightImpl, TwilightMetadataBuilder
+
+        def never_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                before = torch.cuda.get_sync_debug_mode()
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    torch.cuda.set_sync_debug_mode(before)
+
+            return call
+
+        TwilightMetadataBuilder.build = never_waiting(TwilightMetadataBuilder.build)  # type: ignore[method-assign]
+        TwilightImpl.forward = never_waiting(TwilightImpl.forward)  # type: ignore[method-assign]
 
     def draw_weights(self) -> None:
         """Normal weights: queries and keys whose products have the standard deviation SPREAD, outputs as small as trained ones."""
@@ -89,7 +108,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     import vllm
     from vllm import LLM, SamplingParams
 
@@ -142,7 +161,6 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         return time.perf_counter() - start
 
     prefill = seconds(most, 1)
-    rows = []
     for batch in args.batch:
         seconds(batch, WARM_UP)
         if args.twilight is not None:
@@ -171,20 +189,22 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         }
         if args.twilight is not None:
             row["kept"] = llm.collective_rpc("twilight_budget_report")[0]["text"].splitlines()[-1]
-        rows.append(row)
-    return rows
+        yield row
+    if args.twilight is not None and torch.cuda.is_available():
+        llm.collective_rpc("forbid_waits")
+        seconds(most, WARM_UP)
+        print("neither building metadata nor prompts of ours waited for the GPU")
 
 
 def main() -> None:
     args = arguments()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process may have asked for its GPUs already
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args, Path(folder))
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    print(text, end="")
-    if args.json is not None:
-        with args.json.open("a") as file:
-            file.write(text)
+        for row in measure(args, Path(folder)):
+            print(json.dumps(row), flush=True)
+            if args.json is not None:
+                with args.json.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
