@@ -88,6 +88,7 @@ def decode(
     query_tokens: int = 1,
     group: int = 4,
     model_bounds: bool = False,
+    page_fraction: float = 1.0,
     head_top_p: torch.Tensor | None = None,
 ):
     """One append and one staged decode step of nothing: only launches are made, and those are recorded."""
@@ -107,7 +108,7 @@ def decode(
     append_kv(*new, cache, paging, None, shadow, bounds, means)
     q = empty(batch, query_tokens, kv_heads * group, dim, dtype=dtype)
     counters = torch.empty(kv_heads, COUNTER_COLUMNS, dtype=torch.int64)
-    policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p))
+    policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p), page_fraction=page_fraction)
     decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means)
     return q, shadow, paging
 
@@ -116,6 +117,7 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     half, brain = torch.float16, torch.bfloat16
     q, shadow, paging = decode("quest", brain, 128, 16, 2048)
     decode("shadow_prefix", brain, 128, 16, 2048)
+    decode("shadow_prefix", brain, 128, 16, 2048, page_fraction=0.5)
     decode("page_mean", brain, 128, 16, 2048)
     decode("page_mean", half, 96, 32, 64, group=8)
     decode("page_mean", torch.float32, 256, 16, 32, group=1)
@@ -130,6 +132,7 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     decode("shadow_prefix", half, 96, 32, 4, query_tokens=2, group=3)
     # Rows of 131072 tokens: ranked from a bound, pruned in loops.
     decode("shadow_prefix", half, 64, 16, 8192)
+    decode("shadow_prefix", half, 64, 16, 8192, page_fraction=0.5)
     decode("full", brain, 128, 16, 8192, head_top_p=empty(1, 8))
     # The operators that decode_attention does not go through as they are.
     weights = estimate_weights(q, shadow, paging, Candidates(), 0.1)

@@ -32,7 +32,8 @@ def test_regions_of_a_block_buffer_do_not_overlap_and_fit(selector, dim, page_si
     assert size % dtype.itemsize == 0
     buffer = torch.zeros(pages, KV_HEADS, page_size, size // dtype.itemsize, dtype=dtype)
     layer = carve_layer(plan, buffer, HEADS, dim)
-    parts = [*layer.kv, layer.shadow.k_quant, layer.shadow.k_scale, *(x for x in layer.bounds or () if x is not None)]
+    pages_of = (*(layer.bounds or ()), *(layer.means or ()))
+    parts = [*layer.kv, layer.shadow.k_quant, layer.shadow.k_scale, *(x for x in pages_of if x is not None)]
     for number, part in enumerate(parts, start=1):
         assert part.data_ptr() % 64 == 0
         part.view(torch.uint8).fill_(number)
