@@ -44,6 +44,7 @@ constexpr const char* kSchemas[] = {
     "Tensor? counts=None, int tokens_per_index=1, Tensor(a!)? budget_counters=None, Tensor(b!)? "
     "kept_indices=None, Tensor(c!)? kept_counts=None, Tensor? page_means=None, Tensor? means_scale=None, "
     "Tensor(d!)? out=None) -> (Tensor attended, Tensor lse)",
+    "_first_requiring_grad(Tensor[] tensors) -> int",
 };
 
 // Tensors are asked for gradients in Python alone, and a call that cannot ask must not go on as if none were wanted.
