@@ -5,6 +5,7 @@
 # test-matrix   the installed wheel from another folder: avx2 and default, 1 and 2 threads, random order, 40 and 200 columns
 # coverage      all tests, with the share of lines they ran by file
 # smoke         two minutes of evaluation that fail when a default has become worse
+# docs          the documentation as a site, in build/site; every warning is an error
 # demo, demo-tp a real model on one process, on two
 # bench-cpu     bench/results/cpu_decode_attention.jsonl; bench-base BASE=COMMIT compares this checkout with another
 # On an sm_90 machine whose GPU_PYTHON holds a CUDA build of PyTorch: gpu-install, gpu-test, gpu-test-vllm, gpu-sanitize, gpu-bench
@@ -102,6 +103,10 @@ help:
 .PHONY: smoke
 smoke: venv
 	$(PY) -m twilight_ops eval --smoke
+
+.PHONY: docs
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 demo: venv
 	$(PY) -m twilight_ops demo

@@ -43,6 +43,10 @@ LAYER_METHODS = {
     "stages_shadow_prefix_eighth": ("ours, shadow prefix, Triton stages", "C1"),
     "twilight_quest": ("ours, Quest", "C0"),
     "twilight_shadow_prefix_eighth": ("ours, shadow prefix", "C3"),
+    "shadow_prefix:0.95": ("ours, shadow prefix, p .95", "C3"),
+    "shadow_prefix:0.95:budget_fraction=0.142857,page_fraction=0.25": ("ours, shadow prefix in two levels, p .95", "C1"),
+    "page_mean:n/4:0.95": ("ours, page means n/4, p .95", "C9"),
+    "quest:n/4:0.95": ("ours, Quest n/4, p .95", "C0"),
     "speed_of_light_shadow_prefix_eighth": ("only reading the shadow prefix's bytes", "C2"),
 }
 MODEL_METHODS = {
@@ -97,7 +101,7 @@ def grouped(panels: Sequence[Panel], columns: int, methods: dict[str, tuple[str,
         ax.set_ylabel(ylabel, fontsize=8)
     handles = [Patch(color=methods[name][1], label=methods[name][0]) for name in methods if name in drawn]
     handles.append(plt.Line2D([], [], color="0.2", linestyle=":", linewidth=0.8, label=line))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3 if columns < 3 else 5, fontsize=8, frameon=False)
     return figure
 
 
@@ -131,7 +135,9 @@ def speedups(rows: Sequence[dict]) -> dict[Cell, dict[str, float]]:
     us: dict[Cell, dict[str, float]] = {}
     for row in rows:
         if "median_us" in row and "method" in row and "stage" not in row and row.get("accuracy") != results.NOT_EQUAL:
-            us.setdefault(cell_of(row), {})[row["method"]] = row["median_us"]
+            # A method that was asked for by its setting goes by it.
+            name = row["setting"] if ":" in row["method"] and row["method"].startswith("twilight_") else row["method"]
+            us.setdefault(cell_of(row), {})[name] = row["median_us"]
     return {cell: {name: by[FA2] / by[name] for name in LAYER_METHODS if name in by} for cell, by in sorted(us.items()) if FA2 in by}
 
 
@@ -147,7 +153,12 @@ def draw_speedup(rows: Sequence[dict]) -> plt.Figure:
         raise ValueError(f"expected cells of decode_attention with {FA2} and others, got none")
     panels = [panel for _, panel in sorted(found.items())]
     columns = len({key[2] for key in found})
-    return grouped(panels, columns, LAYER_METHODS, "speed-up over FlashAttention 2", "as fast as FlashAttention 2")
+    figure = grouped(panels, columns, LAYER_METHODS, "speed-up over FlashAttention 2", "as fast as FlashAttention 2")
+    told = {(row["machine"], row["dtype"], row["shape"]["D"]) for row in rows if "median_us" in row and row.get("method") == FA2}
+    figure.suptitle(
+        "one layer of attention a decode step, " + "; ".join(f"{m}, {d}, head dimension {n}" for m, d, n in sorted(told)), fontsize=9
+    )
+    return figure
 
 
 def stages(rows: Sequence[dict]) -> list[tuple[str, dict[str, float], float | None]]:

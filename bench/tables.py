@@ -5,7 +5,7 @@ A table stands between two comments, the first of which names its maker and its 
     <!-- table: accuracy bench/results/accuracy_qwen.jsonl -->
     <!-- end of table -->
 
-`support -` is asked of the code instead.
+Settings behind the file leave out rows of others. `support -` is asked of the code instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 
@@ -24,9 +25,10 @@ from twilight_ops.ops._checks import HEAD_DIMS
 from . import rows
 from .rows import EQUAL, ROOT
 
-BLOCK = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (\w+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 FILES = ("README.md", "docs/*.md")
 
+FIELDS = {"budget_fraction": "tokens", "page_fraction": "pages"}
 SELECTORS = {
     "full": "Full",
     "shadow_prefix": "ShadowPrefix",
@@ -35,26 +37,30 @@ SELECTORS = {
     "double_sparsity": "DoubleSparsity",
     "streaming": "Streaming",
 }
-# Methods of a speed table, and what they are called there, in the order of its columns.
-METHODS = {
-    "twilight_dense": "ours, dense",
-    "twilight_shadow_prefix": "ShadowPrefix",
-    "twilight_shadow_prefix_eighth": "ShadowPrefix",
-    "twilight_page_mean": "PageMean",
-    "twilight_quest": "Quest",
-    "twilight_full": "Full",
-}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines))
 
 
-def method_of(row: dict) -> str:
-    """ShadowPrefix, p .95; Quest n/4, p .95."""
-    name, *settings = row["method"].split(":")
-    shown = " ".join([SELECTORS.get(name, name), *settings]).replace(",", ", ").replace("_", " ")
-    return f"{shown}, p {share(row['top_p'])}"
+def named(setting: str) -> str:
+    """ShadowPrefix, p .95, 1/2 of the pages: of `shadow_prefix:0.95:page_fraction=0.5`."""
+    name, *parts = setting.split(":")
+    words = [SELECTORS.get(name, name)]
+    for part in parts:
+        if re.fullmatch(r"\d*\.\d+", part):
+            words.append(f"p {share(float(part))}")
+        elif "=" in part:
+            fields = dict(field.split("=") for field in part.split(" ")[0].split(","))
+            words += [f"{parts_of(float(value))} of the {FIELDS[field]}" for field, value in sorted(fields.items()) if field in FIELDS]
+            words += [" ".join(part.split(" ")[1:])] if " " in part else []
+        else:
+            words.append(part)
+    return ", ".join(words)
+
+
+def parts_of(value: float) -> str:
+    return str(Fraction(value).limit_denominator(64))
 
 
 def share(value: float) -> str:
@@ -70,7 +76,7 @@ def accuracy(found: Sequence[dict]) -> str:
         mass = [row.get(f"mass_{name}") for name in ("mean", "p1", "lowest")]
         lines.append(
             [
-                method_of(row),
+                named(f"{row['method']}:{row['top_p']:.2f}"),
                 f"{row['kl']:.4f}",
                 f"{row['worst_kl']:.3f}",
                 f"{row['top1']:.3f}",
@@ -96,31 +102,48 @@ def speed(found: Sequence[dict]) -> str:
     A sparse row that is not at equal accuracy has its time, and no ratio.
     """
     timed = [row for row in found if "median_us" in row]
-    ours = [name for name in METHODS if any(row["method"] == name for row in timed)]
-    cells = list(dict.fromkeys((shape_of(row), row["dtype"]) for row in timed))
+    ours = list(dict.fromkeys(_column(row) for row in timed if row["method"].startswith("twilight_")))
+    cells = list(dict.fromkeys(shape_of(row) for row in timed))
     lines = []
-    for shape, dtype in cells:
-        cell = {row["method"]: row for row in timed if (shape_of(row), row["dtype"]) == (shape, dtype)}
-        peers = [row for row in cell.values() if row["method"] not in METHODS and "ratio_to_best_dense" in row and not _is_floor(row)]
-        if not peers:
-            continue
-        best = min(peers, key=lambda row: row["median_us"])
-        times = [_time(cell.get(name), best) for name in ours]
-        lines.append([shape, dtype, f"{best['median_us']:,.0f} ({best['method']})", *times])
-    return markdown(("shape", "dtype", "best dense, us", *(METHODS[name] for name in ours)), lines)
+    for shape in cells:
+        cell = [row for row in timed if shape_of(row) == shape]
+        best = min((row for row in cell if _is_peer(row)), key=lambda row: row["median_us"])
+        by_column = {_column(row): row for row in cell if row["method"].startswith("twilight_")}
+        times = [_time(by_column.get(name), best) for name in ours]
+        lines.append([shape, f"{best['median_us']:,.0f} ({best['method']})", *times])
+    return markdown(("shape", "best dense, us", *("ours, dense" if name == "twilight_dense" else named(name) for name in ours)), lines)
 
 
-def _is_floor(row: dict) -> bool:
-    return row["method"].startswith("speed_of_light") or row["method"].startswith("stages_")
+def _column(row: dict) -> str:
+    return row.get("setting") or row["method"]
+
+
+def _is_peer(row: dict) -> bool:
+    return not row["method"].startswith(("twilight_", "speed_of_light_", "stages_"))
 
 
 def _time(row: dict | None, best: dict) -> str:
     if row is None:
         return ""
     time = f"{row['median_us']:,.0f}"
-    if row.get("takes_dense_path"):
-        return f"{time}, dense"
-    return time if row.get("accuracy", EQUAL) != EQUAL else f"{time} ({best['median_us'] / row['median_us']:.1f}x)"
+    counts = row["method"] == "twilight_dense" or row.get("accuracy", EQUAL) == EQUAL
+    return f"{time} ({best['median_us'] / row['median_us']:.2f}x)" if counts else time
+
+
+def serving(found: Sequence[dict]) -> str:
+    """Decode steps of vLLM with its own attention and with ours."""
+    own = {row["batch"]: row for row in found if row["method"] == "vllm"}
+    lines = [
+        [
+            f"{row['batch']} x {row['length'] // 1024}k",
+            *(f"{r['tokens_per_s']:,.0f} tokens/s, {r['ms_per_step']:.1f} ms" for r in (own[row["batch"]], row)),
+            f"{row['tokens_per_s'] / own[row['batch']]['tokens_per_s']:.2f}x",
+        ]
+        for row in found
+        if row["method"] == "twilight"
+    ]
+    attention = next(iter(own.values()))["attention"].split(",")[0]
+    return markdown(("batch", f"vLLM, {attention}", "vLLM, twilight", "ratio"), lines)
 
 
 def support() -> str:
@@ -142,7 +165,7 @@ def _serves(head_dim: int, query_rows: int) -> str:
     return explain(q, layer.kv, paging, layer.policy, head_dim**-0.5, **groups, device="cuda").kernel
 
 
-MAKERS: dict[str, Callable[[Sequence[dict]], str]] = {"accuracy": accuracy, "speed": speed}
+MAKERS: dict[str, Callable[[Sequence[dict]], str]] = {"accuracy": accuracy, "serving": serving, "speed": speed}
 
 
 def rewritten(text: str) -> str:
@@ -153,10 +176,14 @@ def rewritten(text: str) -> str:
     """
 
     def make(match: re.Match[str]) -> str:
-        begin, maker, path, _, end = match.groups()
+        begin, maker, path, settings, _, end = match.groups()
         if maker != "support" and maker not in MAKERS:
             raise ValueError(f"tables: expected one of support, {', '.join(MAKERS)}, got {maker}")
-        table = support() if maker == "support" else MAKERS[maker](rows.read(ROOT / path))
+        if maker == "support":
+            return f"{begin}\n{support()}\n{end}"
+        wanted = settings.split()
+        found = [row for row in rows.read(ROOT / path) if not wanted or row.get("setting") is None or row["setting"] in wanted]
+        table = MAKERS[maker](found)
         return f"{begin}\n{table}\n{end}"
 
     return BLOCK.sub(make, text)

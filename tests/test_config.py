@@ -234,15 +234,30 @@ def test_the_largest_integers_keep_everything(selector, everything):
 
 def test_a_cache_that_can_never_be_sparse_says_so_and_from_which_length_it_would_be():
     config = TwilightConfig()
-    rows = BREAK_EVEN["cuda"].row_tokens // 40_000
+    rows = BREAK_EVEN["cuda"].scored_row_tokens // 40_000
+    assert BREAK_EVEN["cuda"].scored_row_tokens // rows == 40_329
     message = config.never_sparse(32, 32_768, "cuda", rows)
-    assert "32768" in message and "dense_below = 40000" in message and "first sparse length is 40001" in message
-    assert config.never_sparse(32, 40_001, "cuda", rows) is None
-    assert config.never_sparse(32, 40_000, "cuda", rows) is not None
+    assert "32768" in message and "dense_below = 40329" in message and "first sparse length is 40330" in message
+    assert config.never_sparse(32, 40_330, "cuda", rows) is None
+    assert config.never_sparse(32, 40_329, "cuda", rows) is not None
     assert dataclasses.replace(config, dense_below=0).never_sparse(32, 32_768, "cuda", rows) is None
     assert dataclasses.replace(config, dense_layers=32).never_sparse(32, 512, "cpu", 1) is None  # dense is what it asks for
     kept = dataclasses.replace(config, dense_below=0, recent_tokens=500).never_sparse(32, 512, "cpu", 1)
     assert "first and newest 516 tokens" in kept and "first sparse length is 517" in kept
+
+
+@pytest.mark.parametrize(
+    ("selector", "lengths"),
+    [
+        (ShadowPrefix(), (131_072, 16_384, 5_242)),
+        (ShadowPrefix(page_fraction=0.25), (40_000, 5_000, 1_600)),
+        (Full(), (131_072, 16_384, 5_242)),
+        (Quest(), (40_000, 5_000, 1_600)),
+    ],
+)
+def test_what_scores_every_token_pays_later_than_what_scores_pages(selector, lengths):
+    plans = [TwilightConfig(selector).layer_plan(0, "cuda", batch * 8) for batch in (1, 8, 25)]
+    assert tuple(plan.dense_below for plan in plans) == lengths
 
 
 def test_a_paged_cache_warns_once_that_it_can_never_be_sparse():

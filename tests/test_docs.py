@@ -62,14 +62,15 @@ def test_paths_exist(name):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """What the programs take for given: a model's folder and a prompt."""
+    """What the programs take for given: a model, its folder and a prompt."""
     pytest.importorskip("transformers")
     import twilight_ops.integration.hf  # noqa: F401  registers attn_implementation="twilight"
     from twilight_ops.cli.models import random_tiny
 
     folder = tmp_path_factory.mktemp("model")
-    random_tiny(torch.device("cpu"), torch.float32).save_pretrained(folder)
-    return {"path": str(folder), "input_ids": torch.randint(1, 256, (1, 600))}
+    model = random_tiny(torch.device("cpu"), torch.float32)
+    model.save_pretrained(folder)
+    return {"path": str(folder), "model": model, "input_ids": torch.randint(1, 256, (1, 600))}
 
 
 @pytest.mark.parametrize("name", [page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "python")])

@@ -473,7 +473,7 @@ def test_cells_of_another_run_are_not_gone_on_with(tmp_path):
 def test_a_missing_model_is_named(tmp_path):
     args = arguments(tmp_path / "out")
     args.random_tiny, args.model = False, "/nowhere"
-    with pytest.raises(ValueError, match="model: expected a folder with config.json, a .gguf file or smollm2, got /nowhere"):
+    with pytest.raises(ValueError, match="model: expected a folder with config.json, a .gguf file, a Hub id or smollm2, got /nowhere"):
         command.run(args)
 
 

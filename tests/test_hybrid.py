@@ -228,7 +228,7 @@ def test_hybrid_report_and_sizes_name_the_layers_that_are_not_ours():
 
 def test_hybrid_a_model_of_windows_alone_says_that_nothing_is_pruned():
     ours, _ = models("mistral")
-    with pytest.warns(UserWarning, match="expected layers of full attention, got none: nothing is pruned"):
+    with pytest.warns(UserWarning, match="expected a model with layers of full attention, got none: nothing is pruned"):
         cache = TwilightCache(ours.config, EXACT, 1, MAX_CACHE_LEN)
     assert cache.budget_report().layers == []
 

@@ -503,7 +503,7 @@ for arguments in ([], *([name] for name in commands())):
         main([*arguments, "--help"])
     except SystemExit as stop:
         assert stop.code == 0, arguments
-assert {"info", "generate", "calibrate", "eval", "demo", "demo-tp"} <= set(commands())
+assert {"info", "generate", "chat", "calibrate", "eval", "demo", "demo-tp"} == set(commands())
 assert main(["info"]) == 0
 sys.exit(main(["calibrate", "--random-tiny", "--text", sys.argv[1], "--out", sys.argv[2]]))
 """
@@ -511,7 +511,7 @@ sys.exit(main(["calibrate", "--random-tiny", "--text", sys.argv[1], "--out", sys
 
 def test_info_and_every_help_need_torch_alone_and_what_needs_more_says_which_extra(server, tmp_path):
     done = server.run(WITHOUT_EXTRAS, ROOT / "LICENSE", tmp_path / "out.safetensors", folder=ROOT, environment=own_environment())
-    assert "cpu kernels: " in done.stdout and done.stdout.count("usage: ") == 7, done.stderr
+    assert "cpu kernels: " in done.stdout and done.stdout.count("usage: ") == 8, done.stderr
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "pip install 'twilight_ops[" in done.stderr
 

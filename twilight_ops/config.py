@@ -148,7 +148,7 @@ class TwilightConfig:
         return LayerPlan(
             selector=selector,
             top_p=self.top_p if override.top_p is None else override.top_p,
-            dense_below=BREAK_EVEN[device_type].tokens(kv_rows) if self.dense_below is None else self.dense_below,
+            dense_below=BREAK_EVEN[device_type].tokens(kv_rows, selector) if self.dense_below is None else self.dense_below,
             sink_tokens=0 if selector is None else pick("sink_tokens", self.page_size),
             recent_tokens=0 if selector is None else pick("recent_tokens", RECENT_TOKENS),
             head_token_budget=override.head_token_budget,
@@ -196,23 +196,29 @@ class TwilightConfig:
 class BreakEven:
     """Live length up to which reading everything is at least as fast as deciding what to read.
 
-    Deciding takes a fixed time, in which the device reads `row_tokens` tokens of one KV head; more heads and sequences share them.
+    Deciding takes a time in which the device reads `row_tokens` tokens of one KV head, or `scored_row_tokens` where a selector scores most
+    tokens one by one; more heads and sequences share them.
     """
 
     least: int
     row_tokens: int
+    scored_row_tokens: int
     reason: str
 
-    def tokens(self, kv_rows: int) -> int:
-        return max(self.least, self.row_tokens // max(1, kv_rows))
+    def tokens(self, kv_rows: int, selector: Selector | None) -> int:
+        scored = selector is not None and selector.scores_tokens
+        return max(self.least, (self.scored_row_tokens if scored else self.row_tokens) // max(1, kv_rows))
 
 
 BREAK_EVEN: Mapping[str, BreakEven] = {
-    "cpu": BreakEven(512, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.jsonl)"),
+    "cpu": BreakEven(512, 0, 0, "B 1, 32/8 heads, L 1024: 2 to 3 times as fast as dense (bench/results/cpu_decode_attention.jsonl)"),
     "cuda": BreakEven(
         512,
         320_000,
+        1 << 20,
         "H200, 32/8 heads, us a layer, dense against Quest: B 64 L 1k 75 / 50; B 8 L 4k 37 / 29; B 1 L 16k 23 / 31, L 32k 38 / 33. Between "
-        "other kernels deciding takes 13 us longer: a step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4",
+        "other kernels deciding takes 13 us longer: a step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4. On "
+        "data of a real model, p .95, dense / shadow prefix / page means: B 1 L 128k 131 / 148 / 81; B 8 L 32k 247 / 160 / 110 "
+        "(bench/results/h200_qwen_data.jsonl)",
     ),
 }

@@ -36,6 +36,7 @@ class Selector:
     name: ClassVar[str] = ""
     kernel: ClassVar[str] = "given"  # the `selector` argument of decode_attention; "given": `select` is called first
     uses_shadow: ClassVar[bool] = False  # even where nothing is pruned
+    scores_tokens: ClassVar[bool] = False  # most of them, one by one, rather than pages: takes longer to pay
 
     def __post_init__(self) -> None:
         normalise(self, token_budget=tokens(1), budget_fraction=number(0.0, 1.0))

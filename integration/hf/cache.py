@@ -387,11 +387,15 @@ class TwilightCache(Cache):
         return self.paged.nbytes() | ({"others": sum(others)} if others else {})
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that a decode step reads or writes, once: what an export makes buffers. None before the cache is allocated."""
+        """Every tensor that a decode step reads or writes, once: what an export makes buffers. None before the cache is allocated.
+
+        The states of other layers are transformers' own, and not among them.
+        """
         paged, sequences = self.paged, self.sequences
         found = [tensor for layer in paged.layers for tensor in layer.tensors()]
+        found += [tensor for layer in self.layers if getattr(layer, "ring", None) is not None for tensor in (layer.keys, layer.values)]
         if found:
-            found += [paged.page_table, paged.seq_lens, sequences.step_lens, sequences.seen]
+            found += [paged.page_table, paged.seq_lens, sequences.step_lens, sequences.seen, sequences.reach]
         return list({id(tensor): tensor for tensor in found}.values())
 
     def batch_repeat_interleave(self, repeats: int) -> None:

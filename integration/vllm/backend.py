@@ -335,7 +335,7 @@ class TwilightImpl(AttentionImpl[TwilightMetadata]):
         if self.engine.settings.config.dense_below is not None:
             return paged
         if rows not in self._by_rows:
-            dense_below = BREAK_EVEN[self.engine.device_type].tokens(rows * self.num_kv_heads)
+            dense_below = BREAK_EVEN[self.engine.device_type].tokens(rows * self.num_kv_heads, paged.plan.selector)
             self._by_rows[rows] = replace(paged, policy=paged.policy._replace(dense_below=dense_below))
         return self._by_rows[rows]
 

@@ -170,7 +170,7 @@ def test_without_dense_below_a_step_takes_the_break_even_of_its_own_batch():
     engine = SimpleNamespace(device_type="cuda", settings=SimpleNamespace(config=config))
     impl = SimpleNamespace(engine=engine, num_kv_heads=8, _by_rows={})
     lengths = {rows: backend.TwilightImpl._for_rows(impl, layer, rows).policy.dense_below for rows in (1, 4, 64)}
-    assert lengths == {1: 40_000, 4: 10_000, 64: layer.policy.dense_below}
+    assert lengths == {1: 131_072, 4: 32_768, 64: layer.policy.dense_below}
     assert backend.TwilightImpl._for_rows(impl, layer, 4).kv is layer.kv
     engine.settings.config = replace(config, dense_below=7)
     assert backend.TwilightImpl._for_rows(impl, layer, 1) is layer

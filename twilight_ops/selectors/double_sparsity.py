@@ -38,6 +38,7 @@ class DoubleSparsity(Selector):
     calibration: str | None = None
 
     name: ClassVar[str] = "double_sparsity"
+    scores_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ class Full(Selector):
 
     name: ClassVar[str] = "full"
     kernel: ClassVar[str] = "full"
+    scores_tokens: ClassVar[bool] = True
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         return Candidates()

@@ -54,6 +54,10 @@ class ShadowPrefix(Selector):
             calibration=optional(path),
         )
 
+    @property
+    def scores_tokens(self) -> bool:  # type: ignore[override]
+        return self.page_fraction > 0.25
+
     def allocate(self, layer, previous) -> dict[str, Tensor]:
         integer(8, layer.head_dim, multiple_of=8)(type(self).__name__, "prefix_channels", self.prefix_channels or layer.head_dim)
         if self.page_fraction < 1.0:
