@@ -363,7 +363,7 @@ def test_in_bf16_every_token_is_the_likeliest_up_to_rounding():
     exact = make_model(dtype=torch.float64)
     exact.load_state_dict(model.state_dict())
     for attention in (model, exact):
-        attention.set_attn_implementation("sdpa")
+        attention.set_attn_implementation("eager")  # PyTorch's sdpa in bf16 asks for AVX-512 even where it is told to do without
     with torch.no_grad():
         logits, rounded = (each(torch.cat([ids, found.tokens], 1)).logits[:, 59:-1].double() for each in (exact, model))
     short = logits.amax(-1) - logits.gather(2, found.tokens[..., None])[..., 0]
