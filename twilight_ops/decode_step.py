@@ -29,8 +29,8 @@ def attend(
     sm_scale: float,
     kept_indices: Tensor | None = None,
     kept_counts: Tensor | None = None,
-    dense: bool = False,
     out: Tensor | None = None,
+    dense: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D], written in place if given, and lse [B, T, Hq].
 
