@@ -18,6 +18,7 @@ from fractions import Fraction
 import torch
 
 from twilight_ops import Paging, TwilightConfig, explain
+from twilight_ops.evaluation.methods import selector_classes
 from twilight_ops.explanation import FUSED
 from twilight_ops.layer import allocate_layer
 from twilight_ops.ops._checks import HEAD_DIMS
@@ -29,14 +30,6 @@ BLOCK = re.compile(r"(<!-- table: (\w+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of
 FILES = ("README.md", "docs/*.md")
 
 FIELDS = {"budget_fraction": "tokens", "page_fraction": "pages"}
-SELECTORS = {
-    "full": "Full",
-    "shadow_prefix": "ShadowPrefix",
-    "quest": "Quest",
-    "page_mean": "PageMean",
-    "double_sparsity": "DoubleSparsity",
-    "streaming": "Streaming",
-}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -46,7 +39,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def named(setting: str) -> str:
     """ShadowPrefix, p .95, 1/2 of the pages: of `shadow_prefix:0.95:page_fraction=0.5`."""
     name, *parts = setting.split(":")
-    words = [SELECTORS.get(name, name)]
+    words = [selector_classes()[name].__name__]
     for part in parts:
         if re.fullmatch(r"\d*\.\d+", part):
             words.append(f"p {share(float(part))}")
@@ -177,14 +170,13 @@ def rewritten(text: str) -> str:
 
     def make(match: re.Match[str]) -> str:
         begin, maker, path, settings, _, end = match.groups()
-        if maker != "support" and maker not in MAKERS:
-            raise ValueError(f"tables: expected one of support, {', '.join(MAKERS)}, got {maker}")
         if maker == "support":
             return f"{begin}\n{support()}\n{end}"
+        if maker not in MAKERS:
+            raise ValueError(f"tables: expected one of support, {', '.join(MAKERS)}, got {maker}")
         wanted = settings.split()
         found = [row for row in rows.read(ROOT / path) if not wanted or row.get("setting") is None or row["setting"] in wanted]
-        table = MAKERS[maker](found)
-        return f"{begin}\n{table}\n{end}"
+        return f"{begin}\n{MAKERS[maker](found)}\n{end}"
 
     return BLOCK.sub(make, text)
 

@@ -96,6 +96,15 @@ def test_one_line_after_an_interruption_says_how_to_go_on(capsys, monkeypatch, o
     assert (code, out) == (130, "") and told in err and len(err.strip().splitlines()) == 1
 
 
+def test_an_interruption_before_a_command_is_loaded_is_one_line_too(capsys, monkeypatch):
+    def stopped(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "_load", stopped)
+    code, out, err = run(capsys, "eval", "--out", "somewhere")
+    assert (code, out) == (130, "") and err.strip().endswith("eval: interrupted; nothing was written")
+
+
 @pytest.mark.parametrize("selector", ["shadow_prefix", "quest:token_budget=64", "dense"])
 def test_generate_streams_tokens_and_shows_the_table(capsys, prose, tmp_path, selector):
     result = tmp_path / "result.json"

@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     available = commands()
     # Only the command that is asked for is imported: the others may need what is not installed.
     chosen = next((argument for argument in arguments if argument in available), None)
+    args = None
     try:
         for name, text in available.items():
             command = subparsers.add_parser(name, help=text, formatter_class=_Help)
@@ -105,7 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{program} {chosen}: error: {lines[0]}{_hint(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        how = getattr(sys.modules.get(f"{cli.__name__}.{str(chosen).replace('-', '_')}"), "how_to_go_on", None)
+        # Before the arguments are read nothing has run, and the command may not even be imported.
+        how = None if args is None else getattr(_load(args.command), "how_to_go_on", None)
         print(f"\n{program} {chosen}: interrupted; {'nothing was written' if how is None else how(args)}", file=sys.stderr)
         return 130
 

@@ -6,10 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..ops._checks import MAX_QUERY_TOKENS
 from .arguments import read_text, whole
-from .generate import COMPILES, add_sampling_arguments, add_twilight_arguments, sampling_arguments, twilight_config
-from .models import add_model_arguments, context_of, device_of, load_model
+from .generate import (
+    COMPILES,
+    MIN_PREFILL_CHUNK,
+    add_capture_argument,
+    add_sampling_arguments,
+    add_twilight_arguments,
+    check_capture,
+    sampling_arguments,
+    twilight_config,
+)
+from .models import add_model_arguments, context_of, load_model
 
 HELP = "a conversation, about a long document if you like; what is cached stays, and each turn reads only what is new"
 MAX_CONTEXT = 32768
@@ -27,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=whole(16), help=f"tokens that the cache holds (default: the model's own, at most {MAX_CONTEXT})")
     add_twilight_arguments(parser)
     add_sampling_arguments(parser)
-    parser.add_argument("--capture", choices=("cuda_graph", "compile", "eager"), help="default: cuda_graph on cuda, compile on cpu")
+    add_capture_argument(parser)
 
 
 class Conversation:
@@ -86,8 +94,7 @@ class Conversation:
         pairs = zip(self.cached, ids[:-1], strict=False)
         equal = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(self.cached), len(ids) - 1))
         # A part of a few tokens that follows a filled cache would be taken for a decode step, and pruned.
-        if equal and len(ids) - equal <= MAX_QUERY_TOKENS:
-            equal = max(0, len(ids) - MAX_QUERY_TOKENS - 1)
+        equal = max(0, min(equal, len(ids) - MIN_PREFILL_CHUNK))
         if 0 < equal < len(self.cached):
             try:
                 self.decoder.cache.crop(equal)
@@ -102,9 +109,7 @@ def run(args: argparse.Namespace) -> int:
     document = None if args.prompt_file is None else read_text(args.prompt_file, "prompt-file")
     drawn = sampling_arguments(args)
     config = twilight_config(args)
-    device = device_of(args)
-    if args.capture == "cuda_graph" and device.type != "cuda":
-        raise ValueError(f"capture: expected compile or eager on {device.type}, got cuda_graph")
+    check_capture(args)
 
     import torch
 

@@ -47,12 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(MIN_PREFILL_CHUNK),
         help=f"tokens of the prompt a forward, at least {MIN_PREFILL_CHUNK} (default: all)",
     )
-    parser.add_argument("--capture", choices=("cuda_graph", "compile", "eager"), help="default: cuda_graph on cuda, compile on cpu")
+    add_capture_argument(parser)
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--budget-log", type=Path, help="write the budgets over the steps here, one JSON line a window")
     parser.add_argument(
         "--budget-log-steps", type=whole(1), help=f"steps a window (default {LOG_STEPS}; on cuda rounded up to {LOG_STEPS}s)"
     )
+
+
+def add_capture_argument(parser: argparse.ArgumentParser) -> None:
+    """--capture; see `check_capture`."""
+    parser.add_argument("--capture", choices=("cuda_graph", "compile", "eager"), help="default: cuda_graph on cuda, compile on cpu")
+
+
+def check_capture(args: argparse.Namespace) -> None:
+    """ValueError where --device or --capture asks for what this machine does not have."""
+    device = device_of(args)
+    if args.capture == "cuda_graph" and device.type != "cuda":
+        raise ValueError(f"capture: expected compile or eager on {device.type}, got cuda_graph")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,9 +193,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("prompt: expected at least 1 token, got an empty prompt")
     drawn = sampling_arguments(args)
     config = twilight_config(args)
-    device = device_of(args)
-    if args.capture == "cuda_graph" and device.type != "cuda":
-        raise ValueError(f"capture: expected compile or eager on {device.type}, got cuda_graph")
+    check_capture(args)
 
     import torch
 
