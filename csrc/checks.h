@@ -266,9 +266,10 @@ class Checker {
     if (head_token_budget.has_value()) tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
   }
 
-  void page_fraction(double page_fraction) const {
+  void level(double page_fraction, int64_t min_scored_tokens) const {
     if (!(page_fraction > 0.0 && page_fraction <= 1.0))
       fail("page_fraction", "0 < page_fraction <= 1", number(page_fraction));
+    at_least("min_scored_tokens", min_scored_tokens, 0);
   }
 
   void top_p(double top_p, const OptionalTensor& head_top_p) {

@@ -59,7 +59,7 @@ constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
 
 struct DeviceLimits {
   int multiprocessors;
-  int shared_per_block, shared_per_multiprocessor;  // bytes
+  int shared_per_block;  // bytes
 };
 
 // Shapes and settings of a call of decode_attention, and the GPU's limits. Tokens are as the caller gave them.
@@ -72,12 +72,20 @@ struct PlanRequest {
   int64_t page_size, max_pages, num_pages;
   int64_t token_budget, sink_tokens, recent_tokens, dense_below;
   double budget_fraction, page_fraction;
+  int64_t min_scored_tokens;
   DeviceLimits device;
-  // What a test decides itself; 0 and -1 leave it to the plan.
-  int64_t cluster_size, evens_out;
+  // What a test decides itself; 0 leaves it to the plan.
+  int64_t cluster_size;
 
   Limits limits() const {
     return {max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens, dense_below};
+  }
+  // Whether pages can be left out: the longest sequence has more than the least tokens.
+  bool two_levels() const {
+    return selector == Selector::kShadowPrefix && page_fraction < 1.0 && max_pages * page_size > min_scored_tokens;
+  }
+  int64_t kept_pages() const {
+    return kept_pages_capacity(limits(), page_size, budget_fraction, page_fraction, min_scored_tokens);
   }
   int64_t rows() const { return query_tokens * group_size; }
   int64_t units() const { return batch * kv_heads; }
@@ -87,8 +95,6 @@ struct PlanRequest {
 struct SharedLayout {
   int scratch_at, pages_at, candidates_at, state_at;  // bytes
   int slot_capacity;
-  // Whether blocks hand each other even shares of the candidates, and of long lists of survivors.
-  int evens_out;
 };
 
 struct Plan {

@@ -41,7 +41,7 @@ def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: 
     call = {"selector": selector, "prunes": selector != "dense", "dtype_bits": 16, "bounds_bits": 8, "head_dim": 128, "query_tokens": 1}
     call |= {"group_size": query_heads // kv_heads, "kv_heads": kv_heads, "batch": batch, "page_size": 16}
     call |= {"max_pages": -(-tokens // 16), "num_pages": batch * -(-tokens // 16), "device": launch_plan.H200, "budget_fraction": 0.0}
-    call |= {"page_fraction": 1.0}
+    call |= {"page_fraction": 1.0, "min_scored_tokens": 0}
     call |= dict.fromkeys(("token_budget", "sink_tokens", "recent_tokens", "dense_below"), 0)
     return launch_plan.plan_of(launch_plan.Request(**(call | settings)))
 
@@ -78,7 +78,7 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
         "recent_tokens": rng.choice([0, 0, 8, 70]),
     }
     if overrides["selector"] == "shadow_prefix":
-        overrides["page_fraction"] = rng.choice([1.0, 0.5, 0.5, 0.2])
+        overrides |= {"page_fraction": rng.choice([1.0, 0.5, 0.5, 0.2]), "min_scored_tokens": rng.choice([0, 0, 100, 700])}
     if rng.random() < 0.2:
         overrides["head_token_budget"] = torch.tensor(
             [rng.choice([0, 5, 100, 2000]) for _ in range(kv_heads)], dtype=torch.int32, device=device
@@ -110,7 +110,7 @@ def extreme_call(seed: int, device: str = "cpu") -> tuple[DecodeInputs, dict, in
         "recent_tokens": rng.choice([0, 8, *large]),
     }
     if overrides["selector"] == "shadow_prefix":
-        overrides["page_fraction"] = rng.choice([1.0, 0.5, 1e-9])
+        overrides |= {"page_fraction": rng.choice([1.0, 0.5, 1e-9]), "min_scored_tokens": rng.choice([0, 30, *large])}
     if rng.random() < 0.3:
         heads = torch.tensor([rng.choice([-(2**31), -1, 17, 2**31 - 1]) for _ in range(2)], dtype=torch.int32, device=device)
         overrides["head_token_budget"] = heads

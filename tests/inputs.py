@@ -25,6 +25,7 @@ DEFAULTS = {
     "recent_tokens": 0,
     "dense_below": 0,
     "page_fraction": 1.0,
+    "min_scored_tokens": 0,
 }
 # What select_pages reads instead of means, and instead of bounds.
 BY_BOUNDS = {"page_means": None, "means_scale": None}

@@ -84,7 +84,7 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     per_head = a.get("head_top_p")
     if per_head is not None:
         p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
-    request = request_of(a)._replace(cluster_size=cluster_size, evens_out=seed // 2 % 2)
+    request = request_of(a)._replace(cluster_size=cluster_size)
     structure = launch_plan.PlanLibrary(emulator).structure(request)
     shared = emulator.emulate_fused_decode(ctypes.byref(p), ctypes.byref(structure), q.dtype == torch.float16, seed)
     assert shared > 0, "the plan refuses the call"
@@ -165,12 +165,12 @@ def test_page_means_give_the_reference_sets_and_values(emulator, head_dim, group
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group, kv_heads, page_size", [(1, 3, 16), (3, 2, 64), (8, 1, 32)])
 @pytest.mark.parametrize("cluster_size", [1, 4])
-@pytest.mark.parametrize("page_fraction", [0.5, 0.1])
-def test_two_levels_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, page_size, cluster_size, page_fraction):
+@pytest.mark.parametrize("level", [(0.5, 0), (0.1, 0), (0.1, 600)])
+def test_two_levels_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, page_size, cluster_size, level):
     """Prefixes of half a row, of 8 channels and of whole rows; shares of several steps of a warp, of a page and of none."""
     shape = Shape((2531, 301, 5), group * kv_heads, kv_heads, head_dim, page_size, 1, torch.bfloat16)
     options = {"selector": "shadow_prefix", "token_budget": 40, "budget_fraction": 1 / 7, "sink_tokens": 16, "recent_tokens": 20}
-    options |= {"page_fraction": page_fraction, "top_p": 0.95}
+    options |= {"page_fraction": level[0], "min_scored_tokens": level[1], "top_p": 0.95}
     check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
 
 
@@ -188,6 +188,16 @@ def test_a_crowded_bin_gives_the_same_candidates(emulator, spread):
     """Many scores within a level of each other: whole blocks' items in the bin in which the budget ends."""
     inputs = make_inputs(Shape((5000,), 4, 1, 64, 16, 1, torch.bfloat16), spread=spread, bounds_dtype="uint8")
     check(emulator, inputs, {"selector": "shadow_prefix", "token_budget": 900, "top_p": 0.9}, 4, seed=2)
+
+
+@pytest.mark.parametrize("page_fraction", [1.0, 0.5])
+@pytest.mark.parametrize("group", [1, 4])
+def test_logits_far_below_all_others_change_nothing(emulator, group, page_fraction):
+    """As heads of real models have them: thousands of octaves below the rest."""
+    inputs = make_inputs(Shape((1500, 70), group, 1, 64, 16, 1, torch.bfloat16), bounds_dtype="uint8")
+    inputs.q.abs_()
+    inputs.k_scale[:, :, ::3, 1] = -300.0
+    check(emulator, inputs, {**PRUNED, "selector": "shadow_prefix", "token_budget": 90, "page_fraction": page_fraction}, 4, seed=2)
 
 
 def test_many_weights_that_can_decide_give_the_same_set(emulator):
@@ -223,5 +233,5 @@ def test_python_and_the_kernels_host_code_plan_alike(emulator, seed):
     inputs, overrides, cluster_size = random_call(seed)
     arguments = inputs.arguments("decode_attention", **overrides)
     chosen = request_of(arguments)
-    for request in (chosen, chosen._replace(cluster_size=cluster_size), chosen._replace(cluster_size=cluster_size, evens_out=1)):
+    for request in (chosen, chosen._replace(cluster_size=cluster_size)):
         assert launch_plan.PlanLibrary(emulator).plan(request) == launch_plan.plan_of(request)

@@ -52,9 +52,8 @@ def test_a_thousand_ragged_calls_are_as_the_reference(block):
 
 
 def fits(selector: str, tokens: int, cluster_size: int) -> bool:
-    """Whether the calls below do, however their blocks share candidates."""
-    shared = ({"evens_out": shares, "cluster_size": cluster_size, "token_budget": 2048} for shares in (0, 1))
-    return all(planned(selector, 3, tokens, 8, 2, **settings).serves for settings in shared)
+    """Whether the calls below do."""
+    return planned(selector, 3, tokens, 8, 2, cluster_size=cluster_size, token_budget=2048).serves
 
 
 @pytest.mark.parametrize("cluster_size", [1, 2, 4, 8, 16])
@@ -106,8 +105,5 @@ def test_calls_beyond_the_kernel_are_left_to_the_stages(heads, head_dim, query_t
 def test_limits_are_the_devices():
     found = torch.cuda.get_device_properties(0)
     limits = launch_plan.limits_of(0)
-    assert (limits.multiprocessors, limits.shared_per_multiprocessor) == (
-        found.multi_processor_count,
-        found.shared_memory_per_multiprocessor,
-    )
-    assert limits.shared_per_block < limits.shared_per_multiprocessor
+    assert limits.multiprocessors == found.multi_processor_count
+    assert 0 < limits.shared_per_block < found.shared_memory_per_multiprocessor

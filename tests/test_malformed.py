@@ -189,6 +189,7 @@ CASES = [
     Case("select_tokens", "page_fraction", value(0.0), "0 < page_fraction <= 1", "0"),
     Case("select_tokens", "page_fraction", value(1.5), "0 < page_fraction <= 1", "1.5"),
     Case("select_tokens", "page_fraction", value(NAN), "0 < page_fraction <= 1", "nan"),
+    Case("select_tokens", "min_scored_tokens", value(-1), ">= 0", "-1"),
     Case(
         "select_tokens",
         "page_means",
@@ -223,6 +224,7 @@ CASES = [
     Case("decode_attention", "top_p", value(-0.5), "0 < top_p <= 1", "-0.5"),
     Case("decode_attention", "dense_below", value(-1), ">= 0", "-1"),
     Case("decode_attention", "page_fraction", value(-0.5), "0 < page_fraction <= 1", "-0.5"),
+    Case("decode_attention", "min_scored_tokens", value(-16), ">= 0", "-16"),
     Case("decode_attention", "page_fraction", value(0.5), '1, unless selector is "shadow_prefix"', "0.5"),
     Case(
         "decode_attention",

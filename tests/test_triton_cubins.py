@@ -21,7 +21,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from twilight_ops import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Shadow, kernels
+from twilight_ops import (
+    KV,
+    Always,
+    Budget,
+    Candidates,
+    Observation,
+    PageBounds,
+    PageLevel,
+    PageMeans,
+    Paging,
+    Policy,
+    Pruning,
+    Shadow,
+    kernels,
+)
 from twilight_ops.capacity import COUNTER_COLUMNS
 from twilight_ops.kernels import _launch
 from twilight_ops.kernels.append_kv import append_kv
@@ -108,7 +122,7 @@ def decode(
     append_kv(*new, cache, paging, None, shadow, bounds, means)
     q = empty(batch, query_tokens, kv_heads * group, dim, dtype=dtype)
     counters = torch.empty(kv_heads, COUNTER_COLUMNS, dtype=torch.int64)
-    policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p), page_fraction=page_fraction)
+    policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p), level=PageLevel(page_fraction))
     decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means)
     return q, shadow, paging
 

@@ -120,7 +120,8 @@ def test_select_tokens_takes_what_the_oracle_takes(shape, resident, monkeypatch)
     ranking.check_against_oracle(STAGES, x, token_budget=20)
     ranking.check_against_oracle(STAGES, x, token_budget=7, budget_fraction=0.3, sink_tokens=3, recent_tokens=5)
     # Few enough pages and tokens for one set: the oracle's.
-    for options in (TWO_LEVELS, TWO_LEVELS | {"token_budget": shape.page_size + 1, "page_fraction": 0.1}):
+    fewer = ({"token_budget": shape.page_size + 1, "page_fraction": 0.1}, {"page_fraction": 0.1, "min_scored_tokens": 20})
+    for options in (TWO_LEVELS, *(TWO_LEVELS | level for level in fewer)):
         got, want = STAGES.select_tokens(**x.arguments("select_tokens", **options)), x.oracle("select_tokens", **options)
         assert torch.equal(got[1], want[1]) and (got[0] != want[0]).sum() <= 2
     # Equal scores everywhere: the lowest positions.

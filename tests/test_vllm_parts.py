@@ -24,7 +24,9 @@ def plan_of(selector, page_size=16, **fields):
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
-    "selector", [Full(), Quest(), Quest(bounds_dtype="model"), ShadowPrefix(prefix_channels=16), ShadowPrefix(page_fraction=0.5)], ids=str
+    "selector",
+    [Full(), Quest(), Quest(bounds_dtype="model"), ShadowPrefix(page_fraction=1.0), ShadowPrefix(prefix_channels=16)],
+    ids=str,
 )
 def test_regions_of_a_block_buffer_do_not_overlap_and_fit(selector, dim, page_size, dtype):
     pages, plan = 9, plan_of(selector, page_size)

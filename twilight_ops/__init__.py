@@ -1,7 +1,7 @@
 """Select-then-Prune sparse attention for decoding: registers `torch.ops.twilight.*`."""
 
 from . import backends
-from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Shadow
+from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageLevel, PageMeans, Paging, Policy, Pruning, Shadow
 from .config import LayerOverride, TwilightConfig
 from .explanation import Explanation, explain
 from .layer import PagedKVLayer, Selector
@@ -33,6 +33,7 @@ __all__ = [
     "MagicPig",
     "Observation",
     "PageBounds",
+    "PageLevel",
     "PageMean",
     "PageMeans",
     "PagedKVCache",

@@ -126,6 +126,22 @@ class Always(NamedTuple):
     recent_tokens: int = 0
 
 
+class PageLevel(NamedTuple):
+    """Whose tokens are scored: of a sequence's pages the best `page_fraction`, and at least those that hold `min_scored_tokens`.
+
+    Args:
+        page_fraction: 0 < page_fraction <= 1; 1 is all of them, one level.
+        min_scored_tokens: >= 0; sequences no longer than this have one level too.
+    """
+
+    page_fraction: float = 1.0
+    min_scored_tokens: int = 0
+
+    def applies(self, max_tokens: int) -> bool:
+        """Whether a table of so many tokens can hold a sequence of which pages are left out."""
+        return self.page_fraction < 1.0 and self.min_scored_tokens < max_tokens
+
+
 class Policy(NamedTuple):
     """What a decode step decides by.
 
@@ -135,7 +151,7 @@ class Policy(NamedTuple):
         pruning: share of weight to keep.
         always: tokens that no decision leaves out.
         dense_below: tokens; sequences no longer than this attend to everything, decided on the device.
-        page_fraction: of "shadow_prefix", the share of a sequence's pages whose tokens are scored, see `select_tokens`; 1 is all of them.
+        level: of "shadow_prefix", the pages whose tokens are scored, see `select_tokens`.
     """
 
     selector: str
@@ -143,7 +159,7 @@ class Policy(NamedTuple):
     pruning: Pruning = Pruning()
     always: Always = Always()
     dense_below: int = 0
-    page_fraction: float = 1.0
+    level: PageLevel = PageLevel()
 
     @property
     def prunes(self) -> bool:

@@ -196,18 +196,18 @@ class TwilightConfig:
 class BreakEven:
     """Live length up to which reading everything is at least as fast as deciding what to read.
 
-    Deciding takes a time in which the device reads `row_tokens` tokens of one KV head, or `scored_row_tokens` where a selector scores most
-    tokens one by one; more heads and sequences share them.
+    Deciding takes a time in which the device reads `row_tokens` tokens of one KV head, or `proposed_row_tokens` where a selector
+    proposes all of them; more heads and sequences share them.
     """
 
     least: int
     row_tokens: int
-    scored_row_tokens: int
+    proposed_row_tokens: int
     reason: str
 
     def tokens(self, kv_rows: int, selector: Selector | None) -> int:
-        scored = selector is not None and selector.scores_tokens
-        return max(self.least, (self.scored_row_tokens if scored else self.row_tokens) // max(1, kv_rows))
+        all_of_them = selector is not None and selector.proposes_all
+        return max(self.least, (self.proposed_row_tokens if all_of_them else self.row_tokens) // max(1, kv_rows))
 
 
 BREAK_EVEN: Mapping[str, BreakEven] = {
@@ -216,9 +216,8 @@ BREAK_EVEN: Mapping[str, BreakEven] = {
         512,
         320_000,
         1 << 20,
-        "H200, 32/8 heads, us a layer, dense against Quest: B 64 L 1k 75 / 50; B 8 L 4k 37 / 29; B 1 L 16k 23 / 31, L 32k 38 / 33. Between "
-        "other kernels deciding takes 13 us longer: a step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4. On "
-        "data of a real model, p .95, dense / shadow prefix / page means: B 1 L 128k 131 / 148 / 81; B 8 L 32k 247 / 160 / 110 "
-        "(bench/results/h200_qwen_data.jsonl)",
+        "H200, 32/8 heads, a real model's data, p .95, us a layer, dense / shadow prefix / page means: B 1 L 32k 38 / 40 / 35, "
+        "L 64k 67 / 54 / 53; B 4 L 8k 37 / 36 / 30; B 8 L 8k 67 / 42 / 35; B 25 L 4k 103 / 58 / 39; B 64 L 2k 125 / 90 / 58; "
+        "dense / Full: B 1 L 128k 127 / 152, B 8 948 / 902 (bench/results/h200_qwen_data.jsonl). Between other kernels 13 us longer",
     ),
 }

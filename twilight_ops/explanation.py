@@ -38,8 +38,6 @@ class Explanation:
             p = self.plan
             blocks = f"{p.grid} blocks, {p.cluster_size} a KV head of a sequence"
             lines.append(f"  selector {p.selector}, {blocks}, {p.shared_bytes:,} bytes of shared memory each")
-            if p.selector != "dense":
-                lines.append(f"  candidates {'are shared out evenly among them' if p.evens_out else 'stay with the block that found them'}")
         return "\n".join(lines)
 
 
@@ -63,7 +61,7 @@ def explain(
         q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out: what `decode_attention` takes. Its tensors may be
             on the meta device.
         device: "cpu", "cuda" or "cuda:N"; by default the device of q. "cuda" where there is no CUDA device stands for an H200 on which
-            `_C_cuda` was built: 132 multiprocessors, 227 KB of shared memory a block, 228 KB a multiprocessor.
+            `_C_cuda` was built: 132 multiprocessors, 227 KB of shared memory a block.
 
     Returns:
         An `Explanation`; `print` it.
@@ -75,8 +73,7 @@ def explain(
     Example:
         >>> print(explain(q, kv, paging, Policy("quest", Budget(8192)), 0.088, bounds=bounds, device="cuda"))
         fused CUDA kernel (no CUDA device is here: as if on an H200 with _C_cuda)
-          selector quest, 128 blocks, 2 a KV head of a sequence, 167,168 bytes of shared memory each
-          candidates stay with the block that found them
+          selector quest, 128 blocks, 2 a KV head of a sequence, 112,128 bytes of shared memory each
     """
     OPERATOR.check(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out)
     place = torch.device(q.device if device is None else device)

@@ -23,10 +23,9 @@ class DeviceLimits(NamedTuple):
 
     multiprocessors: int
     shared_per_block: int  # bytes that one block may take
-    shared_per_multiprocessor: int  # bytes
 
 
-H200 = DeviceLimits(132, 227 * 1024, 228 * 1024)  # and H100 SXM
+H200 = DeviceLimits(132, 227 * 1024)  # and H100 SXM
 
 
 class Request(NamedTuple):
@@ -50,9 +49,9 @@ class Request(NamedTuple):
     dense_below: int
     budget_fraction: float
     page_fraction: float
+    min_scored_tokens: int
     device: DeviceLimits
     cluster_size: int = 0
-    evens_out: int = -1
 
     @classmethod
     def of_call(cls, q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBounds | None, device: DeviceLimits) -> Request:
@@ -76,7 +75,7 @@ class Request(NamedTuple):
             *policy.always,
             policy.dense_below,
             policy.budget.budget_fraction,
-            policy.page_fraction,
+            *policy.level,
             device,
         )
 
@@ -90,7 +89,6 @@ class Plan(NamedTuple):
     cluster_size: int  # blocks a (sequence, KV head)
     grid: int  # blocks
     shared_bytes: int  # of shared memory a block
-    evens_out: bool  # whether a cluster's blocks hand each other even shares of the candidates
 
     @property
     def serves(self) -> bool:
@@ -102,7 +100,7 @@ _C_TYPES: dict[type, Any] = {
     bool: ctypes.c_int,
     int: ctypes.c_int64,
     float: ctypes.c_double,
-    DeviceLimits: ctypes.c_int * 3,
+    DeviceLimits: ctypes.c_int * 2,
 }
 
 
@@ -117,7 +115,6 @@ class _Plan(ctypes.Structure):
         ("reason", ctypes.c_char * 160),
         *[(name, ctypes.c_int) for name in ("selector", "prunes", "capacity", "cluster_size", "grid", "shared_bytes")],
         ("offsets", ctypes.c_int * 5),
-        ("evens_out", ctypes.c_int),
     ]
 
 
@@ -148,11 +145,11 @@ class PlanLibrary:
                 f"{self._library._name}: expected the structs of launch_plan.py, got others: it was built from other sources"
             )
         numbers = (found.capacity, found.cluster_size, found.grid, found.shared_bytes)
-        return Plan(found.reason.decode(), self.selectors[found.selector], *numbers, bool(found.evens_out))
+        return Plan(found.reason.decode(), self.selectors[found.selector], *numbers)
 
     def limits(self, device: int) -> DeviceLimits:
         """Of a CUDA device, as the operator reads them; only `_C_cuda` can."""
-        found = (ctypes.c_int * 3)()
+        found = (ctypes.c_int * 2)()
         read = self._library.twilight_device_limits
         read.restype = ctypes.c_bool
         if not read(device, found):

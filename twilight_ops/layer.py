@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._settings import normalise, number, of_length, tokens
-from .arguments import KV, Always, Budget, Candidates, PageBounds, PageMeans, Policy, Pruning, Shadow
+from .arguments import KV, Always, Budget, Candidates, PageBounds, PageLevel, PageMeans, Policy, Pruning, Shadow
 from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
 
@@ -36,7 +36,7 @@ class Selector:
     name: ClassVar[str] = ""
     kernel: ClassVar[str] = "given"  # the `selector` argument of decode_attention; "given": `select` is called first
     uses_shadow: ClassVar[bool] = False  # even where nothing is pruned
-    scores_tokens: ClassVar[bool] = False  # most of them, one by one, rather than pages: takes longer to pay
+    proposes_all: ClassVar[bool] = False  # and leaves every token to the estimates, which takes longer to pay
 
     def __post_init__(self) -> None:
         normalise(self, token_budget=tokens(1), budget_fraction=number(0.0, 1.0))
@@ -68,7 +68,7 @@ class Selector:
         """
         raise TypeError(f"{type(self).__name__} does not implement select()")
 
-    def scan_bytes(self, layer: PagedKVLayer) -> list[float]:
+    def scan_bytes(self, layer: PagedKVLayer, tokens: float) -> list[float]:
         """Bytes a KV head reads for each live token to propose candidates, one entry a head; for reports only, NaN where unknown."""
         return [float("nan")] * layer.num_kv_heads
 
@@ -118,8 +118,8 @@ class LayerPlan:
         if self.selector is None:
             return Policy("dense", Budget(1), pruning, always, self.dense_below)
         budget = Budget(self.selector.token_budget, self.selector.budget_fraction, head_budget)
-        page_fraction = getattr(self.selector, "page_fraction", 1.0)
-        return Policy(self.selector.kernel, budget, pruning, always, self.dense_below, page_fraction)
+        level = PageLevel(getattr(self.selector, "page_fraction", 1.0), getattr(self.selector, "min_scored_tokens", 0))
+        return Policy(self.selector.kernel, budget, pruning, always, self.dense_below, level)
 
 
 @dataclass

@@ -35,14 +35,13 @@ const V* data_or_null(const OptionalTensor& tensor) {
 }
 
 cudaError_t read_limits(int device, DeviceLimits& limits) {
-  cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&limits.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Arguments were checked by decode_attention, and the same plan sent the call here. A cluster_size of 0 is the plan's.
+// Arguments were checked by decode_attention, and the same plan sent the call here. A cluster_size of 0 is the
+// plan's.
 std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS, int64_t cluster_size) {
   const int64_t batch = q.size(0), query_tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const int device = q.get_device_index();
@@ -106,8 +105,8 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   request.dense_below = dense_below;
   request.budget_fraction = budget_fraction;
   request.page_fraction = page_fraction;
+  request.min_scored_tokens = min_scored_tokens;
   request.cluster_size = cluster_size;
-  request.evens_out = -1;
   STD_CUDA_CHECK(read_limits(device, request.device));
   const Plan plan = plan_fused_decode(request);
   if (*plan.reason != 0) throw std::runtime_error(std::string("twilight::_fused_decode_attention: ") + plan.reason);

@@ -45,7 +45,7 @@ struct FusedParams : FusedTensors, SharedLayout {
   int query_tokens, group_size, kv_heads;
   int log2_page_size, max_pages, num_pages;
   int token_budget, capacity;                   // tokens; items
-  int page_capacity;                            // pages whose tokens are scored
+  int two_levels, page_capacity, least_pages;   // pages whose tokens are scored
   int dense_below, sink_tokens, recent_tokens;  // as Limits has them
 };
 
@@ -66,7 +66,9 @@ inline FusedParams fused_params(const FusedTensors& tensors, const PlanRequest& 
   p.num_pages = r.num_pages;
   p.token_budget = limits.token_budget;
   p.capacity = plan.capacity;
-  p.page_capacity = kept_pages_capacity(limits, r.page_size, r.budget_fraction, r.page_fraction);
+  p.two_levels = plan.selector == Selector::kShadowPrefix && r.two_levels();
+  p.page_capacity = r.kept_pages();
+  p.least_pages = p.two_levels ? static_cast<int>(ceil_div(r.min_scored_tokens, r.page_size)) : 0;
   p.dense_below = limits.dense_below;
   p.sink_tokens = limits.sink_tokens;
   p.recent_tokens = limits.recent_tokens;

@@ -17,7 +17,7 @@ struct Scores {
   static constexpr int kStride = kLevels ? RP / 2 : RP;
   static constexpr float kLevelZero = 12582912.0f;  // 1.5 * 2^23: a float to which levels are added as integers
   static constexpr uint32_t kLevelBits = 0x4b400000u;
-  static constexpr float kLowestLevel = -128.0f;
+  static constexpr float kLowestLevel = -256.0f;
   static constexpr uint32_t kForcedBin = kScoreBins - 1;  // above every score's
 
   const C& c;
@@ -144,13 +144,13 @@ struct TokenScorer {
   }
   // Logits are summed up relative to a fixed power, which spares the search for their maximum. Sums too large or too
   // small for that are found out, and made again.
-  static constexpr float kReference = 32.0f;
+  static constexpr float kReference = 56.0f;
   __device__ __forceinline__ bool norms_usable() const {
     bool usable = true;
 #pragma unroll 1
     for (int r = 0; r < c.rows; ++r) {
       const float norm = scores.norm[r];
-      usable &= norm > kReference - 60.0f && norm < infinity() && norm != 0.0f;
+      usable &= norm > kReference - 80.0f && norm < infinity() && norm != 0.0f;
     }
     return usable;
   }
@@ -174,6 +174,7 @@ struct TokenScorer {
           const int token = base + tile_of(st, k) * kTileTokens + c.g + 8 * half;
           const float2 scale = scale_and_zero(packed[st][RP == 1 ? 2 * k + half : half]);
           float x = fmaf(acc[st][2 * half + k], scale.x * gain[k], fmaf(scale.y, zero_gain[k], -kReference));
+          if (kLevels) x = max_nan(x, Scores<C>::kLowestLevel - kReference);  // nothing of it is left in any sum
           if (!kWhole && token >= share.owned) x = Scores<C>::kLowestLevel - kReference;
           const float shifted = fmaf(x, kLogitLevels, kOffset);
           x = fmaf(shifted, 1.0f / kLogitLevels, -kOffset / kLogitLevels);

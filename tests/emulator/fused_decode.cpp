@@ -29,7 +29,7 @@ void run_selector(const FusedParams& p) {
     case Selector::kStreaming:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kStreaming>(p);
     case Selector::kShadowPrefix:
-      if (p.page_fraction < 1.0) return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix, true>(p);
+      if (p.two_levels) return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix, true>(p);
       return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix>(p);
     default:
       return twilight::fused_decode_kernel<T, D, RP, Selector::kFull>(p);

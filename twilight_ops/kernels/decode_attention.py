@@ -43,7 +43,7 @@ def decode_attention(
         candidates = Candidates(*lists, page_size)
     elif policy.selector == "shadow_prefix":
         lists = empty_lists(q, batch, kv_heads, limits.token_capacity)
-        budget, levels = (limits, policy.budget.head_token_budget, sm_scale), (means, policy.page_fraction)
+        budget, levels = (limits, policy.budget.head_token_budget, sm_scale), (means, policy.level)
         select_tokens.propose(q, shadow, paging, *budget, *levels, *lists, dense_below, pad=False)
         candidates = Candidates(*lists)
     elif policy.selector == "streaming":

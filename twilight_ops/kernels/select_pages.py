@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import Always, Budget, PageBounds, PageMeans, Paging, Shadow
+from ..arguments import Always, Budget, PageBounds, PageLevel, PageMeans, Paging, Shadow
 from ..capacity import Limits
 from ..ops.select_pages import outputs
 from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, query_rows
@@ -183,11 +183,11 @@ def propose(
     counts: Tensor,
     dense_below: int = -1,
     pad: bool = True,
-    page_fraction: float = 0.0,
+    level: PageLevel | None = None,
 ) -> None:
     """Fills `indices` and `counts`, by means where they are given; sequences no longer than `dense_below` are left out.
 
-    With a `page_fraction` the leading channels of the means decide, and at least this share of the pages is taken.
+    With a `level` the leading channels of the means decide, and at least its pages are taken.
     """
     batch, query_tokens, heads, head_dim = q.shape
     page_rows, rows_scale = means or bounds
@@ -210,7 +210,7 @@ def propose(
             page_rows,
             None if rows_scale is None else rows_scale.view(torch.int32),
             None if shadow is None else shadow.channel_order,
-            shadow.prefix_channels if page_fraction > 0.0 else None,
+            shadow.prefix_channels if level is not None else None,
             *paging,
             logits,
             peaks,
@@ -235,7 +235,7 @@ def propose(
             **launch.options,
         )
     lists = (paging.seq_lens, head_token_budget, indices, counts)
-    rank(logits, peaks, sums, chunk, max_pages, *lists, max_pages, page_size, page_size, limits, dense_below, pad, page_fraction)
+    rank(logits, peaks, sums, chunk, max_pages, *lists, max_pages, page_size, page_size, limits, dense_below, pad, level)
 
 
 def select_pages(

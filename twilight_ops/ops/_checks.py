@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Pruning, Shadow
+from ..arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageLevel, PageMeans, Paging, Pruning, Shadow
 from ..capacity import MAX_TABLE_TOKENS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,8 +186,9 @@ class Checker:
         if budget.head_token_budget is not None:
             self.tensor("head_token_budget", budget.head_token_budget, ("Hkv",), torch.int32)
 
-    def page_fraction(self, page_fraction: float) -> None:
-        self.require(0.0 < page_fraction <= 1.0, "page_fraction", "0 < page_fraction <= 1", page_fraction)
+    def level(self, level: PageLevel) -> None:
+        self.require(0.0 < level.page_fraction <= 1.0, "page_fraction", "0 < page_fraction <= 1", level.page_fraction)
+        self.at_least("min_scored_tokens", level.min_scored_tokens, 0)
 
     def always(self, always: Always) -> None:
         self.at_least("sink_tokens", always.sink_tokens, 0)
