@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -20,18 +21,20 @@ STRIDES = "page and head strides that are multiples of 16 bytes"
 SELECTORS = ("dense", "full", "quest", "page_mean", "shadow_prefix", "two levels", "streaming")
 
 
+def decode_steps(selectors: Sequence[str]) -> list[tuple[str, dict]]:
+    """A call of decode_attention with each."""
+    two_levels = {"selector": "shadow_prefix", "page_fraction": 0.5}
+    chosen = [two_levels if selector == "two levels" else {"selector": selector} for selector in selectors]
+    return [("decode_attention", {"token_budget": 20, "sink_tokens": 2, "recent_tokens": 3} | options) for options in chosen]
+
+
 def calls(x) -> list[tuple[str, dict]]:
     """Every operator that reads a cache, with what a test gives it, once each way."""
     indices, counts = random_candidates(x, 1)
     listed = {"indices": indices, "counts": counts}
     found = [("select_pages", BY_BOUNDS), ("select_pages", BY_MEANS), ("select_tokens", {}), ("select_tokens", {"page_fraction": 0.5})]
     found += [("estimate_weights", {}), ("estimate_weights", listed), ("attend_sparse", {}), ("attend_sparse", listed)]
-    for selector in SELECTORS:
-        options = {"selector": selector, "sink_tokens": 2, "recent_tokens": 3}
-        if selector == "two levels":
-            options |= {"selector": "shadow_prefix", "page_fraction": 0.5}
-        found.append(("decode_attention", options))
-    return found
+    return found + decode_steps(SELECTORS)
 
 
 def results(backend, x, op: str, options: dict) -> list[Tensor]:
@@ -49,11 +52,11 @@ def results(backend, x, op: str, options: dict) -> list[Tensor]:
     return [tensor.contiguous().view(torch.uint8) for tensor in tensors]
 
 
-def check_reads(backend, shape: Shape, bounds_dtype: str, by_head: bool) -> None:
-    """Results are those of contiguous tensors, bit by bit."""
+def check_reads(backend, shape: Shape, bounds_dtype: str, by_head: bool, selectors: Sequence[str] = ()) -> None:
+    """Results are those of contiguous tensors, bit by bit: of every operator, or of decode steps with these selectors."""
     x = make_inputs(shape, device=backend.device, bounds_dtype=bounds_dtype)
     blocks = interleaved(x, by_head)
-    for op, options in calls(x):
+    for op, options in decode_steps(selectors) if selectors else calls(x):
         for got, want in zip(results(backend, blocks, op, options), results(backend, x, op, options), strict=True):
             assert torch.equal(got, want), (op, options)
 
