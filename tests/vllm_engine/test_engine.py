@@ -165,7 +165,7 @@ def test_a_connector_brings_whole_blocks_to_another_engine(engine, calibrated, t
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
     }
-    prompts = [numbers(length, length) for length in (200, 97, 33)]
+    prompts = [numbers(length, length) for length in (200, 100, 40)]
     found = []
     for transfer in (None, connector, connector):
         made = engine(twilight, **options, kv_transfer_config=transfer)
