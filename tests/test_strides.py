@@ -84,8 +84,7 @@ def check_append(backend, shape: Shape, bounds_dtype: str, by_head: bool) -> Non
     assert torch.equal(owned(got), before), "bytes of nobody were written"
 
 
-@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by tensor"])
-@pytest.mark.parametrize("bounds_dtype", ["model", "uint8"])
+@pytest.mark.parametrize(("bounds_dtype", "by_head"), [("uint8", True), ("model", False)], ids=["by head", "by tensor"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(backend, shape, bounds_dtype, by_head):
     if backend.device != "cpu" and shape.dtype == torch.float32:
