@@ -8,13 +8,13 @@
 namespace twilight {
 
 struct KVCache {
-  const char *k, *v;  // [P, Hkv, S, D]
+  ReadRegion k, v;  // [P, Hkv, S, D]
   int64_t num_pages, kv_heads, page_size, head_dim;
   const ElementKernels* kernels;
 
   KVCache(const Tensor& k_cache, const Tensor& v_cache)
-      : k(static_cast<const char*>(k_cache.const_data_ptr())),
-        v(static_cast<const char*>(v_cache.const_data_ptr())),
+      : k(region_of(k_cache)),
+        v(region_of(v_cache)),
         num_pages(k_cache.size(0)),
         kv_heads(k_cache.size(1)),
         page_size(k_cache.size(2)),

@@ -96,8 +96,9 @@ std::string refusal(const PlanRequest& r) {
   if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());
   if (r.selector == Selector::kQuest && r.bounds_bits != 8) return got("page_bounds: expected 8 bits", r.bounds_bits);
   if (r.max_pages == 0) return got("page_table: expected at least one page", r.max_pages);
-  const int64_t words = r.num_pages * r.kv_heads * r.page_size * (r.head_dim / 8);
-  if (words >= kMaxCacheWords) return got("k_cache: expected fewer than 2**32 words of eight elements", words);
+  const int64_t words = r.num_pages * r.page_words;
+  if (words >= kMaxCacheWords)
+    return got("k_cache: expected fewer than 2**32 words of 16 bytes, of 4 in the shadow", words);
   return "";
 }
 

@@ -57,6 +57,11 @@ constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   return padded_rows == 1 ? 4160 : padded_rows == 4 ? 9520 : 16688;
 }
 
+template <class Region>
+int64_t page_words(const Region& k, const Region& v, const Region& codes, const Region& scales) {
+  return std::max(std::max(k.page_stride, v.page_stride) / 16, std::max(codes.page_stride, scales.page_stride) / 4);
+}
+
 struct DeviceLimits {
   int multiprocessors;
   int shared_per_block;  // bytes
@@ -70,6 +75,7 @@ struct PlanRequest {
   int64_t bounds_bits;  // of page_bounds, 0 without them
   int64_t head_dim, query_tokens, group_size, kv_heads, batch;
   int64_t page_size, max_pages, num_pages;
+  int64_t page_words;  // from a page to the next, of 16 bytes in K and V or of 4 in the shadow, the most of them
   int64_t token_budget, sink_tokens, recent_tokens, dense_below;
   double budget_fraction, page_fraction;
   int64_t min_scored_tokens;

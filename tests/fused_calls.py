@@ -32,15 +32,21 @@ def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
 
 def request_of(arguments: dict) -> launch_plan.Request:
     """What the launch plan of decode_attention's arguments is asked, on an H200."""
-    q, kv, paging, policy, _, _, bounds, *_ = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(arguments)))
-    return launch_plan.Request.of_call(q, kv, paging, policy, bounds, launch_plan.H200)
+    q, kv, paging, policy, _, shadow, bounds, *_ = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(arguments)))
+    return launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, launch_plan.H200)
 
 
 def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: int, **settings) -> launch_plan.Plan:
     """Of one query token on an H200, bf16, head_dim 128, pages of 16."""
     call = {"selector": selector, "prunes": selector != "dense", "dtype_bits": 16, "bounds_bits": 8, "head_dim": 128, "query_tokens": 1}
     call |= {"group_size": query_heads // kv_heads, "kv_heads": kv_heads, "batch": batch, "page_size": 16}
-    call |= {"max_pages": -(-tokens // 16), "num_pages": batch * -(-tokens // 16), "device": launch_plan.H200, "budget_fraction": 0.0}
+    call |= {
+        "max_pages": -(-tokens // 16),
+        "num_pages": batch * -(-tokens // 16),
+        "page_words": kv_heads * 256,
+        "device": launch_plan.H200,
+        "budget_fraction": 0.0,
+    }
     call |= {"page_fraction": 1.0, "min_scored_tokens": 0}
     call |= dict.fromkeys(("token_budget", "sink_tokens", "recent_tokens", "dense_below"), 0)
     return launch_plan.plan_of(launch_plan.Request(**(call | settings)))

@@ -7,28 +7,51 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from comparisons import assert_same_state
 from flat import reference
 from fused_calls import assert_as_reference, extreme_call, needs_plan, observed, random_call, request_of
-from inputs import Shape, make_inputs, strided
+from inputs import CACHE_TENSORS, Shape, interleaved, make_inputs, strided
+from test_strides import check_append
 
 from twilight_ops import launch_plan
 
 SOURCE = Path(__file__).parent / "emulator" / "fused_decode.cpp"
 COMPILER = shutil.which("g++")
-POINTERS = (
+TENSORS = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens head_token_budget "
     "head_top_p"
 ).split()
 OPTIONAL = ("budget_counters", "kept_indices", "kept_counts", "page_means", "means_scale")
 
-APPEND_POINTERS = (
+APPENDED = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels k_center page_table seq_lens positions "
     "page_means means_scale"
 ).split()
+
+
+class Region(ctypes.Structure):
+    """The struct of csrc/region.h."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("page_stride", ctypes.c_uint32), ("head_stride", ctypes.c_uint32)]
+
+
+def kinds(names) -> list[tuple[str, type]]:
+    return [(name, Region if name in CACHE_TENSORS else ctypes.c_void_p) for name in names]
+
+
+def point(structure: ctypes.Structure, names, tensors: dict) -> None:
+    """Sets these fields; of no tensor to null."""
+    for name in names:
+        tensor = tensors.get(name)
+        if tensor is not None and name in CACHE_TENSORS:
+            strides = (stride * tensor.itemsize for stride in tensor.stride()[:2])
+            setattr(structure, name, Region(tensor.data_ptr(), *strides))
+        elif tensor is not None:
+            setattr(structure, name, tensor.data_ptr())
 
 
 class FusedTensors(ctypes.Structure):
@@ -37,10 +60,10 @@ class FusedTensors(ctypes.Structure):
     _fields_ = [
         ("q", ctypes.c_void_p),
         *[(f"q_stride_{name}", ctypes.c_int64) for name in ("batch", "token", "head")],
-        *[(name, ctypes.c_void_p) for name in POINTERS],
+        *kinds(TENSORS),
         ("top_p_stride_batch", ctypes.c_int),
         ("top_p_stride_head", ctypes.c_int),
-        *[(name, ctypes.c_void_p) for name in (*OPTIONAL, "out", "lse")],
+        *kinds((*OPTIONAL, "out", "lse")),
         ("top_p", ctypes.c_double),
         ("sm_scale", ctypes.c_float),
     ]
@@ -54,7 +77,7 @@ class AppendParams(ctypes.Structure):
         ("v", ctypes.c_void_p),
         ("k_strides", ctypes.c_int64 * 3),
         ("v_strides", ctypes.c_int64 * 3),
-        *[(name, ctypes.c_void_p) for name in APPEND_POINTERS],
+        *kinds(APPENDED),
         *[(name, ctypes.c_int) for name in ("tokens", "kv_heads", "page_size", "max_pages", "num_pages")],
     ]
 
@@ -79,8 +102,7 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     lse = torch.full(q.shape[:-1], float("nan"))
     p = FusedTensors(q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), top_p=a["top_p"], sm_scale=a["sm_scale"])
     p.q_stride_batch, p.q_stride_token, p.q_stride_head = q.stride()[:3]
-    for name in (*POINTERS, *OPTIONAL):
-        setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
+    point(p, (*TENSORS, *OPTIONAL), a)
     per_head = a.get("head_top_p")
     if per_head is not None:
         p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
@@ -96,8 +118,7 @@ def emulate_append(emulator, a: dict, seed: int) -> None:
     k, v = a["k"], a["v"]
     p = AppendParams(k=k.data_ptr(), v=v.data_ptr(), tokens=k.shape[1], kv_heads=k.shape[2])
     p.k_strides[:], p.v_strides[:] = k.stride()[:3], v.stride()[:3]
-    for name in APPEND_POINTERS:
-        setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
+    point(p, APPENDED, a)
     p.page_size, p.max_pages, p.num_pages = a["k_cache"].shape[2], a["page_table"].shape[1], a["k_cache"].shape[0]
     emulator.emulate_fused_append(ctypes.byref(p), k.shape[0], k.shape[3], k.dtype == torch.float16, seed)
 
@@ -123,6 +144,13 @@ def test_fused_append_writes_what_the_reference_writes(emulator, bounds_dtype, h
     emulate_append(emulator, got.arguments("append_kv", k=k, v=v, positions=positions), seed=tokens)
     reference.append_kv(**want.arguments("append_kv", k=k, v=v, positions=positions))
     assert_same_state(got, want)
+
+
+@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by tensor"])
+@pytest.mark.parametrize("bounds_dtype", ["uint8", "model"])
+def test_fused_append_writes_blocks_of_all_tensors(emulator, bounds_dtype, by_head):
+    backend = SimpleNamespace(device="cpu", append_kv=lambda **arguments: emulate_append(emulator, arguments, seed=1))
+    check_append(backend, Shape((40, 17), 4, 2, 64, 16, 2, torch.float16), bounds_dtype, by_head)
 
 
 def check(emulator, inputs, overrides: dict, cluster_size: int, seed: int) -> None:
@@ -225,6 +253,19 @@ def test_the_schedule_of_threads_changes_no_bit(emulator):
         results.append((out.view(torch.int16), lse.view(torch.int32), lists["kept_indices"], lists["budget_counters"]))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by tensor"])
+@pytest.mark.parametrize("seed", range(16))
+def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(emulator, seed, by_head):
+    inputs, overrides, cluster_size = random_call(seed)
+    results = []
+    for x in (inputs, interleaved(inputs, by_head)):
+        lists = observed(x)
+        out, lse = emulate(emulator, x.arguments("decode_attention", **overrides, **lists), cluster_size, seed)
+        results.append((out.view(torch.int16), lse.view(torch.int32), *lists.values()))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 @needs_plan

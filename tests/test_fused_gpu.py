@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from flat import reference
 from fused_calls import assert_as_reference, extreme_call, observed, planned, random_call, request_of
-from inputs import Shape, make_inputs, on_device
+from inputs import SHAPES, Shape, interleaved, make_inputs, on_device
+from test_strides import check_append, check_reads
 
-from twilight_ops import launch_plan
+from twilight_ops import backends, launch_plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +51,24 @@ def test_a_thousand_ragged_calls_are_as_the_reference(block):
     for seed in range(1000 + 100 * block, 1100 + 100 * block):
         inputs, overrides, cluster_size = random_call(seed, longest=5000, device="cuda")
         assert_as_reference(inputs, overrides, run_with(cluster_size))
+
+
+@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by tensor"])
+def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(by_head):
+    for seed in range(40):
+        inputs, overrides, cluster_size = random_call(seed, longest=2000, device="cuda")
+        results = []
+        for x in (inputs, interleaved(inputs, by_head)):
+            lists = observed(x)
+            out, lse = run_with(cluster_size)(x.arguments("decode_attention", **overrides, **lists))
+            results.append((out.view(torch.int16), lse.view(torch.int32), *lists.values()))
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want), seed
+    operators = SimpleNamespace(device="cuda", **{op: getattr(torch.ops.twilight, op).default for op in backends.OPS})
+    for shape in (shape for shape in SHAPES if shape.dtype != torch.float32):
+        for bounds_dtype in ("model", "uint8"):
+            check_reads(operators, shape, bounds_dtype, by_head)
+            check_append(operators, shape, bounds_dtype, by_head)
 
 
 def fits(selector: str, tokens: int, cluster_size: int) -> bool:

@@ -27,6 +27,7 @@ if INTERPRETED:
     import test_estimate_weights
     import test_extreme_integers
     import test_prune_top_p
+    import test_strides
     import triton_interpreter
     from comparisons import assert_same_state, page_mean_scores, page_scores, plain_weights, token_scores
     from custom_selector import launch, page_scores_kernel
@@ -219,6 +220,15 @@ def test_decode_attention_keeps_the_oracles_set_and_attends_to_it(shape, selecto
     mass = 4
     assert torch.equal(got.counters[:, :mass], counters[:, :mass]) and torch.equal(got.counters[:, mass + 1 :], counters[:, mass + 1 :])
     assert (got.counters[:, mass] - counters[:, mass]).abs().max() <= 2 * len(shape.seq_lens)
+
+
+@interpreted
+@pytest.mark.parametrize("by_head", [True, False])
+def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(by_head):
+    for group, selectors in (2, ("quest", "two levels")), (8, ("full",)):
+        shape = Shape((45,), 2 * group, 2, 64, 16, 1, torch.float16)
+        test_strides.check_reads(STAGES, shape, "uint8", by_head, selectors)
+    test_strides.check_append(STAGES, shape, "uint8", by_head)
 
 
 @interpreted

@@ -1,5 +1,8 @@
 """What operators take, in groups: each name stands here once, and `ops/_library.py` derives the flat schemas from them.
 
+Tensors with P in front are of the cache: contiguous in each page and KV head, while pages and heads may lie any multiple of 16 bytes
+apart, so that a block of an engine holds all of them in one range of bytes. All others are contiguous unless an operator says otherwise.
+
 Symbols: B sequences, T query tokens, Hq query heads, Hkv KV heads, D head_dim, S page_size, P physical pages, M pages a sequence.
 """
 

@@ -83,10 +83,12 @@ def explain(
         return Explanation(REFERENCE, "cpu", backends.CPU.detail)
     if place.type != "cuda":
         raise ValueError(f"explain: device: expected cpu or cuda, got {place}")
-    return _on_cuda(q, kv, paging, policy, bounds, place)
+    return _on_cuda(q, kv, paging, policy, shadow, bounds, place)
 
 
-def _on_cuda(q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBounds | None, place: torch.device) -> Explanation:
+def _on_cuda(
+    q: Tensor, kv: KV, paging: Paging, policy: Policy, shadow: Shadow | None, bounds: PageBounds | None, place: torch.device
+) -> Explanation:
     if torch.cuda.is_available():
         index = torch.cuda.current_device() if place.index is None else place.index
         detail = f"cuda:{index}, {torch.cuda.get_device_name(index)}"
@@ -95,7 +97,7 @@ def _on_cuda(q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBoun
         limits = launch_plan.limits_of(index)
     else:
         detail, limits = "no CUDA device is here: as if on an H200 with _C_cuda", launch_plan.H200
-    request = launch_plan.Request.of_call(q, kv, paging, policy, bounds, limits)
+    request = launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, limits)
     plan = launch_plan.plan_of(request)
     if not plan.serves:
         return Explanation(STAGES, detail, plan.reason)

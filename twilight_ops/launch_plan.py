@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native_modules
-from .arguments import KV, PageBounds, Paging, Policy
+from .arguments import KV, PageBounds, Paging, Policy, Shadow
 
 
 class DeviceLimits(NamedTuple):
@@ -43,6 +43,7 @@ class Request(NamedTuple):
     page_size: int
     max_pages: int
     num_pages: int
+    page_words: int  # from a page to the next, of 16 bytes in K and V or of 4 in the shadow, the most of them
     token_budget: int
     sink_tokens: int
     recent_tokens: int
@@ -54,8 +55,19 @@ class Request(NamedTuple):
     cluster_size: int = 0
 
     @classmethod
-    def of_call(cls, q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBounds | None, device: DeviceLimits) -> Request:
+    def of_call(
+        cls,
+        q: Tensor,
+        kv: KV,
+        paging: Paging,
+        policy: Policy,
+        shadow: Shadow | None,
+        bounds: PageBounds | None,
+        device: DeviceLimits,
+    ) -> Request:
         """Of a checked call of decode_attention."""
+        words = [tensor.stride(0) * tensor.itemsize // 16 for tensor in kv]
+        words += [] if shadow is None else [tensor.stride(0) * tensor.itemsize // 4 for tensor in shadow[:2]]
         batch, query_tokens, heads, head_dim = q.shape
         num_pages, kv_heads, page_size, _ = kv.k_cache.shape
         return cls(
@@ -71,6 +83,7 @@ class Request(NamedTuple):
             page_size,
             paging.page_table.shape[1],
             num_pages,
+            max(words),
             policy.budget.token_budget,
             *policy.always,
             policy.dense_below,

@@ -29,7 +29,7 @@ Launcher launcher_of(ScalarType dtype, int head_dim) {
   return head_dim == 64 ? launch_fused_decode<__nv_bfloat16, 64> : launch_fused_decode<__nv_bfloat16, 128>;
 }
 
-template <typename V = void>
+template <typename V>
 const V* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<const V*>(tensor->const_data_ptr()) : nullptr;
 }
@@ -56,14 +56,14 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   p.q_stride_batch = q.stride(0);
   p.q_stride_token = q.stride(1);
   p.q_stride_head = q.stride(2);
-  p.k_cache = k_cache.const_data_ptr();
-  p.v_cache = v_cache.const_data_ptr();
-  p.k_quant = data_or_null<uint8_t>(k_quant);
-  p.k_scale = data_or_null<uint8_t>(k_scale);
-  p.page_bounds = data_or_null<uint8_t>(page_bounds);
-  p.bounds_scale = data_or_null<uint8_t>(bounds_scale);
-  p.page_means = data_or_null<uint8_t>(page_means);
-  p.means_scale = data_or_null<uint8_t>(means_scale);
+  p.k_cache = region_of(k_cache);
+  p.v_cache = region_of(v_cache);
+  p.k_quant = region_or_null(k_quant);
+  p.k_scale = region_or_null(k_scale);
+  p.page_bounds = region_or_null(page_bounds);
+  p.bounds_scale = region_or_null(bounds_scale);
+  p.page_means = region_or_null(page_means);
+  p.means_scale = region_or_null(means_scale);
   p.channel_order = data_or_null<int>(channel_order);
   p.prefix_channels = data_or_null<int>(prefix_channels);
   p.page_table = static_cast<const int*>(page_table.const_data_ptr());
@@ -99,6 +99,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   request.page_size = k_cache.size(2);
   request.max_pages = page_table.size(1);
   request.num_pages = k_cache.size(0);
+  request.page_words = page_words(p.k_cache, p.v_cache, p.k_quant, p.k_scale);
   request.token_budget = token_budget;
   request.sink_tokens = sink_tokens;
   request.recent_tokens = recent_tokens;

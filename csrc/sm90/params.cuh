@@ -3,6 +3,7 @@
 
 #include "../capacity.h"
 #include "../plan.h"
+#include "../region.h"
 #include "primitives.cuh"
 
 namespace twilight {
@@ -14,12 +15,9 @@ constexpr int kMaxParts = kMaxClusterSize * kWarps;  // counting warps of a clus
 struct FusedTensors {
   const void* q;
   int64_t q_stride_batch, q_stride_token, q_stride_head;
-  const void* k_cache;
-  const void* v_cache;
-  const uint8_t* k_quant;
-  const uint8_t* k_scale;  // (scale, zero) as one 32-bit word a token
-  const uint8_t* page_bounds;
-  const uint8_t* bounds_scale;  // (scale, zero) as one 32-bit word a page
+  ReadRegion k_cache, v_cache;
+  ReadRegion k_quant, k_scale;           // (scale, zero) as one 32-bit word a token
+  ReadRegion page_bounds, bounds_scale;  // (scale, zero) as one 32-bit word a page
   const int* channel_order;
   const int* prefix_channels;
   const int* page_table;
@@ -30,8 +28,7 @@ struct FusedTensors {
   unsigned long long* budget_counters;
   int* kept_indices;
   int* kept_counts;
-  const uint8_t* page_means;
-  const uint8_t* means_scale;  // (scale, zero) as one 32-bit word a page
+  ReadRegion page_means, means_scale;  // (scale, zero) as one 32-bit word a page
   void* out;
   float* lse;
   double top_p;

@@ -132,11 +132,6 @@ def check_engine(vllm_config: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) != 1:
             refuse(WHERE, name, "1", getattr(parallel, name))
-    # A block is several byte ranges, and both would copy it as one.
-    if vllm_config.kv_transfer_config is not None:
-        refuse(WHERE, "kv_transfer_config", "none (blocks are not one byte range each)", vllm_config.kv_transfer_config.kv_connector)
-    if getattr(vllm_config.cache_config, "kv_offloading_size", None):
-        refuse(WHERE, "kv_offloading_size", "none (blocks are not one byte range each)", vllm_config.cache_config.kv_offloading_size)
     if model is not None and model.is_hybrid:
         refuse(WHERE, "model", "attention in every layer that keeps a state", "Mamba or linear attention layers")
     speculative = vllm_config.speculative_config

@@ -53,7 +53,7 @@ void run_append(const twilight::AppendParams& p, emulated::Index grid, unsigned 
       }
     }
   };
-  const bool statistics = p.page_bounds != nullptr || p.page_means != nullptr;
+  const bool statistics = p.page_bounds.data != nullptr || p.page_means.data != nullptr;
   if (statistics && grid.x == 1) return launch([&] { twilight::append_kernel<T, D, true, true>(p); });
   launch([&] { twilight::append_kernel<T, D, true, false>(p); });
   if (statistics) launch([&] { twilight::append_kernel<T, D, false, true>(p); });

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arguments import KV, Candidates, Paging
 from ..ops.attend_sparse import outputs
-from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, query_rows
+from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, page_strides, query_rows
 from ._tiles import INF, LOG2E, listed_slots, live_length, physical_page, slot_tokens
 
 # Keyed by padded head_dim.
@@ -69,6 +69,10 @@ def attend_kernel(
     stride_qb,
     stride_qt,
     stride_qh,
+    stride_kp,
+    stride_kh,
+    stride_vp,
+    stride_vh,
     sm_scale,
     rows,
     num_pages,
@@ -141,10 +145,12 @@ def attend_kernel(
             live = (token >= 0) & (token < length)
             token = tl.where(live, token, 0)
             page = physical_page(page_table, batch, token // PAGE, live, num_pages, max_pages)
-            place = ((page * KV_HEADS + head) * PAGE + token % PAGE) * HEAD_DIM
+            place = token % PAGE * HEAD_DIM
+            key_at = page * stride_kp + head.to(tl.int64) * stride_kh + place
+            value_at = page * stride_vp + head.to(tl.int64) * stride_vh + place
             mask = live[:, None] & in_dim[None, :]
-            key = tl.load(k_cache + place[:, None] + d[None, :], mask=mask, other=0.0)
-            value = tl.load(v_cache + place[:, None] + d[None, :], mask=mask, other=0.0)
+            key = tl.load(k_cache + key_at[:, None] + d[None, :], mask=mask, other=0.0)
+            value = tl.load(v_cache + value_at[:, None] + d[None, :], mask=mask, other=0.0)
             logit = tl.dot(query, tl.trans(key), input_precision="ieee") * sm_scale
             seen = live[None, :] & (token[None, :] <= horizon[:, None])
             logit = tl.where(seen, logit, -INF)
@@ -271,6 +277,7 @@ def run_attend(
         partial_peak,
         partial_sum,
         *q.stride()[:3],
+        *page_strides(*kv),
         sm_scale,
         rows,
         num_pages,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..arguments import Always, Budget, PageBounds, PageLevel, PageMeans, Paging, Shadow
 from ..capacity import Limits
 from ..ops.select_pages import outputs
-from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, query_rows
+from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, page_strides, query_rows
 from ._rank import rank
 from ._tiles import (
     INF,
@@ -49,6 +49,10 @@ def page_logits_kernel(
     stride_qb,
     stride_qt,
     stride_qh,
+    stride_rp,
+    stride_rh,
+    stride_sp,
+    stride_sh,
     sm_scale,
     num_pages,
     max_pages,
@@ -132,13 +136,14 @@ def page_logits_kernel(
     for start in range(first, last, BLOCK):
         page = start + local
         live = page < last
-        block = physical_page(page_table, batch, page, live, num_pages, max_pages) * KV_HEADS + head
+        physical = physical_page(page_table, batch, page, live, num_pages, max_pages)
+        row_at = physical * stride_rp + head.to(tl.int64) * stride_rh
         # A page behind the last reads some valid page.
         mask = in_dim[None, :]
         if MEANS:
-            low, high = unpack_nibbles(tl.load((page_rows + block * width)[:, None] + d[None, :], mask=mask, other=0), dtype)
+            low, high = unpack_nibbles(tl.load((page_rows + row_at)[:, None] + d[None, :], mask=mask, other=0), dtype)
         else:
-            at = (page_rows + block * (2 * HEAD_DIM))[:, None] + d[None, :]
+            at = (page_rows + row_at)[:, None] + d[None, :]
             low = tl.load(at, mask=mask, other=0)
             high = tl.load(at + HEAD_DIM, mask=mask, other=0)
             if rows_scale is not None:
@@ -147,7 +152,8 @@ def page_logits_kernel(
         dot = tl.dot(low, q_low, input_precision="ieee")
         dot = tl.dot(high, q_high, dot, input_precision="ieee")
         if rows_scale is not None:
-            scale, zero = scale_and_zero(tl.broadcast_to(tl.load(rows_scale + block)[:, None], [BLOCK, ROWS_PAD]))
+            word = tl.load(rows_scale + physical * stride_sp + head.to(tl.int64) * stride_sh)
+            scale, zero = scale_and_zero(tl.broadcast_to(word[:, None], [BLOCK, ROWS_PAD]))
             dot = dot * product_factor * scale + q_sum[None, :] * zero
         logit = rounded_to_level(dot * up[None, :])
         weighed = tl.where(live[:, None] & (logit < INF), logit, -INF)
@@ -205,10 +211,11 @@ def propose(
     peaks = logits.new_empty((batch * query_tokens * heads, splits))
     sums = torch.empty_like(peaks)
     if rows * max_pages:
+        scale_words = None if rows_scale is None else rows_scale.view(torch.int32)
         page_logits_kernel[(rows, splits)](
             q,
             page_rows,
-            None if rows_scale is None else rows_scale.view(torch.int32),
+            scale_words,
             None if shadow is None else shadow.channel_order,
             shadow.prefix_channels if level is not None else None,
             *paging,
@@ -216,6 +223,7 @@ def propose(
             peaks,
             sums,
             *q.stride()[:3],
+            *page_strides(page_rows, scale_words),
             sm_scale,
             num_pages,
             max_pages,
