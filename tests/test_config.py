@@ -54,6 +54,7 @@ FIELDS = {
             (None, [LayerOverride()], {-1: LayerOverride()}, {"0": LayerOverride()}, {True: LayerOverride()}, {0: Quest()}),
         ),
         "calibration": ((None, "a file"), ("", 3, b"a")),
+        "offload": ((True, False, np.bool_(True), "a directory"), ("", 1, None, b"a")),
     },
     LayerOverride: {
         "selector": ((None, "dense", Quest()), ("quest", Quest, 1, np.array([1, 2]))),

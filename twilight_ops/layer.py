@@ -139,6 +139,7 @@ class PagedKVLayer:
     # Makes what has one row a page, as new_pages((P, Hkv, ...), dtype=...): an engine that owns the memory hands out parts of it.
     new_pages: Callable[..., Tensor] = torch.zeros
     shard: int | None = None  # which part of the model's KV heads this is; None: by the rank in torch.distributed
+    offloaded: bool = False  # K and V lie outside the device
 
     @property
     def num_kv_heads(self) -> int:
@@ -209,11 +210,13 @@ def allocate_layer(
     index: int | None = None,
     shard: int | None = None,
     new_pages: Callable[..., Tensor] | None = None,
+    new_kv: Callable[..., Tensor] | None = None,
 ) -> PagedKVLayer:
     """Zeroed tensors of one layer; the shadow is as the plan's calibration file says, without one an identity until a prompt calibrates it.
 
     `previous` is the layer below: its index counts on, and a selector may share that layer's state. Without one an engine gives `index`,
     and `shard` and `new_pages` where the heads of this rank and the memory of the pages are its own affair (see `PagedKVLayer`).
+    `new_kv` makes K and V where those alone lie elsewhere, outside the device.
     """
     new_pages = new_pages or partial(torch.zeros, device=device)
     if index is None:
@@ -222,11 +225,12 @@ def allocate_layer(
     layer = PagedKVLayer(
         plan=plan,
         policy=plan.policy(num_pages * page_size, num_qo_heads, num_kv_heads, device),
-        kv=KV(new_pages(rows, dtype=dtype), new_pages(rows, dtype=dtype)),
+        kv=KV(*((new_kv or new_pages)(rows, dtype=dtype) for _ in KV._fields)),
         budget_counters=torch.zeros(num_kv_heads, COUNTER_COLUMNS, dtype=torch.int64, device=device),
         index=index,
         new_pages=new_pages,
         shard=shard,
+        offloaded=new_kv is not None,
     )
     if plan.selector is None:
         return layer
