@@ -55,6 +55,7 @@ FIELDS = {
         ),
         "calibration": ((None, "a file"), ("", 3, b"a")),
         "offload": ((True, False, np.bool_(True), "a directory"), ("", 1, None, b"a")),
+        "hot_tokens": ((0, 1, np.int64(8192)), NOT_A_COUNT),
     },
     LayerOverride: {
         "selector": ((None, "dense", Quest()), ("quest", Quest, 1, np.array([1, 2]))),

@@ -24,6 +24,7 @@ if INTERPRETED:
     import test_attend_sparse
     import test_custom_selector
     import test_decode_attention
+    import test_decode_attention_hot
     import test_estimate_weights
     import test_extreme_integers
     import test_prune_top_p
@@ -218,6 +219,12 @@ def test_decode_attention_keeps_the_oracles_set_and_attends_to_it(shape, selecto
     mass = 4
     assert torch.equal(got.counters[:, :mass], counters[:, :mass]) and torch.equal(got.counters[:, mass + 1 :], counters[:, mass + 1 :])
     assert (got.counters[:, mass] - counters[:, mass]).abs().max() <= 2 * len(shape.seq_lens)
+
+
+@interpreted
+@pytest.mark.parametrize("case", range(3) if INTERPRETED else ())
+def test_copies_of_rows_are_those_of_the_reference(case):
+    test_decode_attention_hot.check_steps(STAGES, *test_decode_attention_hot.CASES[case], steps=3)
 
 
 @interpreted

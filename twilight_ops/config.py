@@ -105,6 +105,8 @@ class TwilightConfig:
             None takes centre and channels from the prompts that first fill the cache, of all sequences together.
         offload: whether K and V lie outside the GPU, in pinned host memory of which a step reads what it keeps. On a CPU they lie in a file
             without a name, which goes with the process, in the directory for temporary files or in the one given instead of True.
+        hot_tokens: of an offloaded cache, rows of K and V of which the device has copies, a KV head of each sequence and layer; a step
+            fetches only those that it keeps and does not find there. 0: it fetches all that it keeps.
 
     Counts of tokens may be as large as you like: `sys.maxsize` is everything.
 
@@ -122,6 +124,7 @@ class TwilightConfig:
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
     calibration: str | None = None
     offload: bool | str = False
+    hot_tokens: int = 0
 
     def __post_init__(self) -> None:
         normalise(
@@ -136,6 +139,7 @@ class TwilightConfig:
             overrides=_overrides,
             calibration=optional(path),
             offload=_offload,
+            hot_tokens=integer(0),
         )
 
     def check_layers(self, num_layers: int) -> None:
