@@ -1,5 +1,6 @@
 """K and V outside the device: the same kept sets and tokens, and one clear line where they find no room."""
 
+import json
 import os
 import pickle
 import re
@@ -7,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from twilight_ops.host_memory import HostMemory  # noqa: E402
 from twilight_ops.integration import CapturedStep, Decoder, TwilightCache, generate  # noqa: E402
 from twilight_ops.integration.hf import attention, streaming  # noqa: E402
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 SELECTORS = {"full": Full(), "quest": Quest(token_budget=64), "shadow_prefix": ShadowPrefix(token_budget=64, budget_fraction=0.0)}
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # On a GPU other kernels serve a layer with copies, whose roundings reach the layers above it.
@@ -120,16 +122,17 @@ def test_a_prompt_in_chunks_streams_what_is_cached_and_gives_what_one_pass_gives
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streamed_attention_is_exact(dtype):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    "device, dtype", [("cpu", torch.float32), ("cpu", torch.bfloat16), pytest.param("cuda", torch.bfloat16, marks=GPU)]
+)
+def test_streamed_attention_is_exact(device, dtype):
     q, k, v = torch.randn(1, 4, 40, 64), torch.randn(1, 4, 240, 64), torch.randn(1, 4, 240, 64)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
     past = [(k[:, :, a : a + 64], v[:, :, a : a + 64]) for a in (0, 64, 128)]
     past.append((k[:, :, 192:200], v[:, :, 192:200]))
     out = streaming.attend_streamed(q, k[:, :, 200:], v[:, :, 200:], past, 0.3)
     logits = (q.double() @ k.double().transpose(-1, -2)) * 0.3
-    hidden = torch.ones(40, 240).tril(200) == 0
+    hidden = torch.ones(40, 240, device=device).tril(200) == 0
     expected = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v.double()
     error = (out.double() - expected).abs().max()
     rounding = (expected.to(dtype).double() - expected).abs().max()
@@ -268,9 +271,23 @@ def test_the_command_says_where_keys_and_values_lie(capsys, tmp_path):
     assert "offload: expected a directory that takes a file of" in capsys.readouterr().err
 
 
+def test_the_bench_finds_equal_kept_sets_and_says_what_crosses_the_bus(tmp_path):
+    pytest.importorskip("rich")
+    rows = tmp_path / "rows.jsonl"
+    sizes = ["--device", "cpu", "--shapes", "1:1k:4/2", "--layers", "1", "--steps", "2", "--hot-tokens", "512"]
+    command = [sys.executable, "-m", "bench", "run", "--op", "offload", *sizes, "--json", str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row["method"]: row for row in map(json.loads, rows.read_text().splitlines())}
+    assert set(found) == {"fetch_dense", "resident", "zero_copy", "hot"}
+    fetched = found["fetch_dense"]["bus_mib"]
+    assert fetched > found["zero_copy"]["bus_mib"] > found["hot"]["bus_mib"] > 0
+    assert 0 < found["hot"]["hit_rate"] < 1 and found["resident"]["overlap"] == found["hot"]["overlap"]
+
+
 def test_the_example_says_that_outputs_are_equal():
-    example = os.path.join(os.path.dirname(os.path.dirname(__file__)), "examples", "long_context_offload.py")
-    done = subprocess.run([sys.executable, example, "--tokens", "1024", "--layers", "1"], capture_output=True, text=True)
+    example = ROOT / "examples" / "long_context_offload.py"
+    done = subprocess.run([sys.executable, str(example), "--tokens", "1024", "--layers", "1"], capture_output=True, text=True)
     assert done.stdout.endswith("equal outputs: True\n") and "K and V in a file: 2.0 MiB" in done.stdout, done.stdout + done.stderr
 
 

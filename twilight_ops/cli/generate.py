@@ -102,6 +102,7 @@ def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | N
     parser.add_argument(
         "--offload", nargs="?", const=True, default=False, metavar="DIR", help="keep K and V in host memory, on a CPU in a file in DIR"
     )
+    parser.add_argument("--hot-tokens", type=whole(0), default=0, help="of --offload: rows a KV head with copies on the device (default 0)")
     parser.set_defaults(default_dense_below=dense_below)
     parser.epilog = selectors_help()
 
@@ -131,7 +132,7 @@ def twilight_config(args: argparse.Namespace):
             raise ValueError(f"{name.replace('_', '-')}: expected {settings[name]} as in --selector {args.selector}, got {given}")
     if args.default_dense_below is not None:
         settings.setdefault("dense_below", args.default_dense_below)
-    settings["offload"] = args.offload
+    settings |= {"offload": args.offload, "hot_tokens": args.hot_tokens}
     if method.selector is None:
         # Checked as if they mattered, so that a mistake shows whatever selects.
         return TwilightConfig(top_p=args.top_p, **{**settings, "dense_layers": ALL_LAYERS})
