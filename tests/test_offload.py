@@ -208,6 +208,13 @@ def test_host_memory_that_does_not_fit_is_refused_before_it_is_touched(monkeypat
         HostMemory(1, torch.device("cuda"), "/data")
 
 
+def test_host_memory_is_touched_as_zeros_and_asked_for_in_one_line():
+    memory = torch.frombuffer(host_memory._touched(3 << 20), dtype=torch.uint8)
+    assert not memory.any() and memory.fill_(7).eq(7).all()
+    with pytest.raises(ValueError, match=r"offload: expected \d+\.0 GiB of host memory, got none: Cannot allocate memory"):
+        host_memory._touched(1 << 48)
+
+
 def test_available_memory_is_what_the_control_group_leaves(monkeypatch):
     files = {
         "/sys/fs/cgroup/memory.max": "1000000",
@@ -249,6 +256,14 @@ def test_more_layers_than_announced_get_memory_of_their_own():
 def test_an_offloaded_cache_is_not_pickled():
     with pytest.raises(TypeError, match="PagedKVCache: pickle and copy: expected K and V on the device, got an offloaded cache"):
         pickle.dumps(new_cache())
+
+
+@pytest.mark.parametrize("name, value", [("offload", True), ("hot_tokens", 8)])
+def test_vllm_whose_memory_it_is_refuses_both_settings(name, value):
+    from twilight_ops.integration.vllm.settings import parse
+
+    with pytest.raises(ValueError, match=f"expected one of .*, got '{name}'"):
+        parse({"twilight": {name: value}})
 
 
 def test_a_layer_on_another_device_is_refused_and_the_cache_stays_as_it_was():

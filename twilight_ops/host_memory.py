@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -125,8 +126,12 @@ def _mapped_file(nbytes: int, directory: str) -> mmap.mmap:
 
 def _touched(nbytes: int) -> mmap.mmap:
     """Zeros in large pages, every one of them touched by all threads at once: pinning then finds them there."""
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ValueError(f"TwilightConfig: offload: expected {size(nbytes)} of host memory, got none: {error.strerror}") from error
+    with suppress(OSError):  # of a kernel without large pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     torch.frombuffer(mapping, dtype=torch.uint8).fill_(0)
     return mapping
 
