@@ -463,7 +463,13 @@ LAYER_OPS = (
             extra=append_options),
 )  # fmt: skip
 # Operators with a module of their own, imported where they are asked for: they need transformers, or have to be first.
-MODULES = {"llama": "llama:DECODE", "lossless": "llama:LOSSLESS", "prefill": "llama:PREFILL", "phases": "phases:PHASES"}
+MODULES = {
+    "llama": "llama:DECODE",
+    "lossless": "llama:LOSSLESS",
+    "prefill": "llama:PREFILL",
+    "phases": "phases:PHASES",
+    "offload": "offload:OFFLOAD",
+}
 NAMES = (*(op.name for op in LAYER_OPS), *MODULES)
 
 

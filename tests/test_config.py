@@ -54,6 +54,8 @@ FIELDS = {
             (None, [LayerOverride()], {-1: LayerOverride()}, {"0": LayerOverride()}, {True: LayerOverride()}, {0: Quest()}),
         ),
         "calibration": ((None, "a file"), ("", 3, b"a")),
+        "offload": ((True, False, np.bool_(True), "a directory"), ("", 1, None, b"a")),
+        "hot_tokens": ((0, 1, np.int64(8192)), NOT_A_COUNT),
     },
     LayerOverride: {
         "selector": ((None, "dense", Quest()), ("quest", Quest, 1, np.array([1, 2]))),

@@ -24,6 +24,7 @@ if INTERPRETED:
     import test_attend_sparse
     import test_custom_selector
     import test_decode_attention
+    import test_decode_attention_hot
     import test_estimate_weights
     import test_extreme_integers
     import test_prune_top_p
@@ -229,6 +230,12 @@ def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(by_head):
         shape = Shape((45,), 2 * group, 2, 64, 16, 1, torch.float16)
         test_strides.check_reads(STAGES, shape, "uint8", by_head, selectors)
     test_strides.check_append(STAGES, shape, "uint8", by_head)
+
+
+@interpreted
+@pytest.mark.parametrize("case", range(3) if INTERPRETED else ())
+def test_copies_of_rows_are_those_of_the_reference(case):
+    test_decode_attention_hot.check_steps(STAGES, *test_decode_attention_hot.CASES[case], steps=3)
 
 
 @interpreted

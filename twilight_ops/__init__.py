@@ -1,13 +1,28 @@
 """Select-then-Prune sparse attention for decoding: registers `torch.ops.twilight.*`."""
 
 from . import backends
-from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageLevel, PageMeans, Paging, Policy, Pruning, Shadow
+from .arguments import (
+    KV,
+    Always,
+    Budget,
+    Candidates,
+    HotRows,
+    Observation,
+    PageBounds,
+    PageLevel,
+    PageMeans,
+    Paging,
+    Policy,
+    Pruning,
+    Shadow,
+)
 from .config import LayerOverride, TwilightConfig
 from .explanation import Explanation, explain
 from .layer import PagedKVLayer, Selector
 from .ops.append_kv import append_kv
 from .ops.attend_sparse import attend_sparse
 from .ops.decode_attention import decode_attention
+from .ops.decode_attention_hot import decode_attention_hot
 from .ops.estimate_weights import estimate_weights
 from .ops.prune_top_p import prune_top_p
 from .ops.select_pages import select_pages
@@ -28,6 +43,7 @@ __all__ = [
     "DoubleSparsity",
     "Explanation",
     "Full",
+    "HotRows",
     "KV",
     "LayerOverride",
     "MagicPig",
@@ -55,6 +71,7 @@ __all__ = [
     "backends",
     "budget_report",
     "decode_attention",
+    "decode_attention_hot",
     "duo_attention",
     "estimate_weights",
     "explain",

@@ -20,6 +20,21 @@ class KV(NamedTuple):
     v_cache: Tensor
 
 
+class HotRows(NamedTuple):
+    """Copies on the device of rows of K and V that lie outside it. Token p has one place, p modulo R, in its KV head.
+
+    Args:
+        hot_keys, hot_values: [N, Hkv, R, D] in K's dtype, N at least B.
+        hot_tokens: [N, Hkv, R] int32, the token whose row a place holds; -1: none.
+        hot_claims: [N, Hkv, R] int32, -1 between calls: which token gets a place, decided anew by each.
+    """
+
+    hot_keys: Tensor
+    hot_values: Tensor
+    hot_tokens: Tensor
+    hot_claims: Tensor
+
+
 class Paging(NamedTuple):
     """Where the tokens of each sequence are.
 

@@ -61,6 +61,9 @@ class Limits(NamedTuple):
         return max(self.page_capacity(page_size), math.ceil(level.page_fraction * pages), least)
 
 
+# What a place of `HotRows` is claimed by where its row is read; tokens, which claim the others, are below.
+HELD = 2**30
+
 # Layout of one row of `budget_counters` [Hkv, COUNTER_COLUMNS] int64.
 COUNTER_ROWS = 0  # calls counted: one a sequence with seq_len > 0
 COUNTER_LIVE = 1  # sum of live tokens

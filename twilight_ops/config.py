@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
@@ -26,6 +27,14 @@ def _selector_or_dense(where: str, field: str, value: object) -> Selector | str:
     if not isinstance(value, Selector) and not (isinstance(value, str) and value == "dense"):
         refuse(where, field, 'a Selector, such as Quest(), or "dense"', value)
     return value
+
+
+def _offload(where: str, field: str, value: object) -> bool | str:
+    if isinstance(value, str | os.PathLike) and os.fspath(value):
+        return str(os.fspath(value))
+    if type(value).__name__ not in ("bool", "bool_"):
+        refuse(where, field, "True, False or a directory", value)
+    return bool(value)
 
 
 def _overrides(where: str, field: str, value: object) -> dict[int, LayerOverride]:
@@ -94,6 +103,10 @@ class TwilightConfig:
         overrides: what single layers do differently, by layer index.
         calibration: path of a file of `python -m twilight_ops calibrate` for every layer that has a shadow; a selector's own comes first.
             None takes centre and channels from the prompts that first fill the cache, of all sequences together.
+        offload: whether K and V lie outside the GPU, in pinned host memory of which a step reads what it keeps. On a CPU they lie in a file
+            without a name, which goes with the process, in the directory for temporary files or in the one given instead of True.
+        hot_tokens: of an offloaded cache, rows of K and V of which the device has copies, a KV head of each sequence and layer; a step
+            fetches only those that it keeps and does not find there. 0: it fetches all that it keeps.
 
     Counts of tokens may be as large as you like: `sys.maxsize` is everything.
 
@@ -110,6 +123,8 @@ class TwilightConfig:
     recent_tokens: int | None = None
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
     calibration: str | None = None
+    offload: bool | str = False
+    hot_tokens: int = 0
 
     def __post_init__(self) -> None:
         normalise(
@@ -123,6 +138,8 @@ class TwilightConfig:
             recent_tokens=optional(tokens(0)),
             overrides=_overrides,
             calibration=optional(path),
+            offload=_offload,
+            hot_tokens=integer(0),
         )
 
     def check_layers(self, num_layers: int) -> None:
@@ -140,6 +157,7 @@ class TwilightConfig:
         override = self.overrides.get(layer, LayerOverride())
         if device_type not in BREAK_EVEN:
             raise ValueError(f"TwilightCache: device: expected {' or '.join(BREAK_EVEN)}, got {device_type}")
+        break_even = OFFLOADED if self.offload else BREAK_EVEN[device_type]
         selector = self._selector_of(layer)
 
         def pick(name: str, default: int) -> int:
@@ -148,7 +166,7 @@ class TwilightConfig:
         return LayerPlan(
             selector=selector,
             top_p=self.top_p if override.top_p is None else override.top_p,
-            dense_below=BREAK_EVEN[device_type].tokens(kv_rows, selector) if self.dense_below is None else self.dense_below,
+            dense_below=break_even.tokens(kv_rows, selector) if self.dense_below is None else self.dense_below,
             sink_tokens=0 if selector is None else pick("sink_tokens", self.page_size),
             recent_tokens=0 if selector is None else pick("recent_tokens", RECENT_TOKENS),
             head_token_budget=override.head_token_budget,
@@ -221,3 +239,4 @@ BREAK_EVEN: Mapping[str, BreakEven] = {
         "dense / Full: B 1 L 128k 127 / 152, B 8 948 / 902 (bench/results/h200_qwen_data.jsonl). Between other kernels 13 us longer",
     ),
 }
+OFFLOADED = BreakEven(512, 0, 0, "a token of K and V comes over a bus of some 50 GB/s, or from a file: deciding costs little beside it")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._settings import normalise, number, of_length, tokens
-from .arguments import KV, Always, Budget, Candidates, PageBounds, PageLevel, PageMeans, Policy, Pruning, Shadow
+from .arguments import KV, Always, Budget, Candidates, HotRows, PageBounds, PageLevel, PageMeans, Policy, Pruning, Shadow
 from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
 
@@ -139,6 +139,8 @@ class PagedKVLayer:
     # Makes what has one row a page, as new_pages((P, Hkv, ...), dtype=...): an engine that owns the memory hands out parts of it.
     new_pages: Callable[..., Tensor] = torch.zeros
     shard: int | None = None  # which part of the model's KV heads this is; None: by the rank in torch.distributed
+    offloaded: bool = False  # K and V lie outside the device
+    hot: HotRows | None = None  # copies of some of them on it
 
     @property
     def num_kv_heads(self) -> int:
@@ -158,7 +160,7 @@ class PagedKVLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the layer, once."""
-        own = (self.kv, self.shadow or (), self.bounds or (), self.means or ())
+        own = (self.kv, self.shadow or (), self.bounds or (), self.means or (), self.hot or ())
         groups = (*own, self.policy.budget, self.policy.pruning, self.selector_state.values())
         return [self.budget_counters, *(value for group in groups for value in group if isinstance(value, Tensor))]
 
@@ -179,6 +181,9 @@ class PagedKVLayer:
     def reset(self) -> None:
         """Forgets the budget counters and a calibration that came from a prompt."""
         self.budget_counters.zero_()
+        if self.hot is not None:
+            self.hot.hot_tokens.fill_(-1)
+            self.hot.hot_claims.fill_(-1)
         if self.shadow is not None:
             self.centred_by_file = restore(self.shadow, self.plan.calibration, self.index, self.shard)
         if self.plan.selector is not None:
@@ -209,11 +214,15 @@ def allocate_layer(
     index: int | None = None,
     shard: int | None = None,
     new_pages: Callable[..., Tensor] | None = None,
+    new_kv: Callable[..., Tensor] | None = None,
+    hot_rows: tuple[int, int] | None = None,
 ) -> PagedKVLayer:
     """Zeroed tensors of one layer; the shadow is as the plan's calibration file says, without one an identity until a prompt calibrates it.
 
     `previous` is the layer below: its index counts on, and a selector may share that layer's state. Without one an engine gives `index`,
     and `shard` and `new_pages` where the heads of this rank and the memory of the pages are its own affair (see `PagedKVLayer`).
+    `new_kv` makes K and V where those alone lie elsewhere, outside the device; `hot_rows`: sequences, and rows a KV head that each has
+    copies of on it.
     """
     new_pages = new_pages or partial(torch.zeros, device=device)
     if index is None:
@@ -222,14 +231,20 @@ def allocate_layer(
     layer = PagedKVLayer(
         plan=plan,
         policy=plan.policy(num_pages * page_size, num_qo_heads, num_kv_heads, device),
-        kv=KV(new_pages(rows, dtype=dtype), new_pages(rows, dtype=dtype)),
+        kv=KV(*((new_kv or new_pages)(rows, dtype=dtype) for _ in KV._fields)),
         budget_counters=torch.zeros(num_kv_heads, COUNTER_COLUMNS, dtype=torch.int64, device=device),
         index=index,
         new_pages=new_pages,
         shard=shard,
+        offloaded=new_kv is not None,
     )
     if plan.selector is None:
         return layer
+    if hot_rows is not None:
+        sequences, places = hot_rows
+        copies = (torch.zeros(sequences, num_kv_heads, places, head_dim, dtype=dtype, device=device) for _ in KV._fields)
+        marks = (torch.full((sequences, num_kv_heads, places), -1, dtype=torch.int32, device=device) for _ in range(2))
+        layer.hot = HotRows(*copies, *marks)
     if plan.prunes or plan.selector.uses_shadow:
         layer.shadow = Shadow(
             new_pages((num_pages, num_kv_heads, page_size * head_dim // 2), dtype=torch.uint8),

@@ -51,8 +51,8 @@ class Settings:
 def parse(additional_config: object) -> Settings:
     """Settings from vLLM's `additional_config`, which may come from JSON.
 
-    `{"twilight": {...}}` takes the fields of `TwilightConfig` except page_size, and log_every. A selector is a name, or a mapping with
-    its "name" and fields; "dense" is exact attention in every layer. Keys of `overrides` may be strings.
+    `{"twilight": {...}}` takes log_every and the fields of `TwilightConfig` but those of pages and their memory. A selector is a name, or
+    a mapping with its "name" and fields; "dense" is exact attention in every layer. Keys of `overrides` may be strings.
 
     Raises:
         ValueError: an unknown name or a value out of range, by name; a layer without the calibration file that it needs.
@@ -63,7 +63,8 @@ def parse(additional_config: object) -> Settings:
     values = dict(given)
     if "page_size" in values:
         refuse(WHERE, "page_size", "none, because vLLM's block_size is the page size", values["page_size"])
-    _known("", values, [f.name for f in fields(TwilightConfig) if f.name != "page_size"] + ["log_every"])
+    others = ("page_size", "offload", "hot_tokens")  # pages and their memory are vLLM's
+    _known("", values, [f.name for f in fields(TwilightConfig) if f.name not in others] + ["log_every"])
     log_every = integer(0)(WHERE, "log_every", values.pop("log_every", 1000))
     selector = _selector("selector", values.pop("selector", selectors.DEFAULT.name))
     if selector == "dense":

@@ -14,7 +14,7 @@ from .attend_sparse import run_attend
 from .prune_top_p import thresholds, union
 
 
-def decode_attention(
+def decide(
     q: Tensor,
     kv: KV,
     paging: Paging,
@@ -25,10 +25,9 @@ def decode_attention(
     candidates: Candidates,
     observe: Observation,
     means: PageMeans | None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The Triton stages; weights stay logits with their softmax statistics until the pruner has them, and lists carry no pads."""
-    attended, lse = outputs(q, out)
+) -> tuple[Candidates, int]:
+    """What to attend to, and the length up to which a sequence attends to everything; weights stay logits with their softmax statistics
+    until the pruner has them, and lists carry no pads."""
     batch, query_tokens, heads, _ = q.shape
     _, kv_heads, page_size, _ = kv.k_cache.shape
     max_tokens = paging.page_table.shape[1] * page_size
@@ -68,5 +67,23 @@ def decode_attention(
         union(keep, mass, *shape, observe, dense_below, fill_dense=asked, pad=asked)
     if policy.prunes:
         candidates = Candidates(observe.kept_indices, observe.kept_counts)
+    return candidates, dense_below
+
+
+def decode_attention(
+    q: Tensor,
+    kv: KV,
+    paging: Paging,
+    policy: Policy,
+    sm_scale: float,
+    shadow: Shadow | None,
+    bounds: PageBounds | None,
+    candidates: Candidates,
+    observe: Observation,
+    means: PageMeans | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    attended, lse = outputs(q, out)
+    candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
     run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below)
     return attended, lse
