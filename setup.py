@@ -244,12 +244,20 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+def index_page() -> str:
+    """README for a package index, which has no other file of this folder: no pictures, and paths where links were."""
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n+", "", (ROOT / "README.md").read_text("utf-8"))
+    return re.sub(r"\[([^]]+)\]\((?!https?:|#)([^)]+)\)", r"\1 (`\2`)", text)
+
+
 if NATIVE == "0":
     not_asked[native_modules.EVERY] = "TWILIGHT_NATIVE=0 was set"
 extensions = [] if NATIVE == "0" else native_extensions()
 commands = {"build": Build, "record_native": RecordNative, "bdist_wheel": Wheel}
 integration = ["", *(f".{name}" for name in find_packages("integration"))]
 setup(
+    long_description=index_page(),
+    long_description_content_type="text/markdown",
     packages=find_namespace_packages(include=["twilight_ops", "twilight_ops.*"], exclude=["*.__pycache__"])
     + [f"twilight_ops.integration{name}" for name in integration],
     package_dir={"twilight_ops.integration": "integration"},

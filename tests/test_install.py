@@ -350,7 +350,7 @@ def test_only_sources_that_changed_are_compiled_again(builder, tmp_path, monkeyp
 def test_no_other_file_spells_how_cuda_is_compiled():
     spelled = re.compile(r"-gencode|compute_\d|-DUSE_CUDA|TORCH_TARGET_VERSION|__CUDA_NO_|Py_LIMITED_API|-Xcompiler|-std=c\+\+.*nvcc|-mavx")
     here = Path(__file__).relative_to(ROOT)
-    folders = [ROOT / name for name in ("csrc", "bench", "tests", "twilight_ops", "integration", "examples", ".ci")]
+    folders = [ROOT / name for name in ("csrc", "bench", "tests", "twilight_ops", "integration", "examples", "tools", ".ci")]
     files = [path for path in (*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))) if path.is_file()]
     read = [path for path in files if path.suffix in (".py", ".sh", ".toml") or path.name in ("Makefile", "run")]
     found = [str(name) for path in read if (name := path.relative_to(ROOT)) != here and spelled.search(path.read_text())]
