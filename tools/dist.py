@@ -39,7 +39,10 @@ def problems(library: Path) -> list[str]:
 
 
 def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> None:
-    subprocess.run(list(map(str, command)), cwd=folder, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
+    """Runs a command, which prints only where it fails."""
+    done = subprocess.run(list(map(str, command)), cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"dist: {' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
 
 
 def tracked(folder: Path) -> Path:
