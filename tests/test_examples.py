@@ -59,6 +59,7 @@ def test_transformers_streams_and_the_cache_says_what_it_kept(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    import twilight_ops.integration.hf  # noqa: F401  registers attn_implementation="twilight"
     from twilight_ops.cli.models import random_tiny
 
     letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
