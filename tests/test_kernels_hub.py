@@ -64,6 +64,8 @@ def test_every_source_of_a_backend_is_compiled_once_with_the_namespace_of_the_bu
         assert all((folder / path).is_file() for path in kernel["src"])
         flags = kernel["cuda-flags" if suffix == ".cu" else "cxx-flags"]
         assert kernels_hub.NAMESPACE in flags and kernels_hub.NAMESPACE in build["torch"]["cxx-flags"]
+    for path in (folder / "csrc").rglob("*.*"):
+        assert not re.search(r'LIBRARY_IMPL\(twilight\b|"twilight(::|")', path.read_text()), f"{path} names the namespace itself"
 
 
 def test_python_imports_itself_by_relative_names_and_names_no_namespace(folder):
