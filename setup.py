@@ -240,6 +240,7 @@ class Wheel(bdist_wheel):
         """Builds before the tag is decided: a wheel without native modules serves every machine, and one with them does not."""
         if not self.skip_build:
             self.run_command("build")
+            self.skip_build = True  # setuptools would compile it all a second time, to install it into the wheel
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
 

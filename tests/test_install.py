@@ -175,6 +175,8 @@ def test_a_wheel_holds_every_extension_that_was_asked_for_and_the_tag_of_native_
     name, files, stderr = builder.wheel(AS_CUDA_BUILD, builder.cuda_home, **BOTH)
     assert tag(name) == NATIVE_TAG and modules_of(files) == {"_C_default", "_C_avx2", "_C_cuda"}
     assert record_of(files) == {} and not notices(stderr)
+    written = [words[words.index("-o") + 1] for tool in ("c++", "nvcc") for words in builder.commands(tool) if "-c" in words]
+    assert written and len(written) == len({*written}), "something was compiled twice"
 
 
 @pytest.mark.parametrize("module, refused", [("_C_avx2", "-mavx2"), ("_C_cuda", "-DUSE_CUDA")])
