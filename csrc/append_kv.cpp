@@ -316,4 +316,4 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("append_kv", TORCH_BOX(&twilight::append_kv)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("append_kv", TORCH_BOX(&twilight::append_kv)); }

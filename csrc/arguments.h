@@ -2,6 +2,8 @@
 // twilight_ops/ops/ derives from groups.
 #pragma once
 
+#include "namespace.h"
+
 #define TWILIGHT_APPEND_KV_ARGUMENTS                                                                                  \
   const Tensor &k, const Tensor &v, Tensor k_cache, Tensor v_cache, const Tensor &page_table, const Tensor &seq_lens, \
       const OptionalTensor &positions, OptionalTensor k_quant, OptionalTensor k_scale,                                \

@@ -177,4 +177,4 @@ std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache,
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("attend_sparse", TORCH_BOX(&twilight::attend_sparse)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("attend_sparse", TORCH_BOX(&twilight::attend_sparse)); }

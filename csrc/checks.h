@@ -7,16 +7,19 @@
 #include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <charconv>
 #include <cmath>
 #include <initializer_list>
+#include <iomanip>
+#include <locale>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "capacity.h"
+#include "namespace.h"
 #include "region.h"
 
 namespace twilight {
@@ -58,13 +61,18 @@ inline std::string device_name(const Tensor& tensor) {
 inline std::string number(double value) {
   if (std::isnan(value)) return "nan";
   if (std::isinf(value)) return value < 0 ? "-inf" : "inf";
-  char text[64];
   const double size = std::fabs(value);
   const bool fixed = size == 0 || (size >= 1e-4 && size < 1e16);
-  const auto end =
-      std::to_chars(text, text + sizeof(text), value, fixed ? std::chars_format::fixed : std::chars_format::scientific);
-  std::string out(text, end.ptr);
-  if (fixed && out.find('.') == std::string::npos) out += ".0";
+  std::string out;
+  // Not std::to_chars, which manylinux_2_28 does not have for a double.
+  for (int digits = fixed ? 1 : 0; digits <= 20; ++digits) {
+    std::stringstream text;
+    text.imbue(std::locale::classic());
+    text << (fixed ? std::fixed : std::scientific) << std::setprecision(digits) << value;
+    out = text.str();
+    double read = 0;
+    if (text >> read && read == value) break;
+  }
   return out;
 }
 
@@ -100,8 +108,8 @@ class Checker {
   }
 
   [[noreturn]] void fail(const char* argument, const std::string& expected, const std::string& got) const {
-    throw std::runtime_error(std::string("twilight::") + op_ + ": " + argument + ": expected " + expected + ", got " +
-                             got);
+    throw std::runtime_error(std::string(TWILIGHT_NAMESPACE_NAME "::") + op_ + ": " + argument + ": expected " +
+                             expected + ", got " + got);
   }
 
   int64_t size(const char* symbol) const {
@@ -309,7 +317,8 @@ class Checker {
   void no_gradients() const {
     if (watched_.empty()) return;
     StableIValue stack[] = {torch::stable::detail::from(watched_)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("twilight::_first_requiring_grad", "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher(TWILIGHT_NAMESPACE_NAME "::_first_requiring_grad", "", stack, TORCH_ABI_VERSION));
     const int64_t first = torch::stable::detail::to<int64_t>(stack[0]);
     if (first == kNobodyAsked) fail("gradients", "none enabled in a process without twilight_ops", "them enabled");
     if (first >= 0)

@@ -324,4 +324,6 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("decode_attention", TORCH_BOX(&twilight::decode_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&twilight::decode_attention));
+}

@@ -58,10 +58,10 @@ int64_t first_requiring_grad(std::vector<torch::stable::Tensor>) { return kNobod
 extern "C" __attribute__((visibility("default"))) bool twilight_define_schemas() {
   static const bool defined = [] {
     try {
-      static twilight::StableLibrary library(twilight::StableLibrary::Kind::FRAGMENT, "twilight", nullptr, __FILE__,
-                                             __LINE__);
+      static twilight::StableLibrary library(twilight::StableLibrary::Kind::FRAGMENT, TWILIGHT_NAMESPACE_NAME, nullptr,
+                                             __FILE__, __LINE__);
       for (const char* schema : twilight::kSchemas) library.def(schema);
-      static twilight::StableLibrary kernels(twilight::StableLibrary::Kind::IMPL, "twilight",
+      static twilight::StableLibrary kernels(twilight::StableLibrary::Kind::IMPL, TWILIGHT_NAMESPACE_NAME,
                                              "CompositeExplicitAutograd", __FILE__, __LINE__);
       kernels.impl("_first_requiring_grad", TORCH_BOX(&twilight::first_requiring_grad));
       return true;

@@ -163,4 +163,4 @@ std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const OptionalTensor& p
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("select_pages", TORCH_BOX(&twilight::select_pages)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("select_pages", TORCH_BOX(&twilight::select_pages)); }

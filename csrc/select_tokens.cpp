@@ -140,4 +140,4 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("select_tokens", TORCH_BOX(&twilight::select_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("select_tokens", TORCH_BOX(&twilight::select_tokens)); }

@@ -32,7 +32,7 @@ from .presets import ada_kv, duo_attention, pyramid_kv
 from .report import BudgetLog, BudgetReport, budget_report
 from .selectors import DoubleSparsity, Full, MagicPig, PageMean, Quest, ShadowPrefix, SparQ, Streaming, Tidal
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Always",

@@ -201,7 +201,7 @@ def library() -> PlanLibrary:
         RuntimeError: no native module is loaded.
     """
     wanted = (native_modules.CUDA_MODULE,) if available() else native_modules.CPU_MODULES
-    modules = (sys.modules.get(f"{__package__}.{name}") for name in wanted)
+    modules = (sys.modules.get(native_modules.full_name(name)) for name in wanted)
     paths = [module.__file__ for module in modules if module is not None]
     if not paths:
         raise RuntimeError(f"launch plan: expected a native module, got none ({', '.join(wanted)})")

@@ -85,4 +85,6 @@ void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CUDA, m) { m.impl("_fused_append_kv", TORCH_BOX(&twilight::fused_append_kv)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CUDA, m) {
+  m.impl("_fused_append_kv", TORCH_BOX(&twilight::fused_append_kv));
+}

@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   request.cluster_size = cluster_size;
   STD_CUDA_CHECK(read_limits(device, request.device));
   const Plan plan = plan_fused_decode(request);
-  if (*plan.reason != 0) throw std::runtime_error(std::string("twilight::_fused_decode_attention: ") + plan.reason);
+  if (*plan.reason != 0)
+    throw std::runtime_error(std::string(TWILIGHT_NAMESPACE_NAME "::_fused_decode_attention: ") + plan.reason);
 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CUDA, m) {
   m.impl("_fused_decode_attention", TORCH_BOX(&twilight::fused_decode_attention));
 }
 

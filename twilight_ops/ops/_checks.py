@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageLevel, PageMeans, Paging, Pruning, Shadow
 from ..capacity import MAX_TABLE_TOKENS
 
@@ -35,7 +36,7 @@ class Checker:
         self.differentiable: str | None = None  # the first argument that asks for a gradient
 
     def fail(self, argument: str, expected: str, got: object) -> NoReturn:
-        raise RuntimeError(f"twilight::{self.op}: {argument}: expected {expected}, got {got}")
+        raise RuntimeError(f"{add_op_namespace_prefix(self.op)}: {argument}: expected {expected}, got {got}")
 
     def require(self, ok: bool, argument: str, expected: str, got: object) -> None:
         if not ok:
