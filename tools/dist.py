@@ -85,10 +85,10 @@ def make_wheel(sdist: Path, work: Path, dist: Path) -> Path:
 
 def make_cuda_wheel(nvcc: str, wheel: Path, work: Path, dist: Path) -> Path:
     """The same wheel, and the CUDA module in it."""
-    version, objects = "".join(map(str, toolchain.nvcc_version(nvcc))), ROOT / "build" / "cu"
+    version = "".join(map(str, toolchain.nvcc_version(nvcc)))
     tree = unpacked(wheel, work / "cuda")
     library = tree / "twilight_ops" / "_C_cuda.abi3.so"
-    run(*toolchain.link_command(nvcc, toolchain.compile_objects(nvcc, toolchain.cuda_sources(), objects), library))
+    run(*toolchain.link_command(nvcc, toolchain.compile_objects(nvcc, toolchain.cuda_sources(), Path("build/cu")), library))
     run("strip", "--strip-unneeded", library)
     (tree / "twilight_ops" / "native_build.json").write_text("{}\n")
     (info,) = tree.glob("*.dist-info")
@@ -102,6 +102,7 @@ def make_cuda_wheel(nvcc: str, wheel: Path, work: Path, dist: Path) -> Path:
 
 
 def main() -> None:
+    os.chdir(ROOT)  # objects of `make test`, which names them from here, are used again
     if torch.version.cuda is not None:
         raise SystemExit(f"dist: PyTorch: expected its CPU build, against which the wheel without CUDA is made, got {torch.__version__}")
     work, dist = ROOT / "build" / "dist", ROOT / "dist"
