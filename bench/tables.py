@@ -45,15 +45,16 @@ def named(setting: str) -> str:
             words.append(f"p {share(float(part))}")
         elif "=" in part:
             fields = dict(field.split("=") for field in part.split(" ")[0].split(","))
-            words += [f"{parts_of(float(value))} of the {FIELDS[field]}" for field, value in sorted(fields.items()) if field in FIELDS]
+            words += [f"{parts_of(value)} the {FIELDS[field]}" for field, value in sorted(fields.items()) if field in FIELDS]
             words += [" ".join(part.split(" ")[1:])] if " " in part else []
         else:
             words.append(part)
     return ", ".join(words)
 
 
-def parts_of(value: float) -> str:
-    return str(Fraction(value).limit_denominator(64))
+def parts_of(value: str) -> str:
+    share = Fraction(value).limit_denominator(64)
+    return "all" if share == 1 else f"{share} of"
 
 
 def share(value: float) -> str:
