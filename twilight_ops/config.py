@@ -94,6 +94,8 @@ class TwilightConfig:
         overrides: what single layers do differently, by layer index.
         calibration: path of a file of `python -m twilight_ops calibrate` for every layer that has a shadow; a selector's own comes first.
             None takes centre and channels from the prompts that first fill the cache, of all sequences together.
+        kv_cache_dtype: "auto" stores K and V in the model's dtype, "fp8" in float8_e4m3fn, which takes half the memory of 16 bits; the
+            scales come from the prompts that first fill the cache. Selection and p read what they read without it.
 
     Counts of tokens may be as large as you like: `sys.maxsize` is everything.
 
@@ -110,6 +112,7 @@ class TwilightConfig:
     recent_tokens: int | None = None
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
     calibration: str | None = None
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         normalise(
@@ -123,6 +126,7 @@ class TwilightConfig:
             recent_tokens=optional(tokens(0)),
             overrides=_overrides,
             calibration=optional(path),
+            kv_cache_dtype=one_of("auto", "fp8"),
         )
 
     def check_layers(self, num_layers: int) -> None:
@@ -154,6 +158,7 @@ class TwilightConfig:
             head_token_budget=override.head_token_budget,
             head_top_p=override.head_top_p,
             calibration=getattr(selector, "calibration", None) or self.calibration,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
 
     def never_sparse(self, num_layers: int, max_cache_len: int, device_type: str, kv_rows: int) -> str | None:

@@ -16,7 +16,7 @@ from .ops.prune_top_p import prune_top_p
 
 def append(k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, positions: Tensor | None = None) -> None:
     """Writes k, v [B, T, Hkv, D] into the layer's cache, shadow, bounds and means; `seq_lens` counts them already."""
-    append_kv(k, v, layer.kv, Paging(page_table, seq_lens), positions, layer.shadow, layer.bounds, layer.means)
+    append_kv(k, v, layer.kv, Paging(page_table, seq_lens), positions, layer.shadow, layer.bounds, layer.means, layer.scales)
     if layer.plan.selector is not None:
         layer.plan.selector.append(k, layer, page_table, seq_lens, positions)
 
@@ -45,7 +45,8 @@ def attend(
             policy = policy._replace(selector="full")
     observe = Observation(None if dense else layer.budget_counters, kept_indices, kept_counts)
     paging = Paging(page_table, seq_lens)
-    return decode_attention(q, layer.kv, paging, policy, sm_scale, layer.shadow, layer.bounds, candidates, observe, layer.means, out)
+    read = (layer.shadow, layer.bounds, candidates, observe, layer.means)
+    return decode_attention(q, layer.kv, paging, policy, sm_scale, *read, out, layer.scales)
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
@@ -67,5 +68,5 @@ def decode_step_by_stage(
         weights = estimate_weights(q, layer.shadow, paging, candidates, sm_scale)
         indices, counts, _ = prune_top_p(weights, seq_lens, candidates, layer.num_kv_heads, policy.pruning, policy.always)
         candidates = Candidates(indices, counts)
-    out, _ = attend_sparse(q, layer.kv, paging, candidates, sm_scale)
+    out, _ = attend_sparse(q, layer.kv, paging, candidates, sm_scale, layer.scales)
     return out

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ._settings import normalise, number, of_length, tokens
-from .arguments import KV, Always, Budget, Candidates, PageBounds, PageMeans, Policy, Pruning, Shadow
+from .arguments import FP8, KV, Always, Budget, Candidates, PageBounds, PageMeans, Policy, Pruning, Scales, Shadow
 from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
 
@@ -94,6 +94,7 @@ class LayerPlan:
     head_token_budget: tuple[int, ...] | None
     head_top_p: tuple[float, ...] | None
     calibration: str | None = None  # a file
+    kv_cache_dtype: str = "auto"
 
     @property
     def prunes(self) -> bool:
@@ -130,11 +131,13 @@ class PagedKVLayer:
     policy: Policy
     kv: KV
     budget_counters: Tensor  # [Hkv, COUNTER_COLUMNS] int64
+    dtype: torch.dtype  # of K and V as the model has them
     index: int = 0  # of the layer in its model
     shadow: Shadow | None = None
     centred_by_file: bool = False  # else by the first prompt
     bounds: PageBounds | None = None
     means: PageMeans | None = None
+    scales: Scales | None = None  # of K and V in float8_e4m3fn
     selector_state: dict[str, Tensor] = field(default_factory=dict)
     # Makes what has one row a page, as new_pages((P, Hkv, ...), dtype=...): an engine that owns the memory hands out parts of it.
     new_pages: Callable[..., Tensor] = torch.zeros
@@ -158,7 +161,7 @@ class PagedKVLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the layer, once."""
-        own = (self.kv, self.shadow or (), self.bounds or (), self.means or ())
+        own = (self.kv, self.shadow or (), self.bounds or (), self.means or (), self.scales or ())
         groups = (*own, self.policy.budget, self.policy.pruning, self.selector_state.values())
         return [self.budget_counters, *(value for group in groups for value in group if isinstance(value, Tensor))]
 
@@ -167,18 +170,33 @@ class PagedKVLayer:
         kv = sum(tensor.nbytes for tensor in self.kv)
         return {"kv": kv, "extra": sum(t.nbytes for t in self.tensors()) - kv}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch reads no tensor of float8 back from a pickle.
+        return {**vars(self), "kv": KV(*(pages.view(torch.uint8) for pages in self.kv))} if self.kv.is_fp8 else dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.scales is not None:
+            self.kv = KV(*(pages.view(FP8) for pages in self.kv))
+
     @torch.no_grad()
-    def calibrate(self, q: Tensor, k: Tensor, positions: Tensor | None, sm_scale: float) -> None:
-        """Calibrates in place from the prompt that first fills the cache, before that prompt is appended: the centre of the shadow, and
-        what the selector takes from it; see `Selector.calibrate`."""
-        if self.shadow is not None and self.shadow.k_center is not None and not self.centred_by_file:
-            self.shadow.k_center.copy_(mean_key(k, positions))
+    def calibrate(self, q: Tensor, k: Tensor, positions: Tensor | None, sm_scale: float, v: Tensor | None = None) -> None:
+        """Calibrates in place from the prompt that first fills the cache, before that prompt is appended: the centre of the shadow, the
+        scales of K and V in float8_e4m3fn, and what the selector takes from it; see `Selector.calibrate`."""
+        if self.scales is not None or (self.shadow is not None and not self.centred_by_file):
+            center = mean_key(k, positions)
+            if self.shadow is not None and self.shadow.k_center is not None and not self.centred_by_file:
+                self.shadow.k_center.copy_(center)
+            if self.scales is not None:
+                _write(self.scales, descale(k - center, positions), None if v is None else descale(v, positions), center)
         if self.plan.selector is not None:
             self.plan.selector.calibrate(q, k, self, positions, sm_scale)
 
     def reset(self) -> None:
         """Forgets the budget counters and a calibration that came from a prompt."""
         self.budget_counters.zero_()
+        if self.scales is not None:
+            _write(self.scales, torch.ones(()), torch.ones(()), torch.zeros(()))
         if self.shadow is not None:
             self.centred_by_file = restore(self.shadow, self.plan.calibration, self.index, self.shard)
         if self.plan.selector is not None:
@@ -193,6 +211,27 @@ def mean_key(k: Tensor, positions: Tensor | None) -> Tensor:
         live = (positions >= 0)[:, :, None, None]
         center = torch.where(live, k, 0.0).sum((0, 1), dtype=torch.float32) / live.sum().clamp(min=1)
     return torch.where(center.isfinite(), center, 0.0)
+
+
+def _write(scales: Scales, *values: Tensor | None) -> None:
+    """In place, but for what is None."""
+    for tensor, value in zip(scales, values, strict=True):
+        if tensor is not None and value is not None:
+            tensor.copy_(value)
+
+
+def descale(x: Tensor, positions: Tensor | None) -> Tensor:
+    """The power of two by which rows x [B, T, Hkv, D] are divided for float8_e4m3fn, [Hkv] fp32; 1 where nothing finite decides.
+
+    The largest of the rows that are no padding becomes 16 to 32 of 448: there is room for later ones of 14 times its size, and what is
+    smaller than a 2000th of it loses more than its sixteenth. Nothing is read on the host.
+    """
+    size = x.float().abs()
+    size = torch.where(size.isfinite(), size, 0.0)
+    if positions is not None:
+        size = torch.where((positions >= 0)[:, :, None, None], size, 0.0)
+    largest = size.amax((0, 1, 3))
+    return torch.where(largest > 0, torch.exp2(largest.clamp(min=2.0**-100).log2().floor() - 4), 1.0)
 
 
 def allocate_layer(
@@ -219,15 +258,21 @@ def allocate_layer(
     if index is None:
         index = 0 if previous is None else previous.index + 1
     rows = (num_pages, num_kv_heads, page_size, head_dim)
+    fp8 = plan.kv_cache_dtype == "fp8"
+    stored = FP8 if fp8 else dtype
     layer = PagedKVLayer(
         plan=plan,
         policy=plan.policy(num_pages * page_size, num_qo_heads, num_kv_heads, device),
-        kv=KV(new_pages(rows, dtype=dtype), new_pages(rows, dtype=dtype)),
+        kv=KV(new_pages(rows, dtype=stored), new_pages(rows, dtype=stored)),
         budget_counters=torch.zeros(num_kv_heads, COUNTER_COLUMNS, dtype=torch.int64, device=device),
+        dtype=dtype,
         index=index,
         new_pages=new_pages,
         shard=shard,
     )
+    if fp8:
+        k_descale, v_descale = torch.ones(2, num_kv_heads, dtype=torch.float32, device=device).unbind()
+        layer.scales = Scales(k_descale, v_descale, torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device))
     if plan.selector is None:
         return layer
     if plan.prunes or plan.selector.uses_shadow:

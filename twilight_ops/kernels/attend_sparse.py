@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Paging
+from ..arguments import KV, Candidates, Paging, Scales
 from ..ops.attend_sparse import outputs
-from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, query_rows
-from ._tiles import INF, LOG2E, listed_slots, live_length, physical_page, slot_tokens
+from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, query_rows, stored_pages
+from ._tiles import INF, LOG2E, factor, from_e4m3, listed_slots, live_length, physical_page, slot_tokens
 
 # Keyed by padded head_dim.
 LAUNCHES = {
@@ -58,6 +58,7 @@ def attend_kernel(
     q,  # [B, T, Hq, D]
     k_cache,  # [P, Hkv, S, D]
     v_cache,
+    k_descale,  # [Hkv] or None
     page_table,  # [B, M]
     seq_lens,  # [B]
     indices,  # [B, Hkv, stride] or None
@@ -143,9 +144,12 @@ def attend_kernel(
             page = physical_page(page_table, batch, token // PAGE, live, num_pages, max_pages)
             place = ((page * KV_HEADS + head) * PAGE + token % PAGE) * HEAD_DIM
             mask = live[:, None] & in_dim[None, :]
-            key = tl.load(k_cache + place[:, None] + d[None, :], mask=mask, other=0.0)
-            value = tl.load(v_cache + place[:, None] + d[None, :], mask=mask, other=0.0)
-            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * sm_scale
+            key = tl.load(k_cache + place[:, None] + d[None, :], mask=mask, other=0)
+            value = tl.load(v_cache + place[:, None] + d[None, :], mask=mask, other=0)
+            if k_cache.dtype.element_ty == tl.uint8:
+                key = from_e4m3(key, query.dtype)
+                value = from_e4m3(value, query.dtype)
+            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * (sm_scale * factor(k_descale, head))
             seen = live[None, :] & (token[None, :] <= horizon[:, None])
             logit = tl.where(seen, logit, -INF)
             new_peak = tl.maximum(peak, tl.max(logit, 1))
@@ -179,6 +183,13 @@ def merge_kernel(
     partial_sum,
     out,  # [B, T, Hq, D]
     lse,  # [B, T, Hq]
+    q,  # [B, T, Hq, D], read only with k_shift
+    v_descale,  # [Hkv] or None
+    k_shift,  # [Hkv, D] or None
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    sm_scale,
     rows,
     programs,
     KV_HEADS: tl.constexpr,
@@ -218,13 +229,25 @@ def merge_kernel(
             peak = new_peak
     query_head = row % KV_HEADS * GROUP + r % GROUP
     at = ((row // KV_HEADS) * QUERY_TOKENS + r // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    result = sum_ / tl.where(total == 0.0, 1.0, total)
+    result = sum_ / tl.where(total == 0.0, 1.0, total) * factor(v_descale, row % KV_HEADS)
     tl.store(out + at * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=in_dim)
+    if k_shift is not None:
+        q_row = (row // KV_HEADS).to(tl.int64) * stride_qb + r // GROUP * stride_qt + query_head.to(tl.int64) * stride_qh
+        query = tl.load(q + q_row + d, mask=in_dim, other=0.0).to(tl.float32)
+        peak += tl.sum(query * tl.load(k_shift + row % KV_HEADS * HEAD_DIM + d, mask=in_dim, other=0.0), 0) * sm_scale
     tl.store(lse + at, tl.where(total == 0.0, -INF, peak + tl.log(total)))
 
 
 def run_attend(
-    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, out: Tensor, lse: Tensor, dense_below: int = -1
+    q: Tensor,
+    kv: KV,
+    paging: Paging,
+    candidates: Candidates,
+    sm_scale: float,
+    scales: Scales | None,
+    out: Tensor,
+    lse: Tensor,
+    dense_below: int = -1,
 ) -> None:
     """Fills `out` and `lse`; a sequence no longer than `dense_below` attends to everything."""
     indices, counts, unit = candidates
@@ -234,6 +257,7 @@ def run_attend(
     rows, group = batch * kv_heads, heads // kv_heads
     if rows == 0:
         return
+    scales = scales or Scales()
     capacity = max_pages * page_size if indices is None else indices.shape[2] * unit
     dim_pad = next_power_of_2(head_dim)
     launch = LAUNCHES[dim_pad]
@@ -262,7 +286,8 @@ def run_attend(
     )
     attend_kernel[(programs,)](
         q,
-        *kv,
+        *stored_pages(kv),
+        scales.k_descale,
         *paging,
         indices,
         counts,
@@ -292,6 +317,11 @@ def run_attend(
         partial_sum,
         out,
         lse,
+        q,
+        scales.v_descale,
+        scales.k_shift,
+        *q.stride()[:3],
+        sm_scale,
         rows,
         programs,
         **shape,
@@ -300,7 +330,9 @@ def run_attend(
     )
 
 
-def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float) -> tuple[Tensor, Tensor]:
+def attend_sparse(
+    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
+) -> tuple[Tensor, Tensor]:
     out, lse = outputs(q)
-    run_attend(q, kv, paging, candidates, sm_scale, out, lse)
+    run_attend(q, kv, paging, candidates, sm_scale, scales, out, lse)
     return out, lse

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
+from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Scales, Shadow
 from ..capacity import Limits
 from ..ops._library import empty_lists
 from ..ops.decode_attention import outputs
@@ -26,9 +26,10 @@ def decode_attention(
     observe: Observation,
     means: PageMeans | None,
     out: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton stages; weights stay logits with their softmax statistics until the pruner has them, and lists carry no pads."""
-    attended, lse = outputs(q, out)
+    attended, lse = outputs(q, out, scales)
     batch, query_tokens, heads, _ = q.shape
     _, kv_heads, page_size, _ = kv.k_cache.shape
     max_tokens = paging.page_table.shape[1] * page_size
@@ -68,5 +69,5 @@ def decode_attention(
         union(keep, mass, *shape, observe, dense_below, fill_dense=asked, pad=asked)
     if policy.prunes:
         candidates = Candidates(observe.kept_indices, observe.kept_counts)
-    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below)
+    run_attend(q, kv, paging, candidates, sm_scale, scales, attended if out is None else out, lse, dense_below)
     return attended, lse
