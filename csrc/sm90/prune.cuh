@@ -311,12 +311,12 @@ __device__ void find_thresholds(const C& c, const Candidates<C>& candidates, int
 // Starts to bring the key and the value of a row to the L2 cache.
 template <class C>
 __device__ __forceinline__ void prefetch_row(const C& c, uint32_t row) {
-  using T = typename C::T;
+  using E = typename C::E;
   const int64_t at = static_cast<int64_t>(row) * C::D;
 #pragma unroll
-  for (int d = 0; d < C::D; d += 64) {
-    prefetch_line(static_cast<const T*>(c.p.k_cache) + at + d);
-    prefetch_line(static_cast<const T*>(c.p.v_cache) + at + d);
+  for (int d = 0; d < C::D; d += 128 / sizeof(E)) {
+    prefetch_line(static_cast<const E*>(c.p.k_cache) + at + d);
+    prefetch_line(static_cast<const E*>(c.p.v_cache) + at + d);
   }
 }
 
