@@ -1,7 +1,7 @@
 """Select-then-Prune sparse attention for decoding: registers `torch.ops.twilight.*`."""
 
 from . import backends
-from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Shadow
+from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Scales, Shadow
 from .config import LayerOverride, TwilightConfig
 from .explanation import Explanation, explain
 from .layer import PagedKVLayer, Selector
@@ -41,6 +41,7 @@ __all__ = [
     "Policy",
     "Pruning",
     "Quest",
+    "Scales",
     "Selector",
     "Shadow",
     "ShadowPrefix",

@@ -275,7 +275,7 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLay
         if row.start == 0:
             k, v = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
         else:
-            k, v = _cached(paged, forward.page_table[b : b + 1], row.end)
+            k, v = cached_rows(paged, forward.page_table[b : b + 1], row.end)
             if paged.scales is not None:  # of itself a chunk sees what no cache has rounded
                 k[:, :, row.start :], v[:, :, row.start :] = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
         if not scores.plain:
@@ -291,7 +291,7 @@ def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores:
     """The same in fixed shapes, for a traced prompt and for steps with soft-capping: every slot of the cache, masked by position."""
     group = query.shape[1] // paged.num_kv_heads
     max_cache_len = forward.page_table.shape[1] * paged.page_size
-    k, v = _cached(paged, forward.page_table, max_cache_len)
+    k, v = cached_rows(paged, forward.page_table, max_cache_len)
     slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < forward.seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.
@@ -302,7 +302,7 @@ def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores:
     return out.transpose(1, 2)
 
 
-def _cached(paged: PagedKVLayer, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def cached_rows(paged: PagedKVLayer, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """K and V of the first `length` tokens of each sequence, [B, Hkv, length, D] each."""
     k, v = (_paged_rows(pages, page_table, length) for pages in paged.kv)
     return (k, v) if paged.scales is None else (paged.scales.keys(k, paged.dtype), paged.scales.values(v, paged.dtype))
