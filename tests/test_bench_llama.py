@@ -178,6 +178,8 @@ def test_the_largest_batch_leaves_room_for_the_shadow_and_the_reserve(monkeypatc
     assert llama.cached_bytes(config, 32768) == 4 << 30
     used = batch * (4 << 30) * 1.17 + weights + llama.RESERVE_BYTES
     assert used <= 150 * 10**9 < used + (4 << 30) * 1.17
+    assert llama.cached_bytes(config, 32768, "fp8") == 2 << 30
+    assert 42 <= llama.largest_batch(config, 32768, weights, torch.device("cuda"), "fp8") < 2 * batch
 
 
 def made_up_rows():

@@ -44,6 +44,13 @@ def test_a_prompt_is_exact_and_later_chunks_see_what_is_stored(model):
     assert step.isfinite().all()
 
 
+def test_a_traced_prompt_with_padding_is_exact_too(model):
+    ids, mask = prompts()
+    traced = torch.compile(lambda cache: logits(model, cache, ids, mask), fullgraph=True, backend="eager")
+    found, expected = traced(make_cache(model, DENSE)), logits(model, make_cache(model, DENSE), ids, mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("config", [DENSE, PRUNED], ids=["dense", "pruned"])
 def test_generation_runs_and_the_cache_may_be_cropped_reset_and_filled_again(model, config):
     ids, mask = prompts()

@@ -255,7 +255,7 @@ def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor) -> Non
 def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores) -> Tensor:
     """Exact causal attention of a prompt chunk, sequence by sequence, on itself and on what is cached before it."""
     if forward.rows is None:
-        return _attend_traced(query, paged, forward, scores)
+        return _attend_traced(query, paged, forward, scores, (key, value))
     scale = scores.scale
     batch, heads, tokens, head_dim = query.shape
     group = heads // key.shape[1]
@@ -287,11 +287,16 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLay
     return out
 
 
-def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores) -> Tensor:
-    """The same in fixed shapes, for a traced prompt and for steps with soft-capping: every slot of the cache, masked by position."""
+def _attend_traced(
+    query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores, prompt: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The same in fixed shapes, for a traced `prompt` (K and V) and for steps with soft-capping: every slot of the cache, masked by
+    position."""
     group = query.shape[1] // paged.num_kv_heads
     max_cache_len = forward.page_table.shape[1] * paged.page_size
     k, v = cached_rows(paged, forward.page_table, max_cache_len)
+    if prompt is not None and paged.scales is not None:
+        k, v = (_placed(rows, new, forward.positions()) for rows, new in zip((k, v), prompt, strict=True))
     slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < forward.seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.
@@ -306,6 +311,13 @@ def cached_rows(paged: PagedKVLayer, page_table: Tensor, length: int) -> tuple[T
     """K and V of the first `length` tokens of each sequence, [B, Hkv, length, D] each."""
     k, v = (_paged_rows(pages, page_table, length) for pages in paged.kv)
     return (k, v) if paged.scales is None else (paged.scales.keys(k, paged.dtype), paged.scales.values(v, paged.dtype))
+
+
+def _placed(rows: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """Rows [B, Hkv, L, D] with the new ones [B, Hkv, T, D] at slots [B, T]; -1 is nowhere."""
+    spare = rows.shape[2]
+    at = torch.where(slots < 0, spare, slots).long()[:, None, :, None].expand(new.shape)
+    return torch.nn.functional.pad(rows, (0, 0, 0, 1)).scatter(2, at, new)[:, :, :spare]
 
 
 def _paged_rows(pages: Tensor, page_table: Tensor, length: int) -> Tensor:
