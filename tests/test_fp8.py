@@ -130,14 +130,12 @@ def test_kept_sets_are_those_of_a_cache_that_rounds_nothing(backend, selector, s
 
 @pytest.mark.parametrize("selector", ["quest", "page_mean", "two levels", "shadow_prefix", "dense"])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[9]], ids=str)
-def test_decode_attention_is_its_stages(backend, selector, shape):
+def test_decode_attention_attends_to_what_is_stored_of_the_kept_tokens(backend, selector, shape):
     x = in_fp8(make_inputs(shape, device=backend.device, bounds_dtype="uint8"))
     options = {"selector": selector, "token_budget": 60, "budget_fraction": 0.25, "top_p": 0.8, "dense_below": 40}
     if selector == "two levels":
         options |= {"selector": "shadow_prefix", "page_fraction": 0.5}
     got = Decoded(backend, x, **options)
-    want = Decoded(type(backend)("reference", backend.device), x, **options)
-    assert torch.equal(got.indices, want.indices)
     listed = {"indices": got.indices, "counts": got.counts}
     oracle = x.oracle("attend_sparse", **listed)
     assert_attention_close(x, (got.out, got.lse), oracle, want_in_fp32(x, listed))
