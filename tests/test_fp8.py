@@ -15,7 +15,7 @@ from test_decode_attention import Decoded
 
 from twilight_ops import PagedKVCache, TwilightConfig, decode_step
 from twilight_ops.arguments import FP8, Scales
-from twilight_ops.layer import descale
+from twilight_ops.layer import descale, exact_first, mean_key
 
 pytestmark = pytest.mark.usefixtures("poisoned_empties")
 SMALL = Shape((300, 40), 6, 3, 64, 16, 1, torch.float32)
@@ -177,6 +177,20 @@ def test_descale_leaves_room_for_outliers_and_never_depends_on_padding():
     assert torch.equal(descale(torch.zeros(1, 2, 3, 4), None), torch.ones(3))
     x[0, 0, 0, 0], x[0, 0, 1, 0] = math.nan, math.inf
     assert torch.equal(descale(x, positions), found)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_first_key_of_the_sequences_is_stored_exactly_and_the_shift_stays_near_the_mean(padded):
+    k = torch.randn(2, 50, 3, 64) + 20 * torch.randn(3, 64)
+    positions = torch.arange(50).expand(2, -1) - torch.tensor([[0], [7]]) if padded else None
+    k[0, 0] = k[1, 7 if padded else 0] = 60 * torch.randn(3, 64)
+    center = mean_key(k, positions)
+    scale = descale(k - center, positions)
+    shift = exact_first(k, positions, center, scale)
+    stored = (k[0, 0] - shift) / scale[:, None]
+    torch.testing.assert_close(stored.to(FP8).float(), stored, rtol=1e-5, atol=0.01)
+    assert ((shift - center).abs() <= (k[0, 0] - center).abs() / 16 + scale[:, None] * 2**-10 + 1e-4).all()
+    assert torch.equal(exact_first(k, torch.full((2, 50), -1), center, scale), center), "no token is the first"
 
 
 def filled(kv_cache_dtype: str, k, v, q, **settings) -> PagedKVCache:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._settings import normalise, number, of_length, tokens
-from .arguments import FP8, KV, Always, Budget, Candidates, PageBounds, PageMeans, Policy, Pruning, Scales, Shadow
+from .arguments import FP8, FP8_MAX, KV, Always, Budget, Candidates, PageBounds, PageMeans, Policy, Pruning, Scales, Shadow
 from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
 
@@ -188,7 +188,9 @@ class PagedKVLayer:
             if self.shadow is not None and self.shadow.k_center is not None and not self.centred_by_file:
                 self.shadow.k_center.copy_(center)
             if self.scales is not None:
-                _write(self.scales, descale(k - center, positions), None if v is None else descale(v, positions), center)
+                k_descale = descale(k - center, positions)
+                shift = exact_first(k, positions, center, k_descale)
+                _write(self.scales, k_descale, None if v is None else descale(v, positions), shift)
         if self.plan.selector is not None:
             self.plan.selector.calibrate(q, k, self, positions, sm_scale)
 
@@ -211,6 +213,20 @@ def mean_key(k: Tensor, positions: Tensor | None) -> Tensor:
         live = (positions >= 0)[:, :, None, None]
         center = torch.where(live, k, 0.0).sum((0, 1), dtype=torch.float32) / live.sum().clamp(min=1)
     return torch.where(center.isfinite(), center, 0.0)
+
+
+def exact_first(k: Tensor, positions: Tensor | None, center: Tensor, k_descale: Tensor) -> Tensor:
+    """The shift next to `center` [Hkv, D] from which the first key of the sequences is a number of float8_e4m3fn, [Hkv, D] fp32.
+
+    Most heads give the first token a large share of their weight, by a key far from all others: its rounding would move everything else.
+    SmolLM2, 1,000 tokens, dense attention over K and V so stored: a KL of 0.0017, by the centre alone 0.0059. Of first tokens that
+    differ between sequences it is their mean. Nothing is read on the host.
+    """
+    first = k[:, :1] if positions is None else k
+    is_first = torch.ones_like(first[:, :, :1, :1], dtype=torch.bool) if positions is None else (positions == 0)[:, :, None, None]
+    found = torch.where(is_first, first, 0.0).sum((0, 1), dtype=torch.float32) / is_first.sum().clamp(min=1)
+    kept = ((found - center) / k_descale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8).float() * k_descale[:, None]
+    return torch.where(found.isfinite() & is_first.any(), found - kept, center)
 
 
 def _write(scales: Scales, *values: Tensor | None) -> None:
