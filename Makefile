@@ -3,8 +3,10 @@
 # test-vllm     the vLLM backend in a real vLLM, in an environment of its own, .venv-vllm, which vllm-env makes
 # lint, types   ruff and clang-format; mypy on the public surface. format mends most of the first
 # test-matrix   the installed wheel from another folder: avx2 and default, 1 and 2 threads, random order, 40 and 200 columns
-# coverage      all tests, with the share of lines they ran by file
+# coverage      all tests; fails where they ran less than 90% of the lines that a CPU can run, and lists the others
 # smoke         two minutes of evaluation that fail when a default has become worse
+# dist          what is published, in dist/: sdist, wheel, and where nvcc is a wheel with CUDA kernels
+# kernels-hub   the operators as Hugging Face's kernel-builder takes them, in build/kernels-hub
 # docs          the documentation as a site, in build/site; every warning is an error
 # demo, demo-tp a real model on one process, on two
 # bench-cpu     bench/results/cpu_decode_attention.jsonl; bench-base BASE=COMMIT compares this checkout with another
@@ -67,17 +69,22 @@ $(VLLM_VENV)/.installed: $(VLLM_VENV)/.requirements pyproject.toml setup.py $(NA
 test-vllm: vllm-env
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -q --durations=8 tests/vllm_engine
 
-# The wheel holds every instruction set, as one for users would; it is built from a copy, so that nothing of an older build gets in.
-.PHONY: help types test-wheel test-matrix coverage
+.PHONY: dist help types test-wheel test-matrix coverage
+dist: venv
+	$(PY) tools/dist.py
+
+.PHONY: kernels-hub
+kernels-hub: venv
+	$(PY) tools/kernels_hub.py
+
+# The sdist's own tests on the wheel that was made of it, in a folder with nothing else.
 ELSEWHERE := build/elsewhere
-test-wheel: venv
-	rm -rf build/source build/wheel $(ELSEWHERE)
-	mkdir -p build/source $(ELSEWHERE)/checkout
-	git ls-files -z | xargs -0 cp --parents -t build/source
-	cd build/source && PATH="$(CURDIR)/$(VENV)/bin:$$PATH" TWILIGHT_NATIVE=required TWILIGHT_CPU_CAPABILITIES=default,avx2,avx512 \
-		$(CURDIR)/$(PIP) wheel --quiet --no-build-isolation --no-deps -w ../wheel .
-	$(PIP) install --quiet --no-deps --target $(ELSEWHERE)/site build/wheel/*.whl
-	cp -r tests bench docs examples csrc pyproject.toml $(ELSEWHERE)/checkout
+test-wheel: dist
+	rm -rf $(ELSEWHERE)
+	mkdir -p $(ELSEWHERE)/sdist $(ELSEWHERE)/checkout
+	tar -xzf dist/*.tar.gz -C $(ELSEWHERE)/sdist --strip-components 1
+	cd $(ELSEWHERE)/sdist && mv tests bench docs examples csrc tools pyproject.toml ../checkout
+	$(PIP) install --quiet --no-deps --target $(ELSEWHERE)/site $$(ls dist/*.whl | grep -v +cu)
 	test -f $(ELSEWHERE)/site/twilight_ops/py.typed
 
 # Tests of the build stay behind. The order follows the commit, so that a failure can be repeated.
@@ -95,7 +102,7 @@ types: venv
 	$(PY) -m mypy
 
 coverage: venv
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal --cov=twilight_ops --cov=integration --cov-report=term:skip-covered tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal --cov=twilight_ops --cov=integration --cov-fail-under=90 tests
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile

@@ -240,8 +240,15 @@ class Wheel(bdist_wheel):
         """Builds before the tag is decided: a wheel without native modules serves every machine, and one with them does not."""
         if not self.skip_build:
             self.run_command("build")
+            self.skip_build = True  # setuptools would compile it all a second time, to install it into the wheel
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
+
+
+def index_page() -> str:
+    """README for a package index, which has no other file of this folder: no pictures, and paths where links were."""
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n+", "", (ROOT / "README.md").read_text("utf-8"))
+    return re.sub(r"\[([^]]+)\]\((?!https?:|#)([^)]+)\)", r"\1 (`\2`)", text)
 
 
 if NATIVE == "0":
@@ -250,6 +257,8 @@ extensions = [] if NATIVE == "0" else native_extensions()
 commands = {"build": Build, "record_native": RecordNative, "bdist_wheel": Wheel}
 integration = ["", *(f".{name}" for name in find_packages("integration"))]
 setup(
+    long_description=index_page(),
+    long_description_content_type="text/markdown",
     packages=find_namespace_packages(include=["twilight_ops", "twilight_ops.*"], exclude=["*.__pycache__"])
     + [f"twilight_ops.integration{name}" for name in integration],
     package_dir={"twilight_ops.integration": "integration"},

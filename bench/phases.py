@@ -35,7 +35,8 @@ CALLS = 9
 SELECTORS: dict[str, dict[str, object]] = {
     "quest": {},
     "shadow_prefix": {},
-    "two_levels": {"selector": "shadow_prefix", "page_fraction": 0.5},
+    "two_levels": {"selector": "shadow_prefix", "page_fraction": 0.25, "min_scored_tokens": 8192},
+    "page_mean": {},
     "full": {},
 }
 

@@ -179,9 +179,9 @@ def config_of(name: str, data: Workload, options: argparse.Namespace) -> Twiligh
     selectors = {
         "dense": lambda: Full(),
         "quest": lambda: Quest(token_budget=budget),
-        "shadow_prefix": lambda: ShadowPrefix(token_budget=options.token_budget, budget_fraction=0.0, prefix_channels=data.fixed_prefix),
-        "shadow_prefix_eighth": lambda: ShadowPrefix(budget_fraction=0.125, prefix_channels=data.fixed_prefix),
-        "shadow_prefix_levels": lambda: ShadowPrefix(budget_fraction=1 / 7, page_fraction=0.5, prefix_channels=data.fixed_prefix),
+        "shadow_prefix": lambda: ShadowPrefix(options.token_budget, 0.0, page_fraction=1.0, prefix_channels=data.fixed_prefix),
+        "shadow_prefix_eighth": lambda: ShadowPrefix(page_fraction=1.0, prefix_channels=data.fixed_prefix),
+        "shadow_prefix_levels": lambda: ShadowPrefix(prefix_channels=data.fixed_prefix),
         "page_mean": lambda: PageMean(),
         "full": lambda: Full(),
     }
@@ -466,7 +466,13 @@ LAYER_OPS = (
             extra=append_options),
 )  # fmt: skip
 # Operators with a module of their own, imported where they are asked for: they need transformers, or have to be first.
-MODULES = {"llama": "llama:DECODE", "lossless": "llama:LOSSLESS", "prefill": "llama:PREFILL", "phases": "phases:PHASES"}
+MODULES = {
+    "llama": "llama:DECODE",
+    "lossless": "llama:LOSSLESS",
+    "prefill": "llama:PREFILL",
+    "phases": "phases:PHASES",
+    "offload": "offload:OFFLOAD",
+}
 NAMES = (*(op.name for op in LAYER_OPS), *MODULES)
 
 

@@ -147,16 +147,17 @@ class Sizes:
 
 
 def candidate_budget(selector: str, length: int) -> int:
-    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter; the shadow prefix an eighth, in two levels a
-    seventh; 1 is none."""
-    return {"quest": min(8192, length // 4), "shadow_prefix": length // 8, "two_levels": length // 7, "full": 1}[selector]
+    """Tokens that a selector may choose: Quest the paper's 8192, of short contexts a quarter, as page means; the shadow prefix an eighth,
+    in one level or two; 1 is none."""
+    quarter, eighth = length // 4, length // 8
+    return {"quest": min(8192, quarter), "page_mean": quarter, "shadow_prefix": eighth, "two_levels": eighth, "full": 1}[selector]
 
 
 def decode_bytes(sizes: Sizes, layer: PagedKVLayer, candidates: float, kept: float) -> int:
     """Least bytes a decode call must read: what the selector scans, its estimates of I0, K and V of I1 (means a KV head)."""
     selector, read = layer.plan.selector, kept * sizes.token_bytes
     if selector is not None:
-        read += sizes.length * statistics.mean(selector.scan_bytes(layer))
+        read += sizes.length * statistics.mean(selector.scan_bytes(layer, sizes.length))
         read += candidates * statistics.mean(selector.estimate_bytes(layer)) if layer.plan.prunes else 0.0
     return round(sizes.lists * read)
 
@@ -283,7 +284,8 @@ def call_arguments(op: str, data: Workload, index: int, layer: PagedKVLayer | No
         "sm_scale": data.sm_scale,
         "selector": policy.selector,
         "dense_below": policy.dense_below,
-        "page_fraction": policy.page_fraction,
+        "page_fraction": policy.level.page_fraction,
+        "min_scored_tokens": policy.level.min_scored_tokens,
         "budget_counters": layer.budget_counters,
     }
     known |= given

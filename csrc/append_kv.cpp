@@ -28,17 +28,14 @@ struct Strided {
 
 struct AppendCall {
   Strided k, v;
-  char *k_cache, *v_cache;
-  uint8_t* k_quant;  // null: no shadow
-  uint32_t* k_scale;
+  Region<char> k_cache, v_cache;
+  Region<char> k_quant, k_scale;  // null: no shadow
   const int32_t *channel_order, *prefix_channels;
   const float* k_center;  // null: zeros
   bool is_fp8;            // what is stored, else the element type of k and v
   const float *k_descale, *v_descale, *k_shift;
-  char* page_bounds;       // null: no bounds
-  uint32_t* bounds_scale;  // null unless the bounds are 8-bit codes
-  uint8_t* page_means;     // null: no means
-  uint32_t* means_scale;
+  Region<char> page_bounds, bounds_scale;  // null: no bounds; scale null unless the bounds are 8-bit codes
+  Region<char> page_means, means_scale;    // null: no means
   const int32_t* seq_lens;
   int64_t kv_heads, page_size, head_dim, element_size;
 };
@@ -129,12 +126,11 @@ void write_shadow(const AppendCall& call, const TouchedPage& page, int64_t h, in
   load_row<E>(key, dim, x);
   const uint32_t pair = pack_row(call, h, x, order, packed);
 
-  const int64_t block = page.physical * call.kv_heads + h;
   const int64_t prefix = std::min<int64_t>(std::max(call.prefix_channels[h], 0), dim) / 8 * 4, row = dim / 2;
-  uint8_t* bytes = call.k_quant + block * call.page_size * row;
+  uint8_t* bytes = call.k_quant.at<uint8_t>(page.physical, h);
   std::memcpy(bytes + s * prefix, packed, prefix);
   std::memcpy(bytes + call.page_size * prefix + s * (row - prefix), packed + prefix, row - prefix);
-  call.k_scale[block * call.page_size + s] = pair;
+  call.k_scale.at<uint32_t>(page.physical, h)[s] = pair;
 }
 
 // A row of k or v, as the cache holds it.
@@ -168,7 +164,7 @@ struct PageKeys {
 
 // Sums every channel in the order of the slots, as all backends do.
 template <class E>
-void write_mean(const AppendCall& call, int64_t h, const PageKeys<E>& keys, int64_t live, int64_t block,
+void write_mean(const AppendCall& call, int64_t page, int64_t h, const PageKeys<E>& keys, int64_t live,
                 const int32_t* order) {
   const int64_t dim = call.head_dim;
   float mean[256];
@@ -177,11 +173,11 @@ void write_mean(const AppendCall& call, int64_t h, const PageKeys<E>& keys, int6
     for (int64_t s = 0; s < live; ++s) sum += keys.at(s, d);
     store(mean + d, sum / splat(static_cast<float>(std::max<int64_t>(live, 1))));
   }
-  call.means_scale[block] = pack_row(call, h, mean, order, call.page_means + block * dim / 2);
+  *call.means_scale.at<uint32_t>(page, h) = pack_row(call, h, mean, order, call.page_means.at<uint8_t>(page, h));
 }
 
 template <class E>
-void write_bounds(const AppendCall& call, const PageKeys<E>& keys, int64_t live, int64_t block) {
+void write_bounds(const AppendCall& call, int64_t page, int64_t h, const PageKeys<E>& keys, int64_t live) {
   const int64_t dim = call.head_dim;
   float bounds[512];
   Extent all;
@@ -196,22 +192,22 @@ void write_bounds(const AppendCall& call, const PageKeys<E>& keys, int64_t live,
     all.add(low);
     all.add(high);
   }
-  if (call.bounds_scale == nullptr) {
-    E* out = reinterpret_cast<E*>(call.page_bounds) + block * 2 * dim;
+  if (call.bounds_scale.data == nullptr) {
+    E* out = call.page_bounds.at<E>(page, h);
     for (int64_t d = 0; d < 2 * dim; ++d) out[d] = static_cast<E>(bounds[d]);
     return;
   }
   const Quantiser quantiser = all.quantiser(255);
-  uint8_t* out = reinterpret_cast<uint8_t*>(call.page_bounds) + block * 2 * dim;
+  uint8_t* out = call.page_bounds.at<uint8_t>(page, h);
   for (int64_t d = 0; d < 2 * dim; d += kLanes)
     store(out + d, __builtin_convertvector(quantiser.codes(load(bounds + d), 255), VectorOf<uint8_t, kLanes>::type));
-  call.bounds_scale[block] = quantiser.pair;
+  *call.bounds_scale.at<uint32_t>(page, h) = quantiser.pair;
 }
 
 template <class E>
 void write_page(const AppendCall& call, const TouchedPage& page, int64_t h) {
-  const int64_t size = call.page_size, block = page.physical * call.kv_heads + h;
-  const int64_t row_bytes = call.head_dim * call.element_size, base = block * size * row_bytes;
+  const int64_t size = call.page_size, row_bytes = call.head_dim * call.element_size;
+  char *keys_to = call.k_cache.at<char>(page.physical, h), *values_to = call.v_cache.at<char>(page.physical, h);
   const float* shift = call.k_shift == nullptr ? nullptr : call.k_shift + h * call.head_dim;
   const float k_descale = call.k_descale == nullptr ? 1 : call.k_descale[h];
   const float v_descale = call.v_descale == nullptr ? 1 : call.v_descale[h];
@@ -224,14 +220,14 @@ void write_page(const AppendCall& call, const TouchedPage& page, int64_t h) {
     const int64_t t = page.token_at(s);
     if (t < 0) continue;
     const char* key = call.k.row(page.b, t, h);
-    store_row<E>(call, key, shift, k_descale, call.k_cache + base + s * row_bytes);
-    store_row<E>(call, call.v.row(page.b, t, h), nullptr, v_descale, call.v_cache + base + s * row_bytes);
-    if (call.k_quant != nullptr) write_shadow<E>(call, page, h, s, key, order);
+    store_row<E>(call, key, shift, k_descale, keys_to + s * row_bytes);
+    store_row<E>(call, call.v.row(page.b, t, h), nullptr, v_descale, values_to + s * row_bytes);
+    if (call.k_quant.data != nullptr) write_shadow<E>(call, page, h, s, key, order);
   }
   const int64_t live = std::min<int64_t>(std::max<int64_t>(call.seq_lens[page.b] - page.logical * size, 0), size);
-  const PageKeys<E> keys{call, call.k_cache + base, k_descale, shift};
-  if (call.page_bounds != nullptr) write_bounds(call, keys, live, block);
-  if (call.page_means != nullptr) write_mean(call, h, keys, live, block, order);
+  const PageKeys<E> keys{call, keys_to, k_descale, shift};
+  if (call.page_bounds.data != nullptr) write_bounds(call, page.physical, h, keys, live);
+  if (call.page_means.data != nullptr) write_mean(call, page.physical, h, keys, live, order);
 }
 
 // Pages that consecutive positions ending at the sequence's last token fall on.
@@ -280,8 +276,9 @@ bool share_a_page(const std::vector<TouchedPage>& pages) {
 void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   Checker check("append_kv", k);
   const ScalarType dtype = k.scalar_type();
-  check.tensor("k", k, {"B", "T", "Hkv", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, false);
-  check.tensor("v", v, {"B", "T", "Hkv", "D"}, {dtype}, false);
+  check.tensor("k", k, {"B", "T", "Hkv", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half},
+               Layout::kRows);
+  check.tensor("v", v, {"B", "T", "Hkv", "D"}, {dtype}, Layout::kRows);
   if (k.size(1) < 1) check.fail("k", "at least 1 token", std::to_string(k.size(1)));
   check.cache(k_cache, v_cache);
   check.geometry();
@@ -303,15 +300,12 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
     return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
   };
   const Paging paging(page_table, seq_lens, k_cache.size(0), k_cache.size(2));
-  const auto pointer = [](const OptionalTensor& tensor) {
-    return tensor.has_value() ? static_cast<char*>(tensor->mutable_data_ptr()) : nullptr;
-  };
   const AppendCall call{Strided(k, element_size),
                         Strided(v, element_size),
-                        static_cast<char*>(k_cache.mutable_data_ptr()),
-                        static_cast<char*>(v_cache.mutable_data_ptr()),
-                        reinterpret_cast<uint8_t*>(pointer(k_quant)),
-                        reinterpret_cast<uint32_t*>(pointer(k_scale)),
+                        region_of(k_cache, static_cast<char*>(k_cache.mutable_data_ptr())),
+                        region_of(v_cache, static_cast<char*>(v_cache.mutable_data_ptr())),
+                        written_region_or_null(k_quant),
+                        written_region_or_null(k_scale),
                         channel_order.has_value() ? channel_order->const_data_ptr<int32_t>() : nullptr,
                         prefix_channels.has_value() ? prefix_channels->const_data_ptr<int32_t>() : nullptr,
                         floats(k_center),
@@ -319,10 +313,10 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
                         floats(k_descale),
                         floats(v_descale),
                         floats(k_shift),
-                        pointer(page_bounds),
-                        reinterpret_cast<uint32_t*>(pointer(bounds_scale)),
-                        reinterpret_cast<uint8_t*>(pointer(page_means)),
-                        reinterpret_cast<uint32_t*>(pointer(means_scale)),
+                        written_region_or_null(page_bounds),
+                        written_region_or_null(bounds_scale),
+                        written_region_or_null(page_means),
+                        written_region_or_null(means_scale),
                         paging.seq_lens,
                         k_cache.size(1),
                         paging.page_size,
@@ -366,4 +360,4 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("append_kv", TORCH_BOX(&twilight::append_kv)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("append_kv", TORCH_BOX(&twilight::append_kv)); }

@@ -50,9 +50,8 @@ void AttendRow::attend(int64_t part) {
   const auto position = [&](int64_t i) { return listed == nullptr ? range.begin + i : listed[i]; };
   TokenRefs{page, slot}.fill(*paging_, b_, listed, range.begin, n, padded);
   for (int64_t i = 0; i < padded; ++i) {
-    const int64_t offset = ((page[i] * cache_->kv_heads + h_) * cache_->page_size + slot[i]) * row_bytes;
-    keys[i] = cache_->k + offset;
-    values[i] = cache_->v + offset;
+    keys[i] = cache_->k.at<const char>(page[i], h_) + slot[i] * row_bytes;
+    values[i] = cache_->v.at<const char>(page[i], h_) + slot[i] * row_bytes;
   }
   cache_->kernels->dot(keys, n, dim, q_, rows, logits, kPartTokens);
 
@@ -190,4 +189,4 @@ std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache,
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("attend_sparse", TORCH_BOX(&twilight::attend_sparse)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("attend_sparse", TORCH_BOX(&twilight::attend_sparse)); }

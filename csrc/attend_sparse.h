@@ -8,7 +8,7 @@
 namespace twilight {
 
 struct KVCache {
-  const char *k, *v;                   // [P, Hkv, S, D]
+  ReadRegion k, v;                     // [P, Hkv, S, D]
   const float *k_descale, *v_descale;  // [Hkv]; null: 1
   const float* k_shift;                // [Hkv, D]; null: 0
   int64_t num_pages, kv_heads, page_size, head_dim;
@@ -16,8 +16,8 @@ struct KVCache {
 
   KVCache(const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_descale,
           const OptionalTensor& v_descale, const OptionalTensor& k_shift)
-      : k(static_cast<const char*>(k_cache.const_data_ptr())),
-        v(static_cast<const char*>(v_cache.const_data_ptr())),
+      : k(region_of(k_cache)),
+        v(region_of(v_cache)),
         k_descale(k_descale.has_value() ? k_descale->const_data_ptr<float>() : nullptr),
         v_descale(v_descale.has_value() ? v_descale->const_data_ptr<float>() : nullptr),
         k_shift(k_shift.has_value() ? k_shift->const_data_ptr<float>() : nullptr),

@@ -23,7 +23,7 @@ constexpr int64_t kMaxTokens = INT32_MAX;
 
 // A selection's logits are multiples of 2 ** (1 / kLogitLevels). Positive fp32 patterns without this many of their last
 // bits are bins: of candidate scores eight an octave, of weights 32.
-constexpr float kLogitLevels = 256.0f;
+constexpr float kLogitLevels = 128.0f;
 constexpr int kScoreBinShift = 20, kWeightBinShift = 18;
 constexpr int kLowestScoreBin = ((127 - 96) << 3) - 1;  // of all scores below 2^-96
 // Estimated weights are added up as integers of this unit.
@@ -62,10 +62,11 @@ inline int64_t page_capacity(const Limits& limits, int64_t page_size, double bud
 
 // Of the list of pages whose tokens are scored.
 inline int64_t kept_pages_capacity(const Limits& limits, int64_t page_size, double budget_fraction,
-                                   double page_fraction) {
-  const double pages = static_cast<double>(limits.max_tokens / page_size);
-  return std::max(page_capacity(limits, page_size, budget_fraction),
-                  static_cast<int64_t>(std::ceil(page_fraction * pages)));
+                                   double page_fraction, int64_t min_scored_tokens) {
+  const int64_t pages = limits.max_tokens / page_size;
+  const int64_t share = static_cast<int64_t>(std::ceil(page_fraction * static_cast<double>(pages)));
+  const int64_t least = ceil_div(std::min(min_scored_tokens, limits.max_tokens), page_size);
+  return std::max({page_capacity(limits, page_size, budget_fraction), share, least});
 }
 
 enum CounterColumn : int64_t {

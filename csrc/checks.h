@@ -7,16 +7,20 @@
 #include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <charconv>
 #include <cmath>
 #include <initializer_list>
+#include <iomanip>
+#include <locale>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "capacity.h"
+#include "namespace.h"
+#include "region.h"
 
 namespace twilight {
 
@@ -25,6 +29,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxQueryTokens = 8;
+constexpr int64_t kPageAlignment = 16, kMaxPageStride = int64_t{1} << 32;  // bytes
 
 inline std::string dtype_name(ScalarType dtype) {
   constexpr std::pair<ScalarType, const char*> kNames[] = {{ScalarType::Float, "float32"},
@@ -62,13 +67,18 @@ inline std::string device_name(const Tensor& tensor) {
 inline std::string number(double value) {
   if (std::isnan(value)) return "nan";
   if (std::isinf(value)) return value < 0 ? "-inf" : "inf";
-  char text[64];
   const double size = std::fabs(value);
   const bool fixed = size == 0 || (size >= 1e-4 && size < 1e16);
-  const auto end =
-      std::to_chars(text, text + sizeof(text), value, fixed ? std::chars_format::fixed : std::chars_format::scientific);
-  std::string out(text, end.ptr);
-  if (fixed && out.find('.') == std::string::npos) out += ".0";
+  std::string out;
+  // Not std::to_chars, which manylinux_2_28 does not have for a double.
+  for (int digits = fixed ? 1 : 0; digits <= 20; ++digits) {
+    std::stringstream text;
+    text.imbue(std::locale::classic());
+    text << (fixed ? std::fixed : std::scientific) << std::setprecision(digits) << value;
+    out = text.str();
+    double read = 0;
+    if (text >> read && read == value) break;
+  }
   return out;
 }
 
@@ -89,6 +99,9 @@ struct Dim {
   int64_t size;
 };
 
+// Which strides a tensor may have: those of its sizes, any but the last, or any of pages and heads.
+enum class Layout { kContiguous, kRows, kPaged };
+
 // What `_first_requiring_grad` returns in a process without Python to ask (schemas.cpp).
 constexpr int64_t kNobodyAsked = -2;
 
@@ -101,8 +114,8 @@ class Checker {
   }
 
   [[noreturn]] void fail(const char* argument, const std::string& expected, const std::string& got) const {
-    throw std::runtime_error(std::string("twilight::") + op_ + ": " + argument + ": expected " + expected + ", got " +
-                             got);
+    throw std::runtime_error(std::string(TWILIGHT_NAMESPACE_NAME "::") + op_ + ": " + argument + ": expected " +
+                             expected + ", got " + got);
   }
 
   int64_t size(const char* symbol) const {
@@ -114,7 +127,7 @@ class Checker {
   void bind(const char* symbol, int64_t value) { sizes_.emplace_back(symbol, value); }
 
   void tensor(const char* argument, const Tensor& tensor, std::initializer_list<Dim> dims,
-              std::initializer_list<ScalarType> dtypes, bool contiguous = true) {
+              std::initializer_list<ScalarType> dtypes, Layout layout = Layout::kContiguous) {
     watch(argument, tensor);
     check_device(argument, tensor);
     check_dtype(argument, tensor, dtypes);
@@ -134,10 +147,19 @@ class Checker {
         fail(argument, "shape " + shape(dims) + " with " + dim.symbol + " = " + std::to_string(known), list(sizes));
       }
     }
-    if (contiguous && !tensor.is_contiguous())
-      fail(argument, "a contiguous tensor", "strides " + list(tensor.strides()));
-    if (!contiguous && tensor.stride(tensor.dim() - 1) != 1)
-      fail(argument, "stride 1 in the last dimension", "strides " + list(tensor.strides()));
+    if (layout == Layout::kRows) {
+      if (tensor.stride(tensor.dim() - 1) != 1)
+        fail(argument, "stride 1 in the last dimension", "strides " + list(tensor.strides()));
+    } else if (!tensor.is_contiguous()) {
+      if (layout == Layout::kContiguous) fail(argument, "a contiguous tensor", "strides " + list(tensor.strides()));
+      page_strides(argument, tensor);
+    }
+  }
+
+  // A tensor of the cache, [P, Hkv, ..]; see region.h.
+  void paged(const char* argument, const Tensor& paged, std::initializer_list<Dim> dims,
+             std::initializer_list<ScalarType> dtypes) {
+    tensor(argument, paged, dims, dtypes, Layout::kPaged);
   }
 
   void one_of(const char* argument, int64_t value, std::initializer_list<int64_t> allowed) const {
@@ -185,7 +207,7 @@ class Checker {
   }
 
   void query(const Tensor& q) {
-    tensor("q", q, {"B", "T", "Hq", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, false);
+    tensor("q", q, {"B", "T", "Hq", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, Layout::kRows);
     const int64_t tokens = size("T");
     if (tokens < 1 || tokens > kMaxQueryTokens)
       fail("q", "1 to " + std::to_string(kMaxQueryTokens) + " query tokens", std::to_string(tokens));
@@ -201,8 +223,8 @@ class Checker {
   }
 
   void cache(const Tensor& k_cache, const Tensor& v_cache) {
-    tensor("k_cache", k_cache, {"P", "Hkv", "S", "D"}, {dtype_, ScalarType::Float8_e4m3fn});
-    tensor("v_cache", v_cache, {"P", "Hkv", "S", "D"}, {k_cache.scalar_type()});
+    paged("k_cache", k_cache, {"P", "Hkv", "S", "D"}, {dtype_, ScalarType::Float8_e4m3fn});
+    paged("v_cache", v_cache, {"P", "Hkv", "S", "D"}, {k_cache.scalar_type()});
   }
 
   void scales(const OptionalTensor& k_descale, const OptionalTensor& v_descale, const OptionalTensor& k_shift,
@@ -225,10 +247,10 @@ class Checker {
     given("k_scale", k_scale, expected);
     given("channel_order", channel_order, expected);
     given("prefix_channels", prefix_channels, expected);
-    tensor("k_scale", *k_scale, {"P", "Hkv", "S", 2}, {ScalarType::BFloat16});
+    paged("k_scale", *k_scale, {"P", "Hkv", "S", 2}, {ScalarType::BFloat16});
     tensor("channel_order", *channel_order, {"Hkv", "D"}, {ScalarType::Int});
     tensor("prefix_channels", *prefix_channels, {"Hkv"}, {ScalarType::Int});
-    tensor("k_quant", *k_quant, {"P", "Hkv", size("S") * size("D") / 2}, {ScalarType::Byte});
+    paged("k_quant", *k_quant, {"P", "Hkv", size("S") * size("D") / 2}, {ScalarType::Byte});
     if (k_center.has_value()) tensor("k_center", *k_center, {"Hkv", "D"}, {ScalarType::Float});
   }
 
@@ -240,10 +262,10 @@ class Checker {
   }
 
   void bounds(const Tensor& page_bounds, const OptionalTensor& bounds_scale) {
-    tensor("page_bounds", page_bounds, {"P", "Hkv", 2, "D"}, {dtype_, ScalarType::Byte});
+    paged("page_bounds", page_bounds, {"P", "Hkv", 2, "D"}, {dtype_, ScalarType::Byte});
     if (page_bounds.scalar_type() == ScalarType::Byte) {
       given("bounds_scale", bounds_scale, "a tensor, because page_bounds is uint8");
-      tensor("bounds_scale", *bounds_scale, {"P", "Hkv", 2}, {ScalarType::BFloat16});
+      paged("bounds_scale", *bounds_scale, {"P", "Hkv", 2}, {ScalarType::BFloat16});
     } else {
       absent("bounds_scale", bounds_scale, "None, because page_bounds is " + dtype_name(dtype_));
     }
@@ -256,8 +278,8 @@ class Checker {
       return;
     }
     together("means_scale", means_scale, "page_means", page_means);
-    tensor("means_scale", *means_scale, {"P", "Hkv", 2}, {ScalarType::BFloat16});
-    tensor("page_means", *page_means, {"P", "Hkv", size("D") / 2}, {ScalarType::Byte});
+    paged("means_scale", *means_scale, {"P", "Hkv", 2}, {ScalarType::BFloat16});
+    paged("page_means", *page_means, {"P", "Hkv", size("D") / 2}, {ScalarType::Byte});
   }
 
   // A page_size of 0 stands for any.
@@ -285,9 +307,10 @@ class Checker {
     if (head_token_budget.has_value()) tensor("head_token_budget", *head_token_budget, {"Hkv"}, {ScalarType::Int});
   }
 
-  void page_fraction(double page_fraction) const {
+  void level(double page_fraction, int64_t min_scored_tokens) const {
     if (!(page_fraction > 0.0 && page_fraction <= 1.0))
       fail("page_fraction", "0 < page_fraction <= 1", number(page_fraction));
+    at_least("min_scored_tokens", min_scored_tokens, 0);
   }
 
   void top_p(double top_p, const OptionalTensor& head_top_p) {
@@ -313,7 +336,8 @@ class Checker {
   void no_gradients() const {
     if (watched_.empty()) return;
     StableIValue stack[] = {torch::stable::detail::from(watched_)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("twilight::_first_requiring_grad", "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher(TWILIGHT_NAMESPACE_NAME "::_first_requiring_grad", "", stack, TORCH_ABI_VERSION));
     const int64_t first = torch::stable::detail::to<int64_t>(stack[0]);
     if (first == kNobodyAsked) fail("gradients", "none enabled in a process without twilight_ops", "them enabled");
     if (first >= 0)
@@ -322,6 +346,30 @@ class Checker {
   }
 
  private:
+  void page_strides(const char* argument, const Tensor& tensor) const {
+    int64_t size = 1;  // elements of a (page, head)
+    bool fits = true;
+    for (int64_t i = tensor.dim() - 1; i >= 2; --i) {
+      fits &= tensor.size(i) == 1 || tensor.stride(i) == size;
+      size *= tensor.size(i);
+    }
+    if (!fits) fail(argument, "contiguous dimensions behind pages and heads", "strides " + list(tensor.strides()));
+    const int64_t bytes = tensor.element_size();
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t stride = tensor.stride(i) * bytes;
+      fits &=
+          tensor.size(i) == 1 || (stride % kPageAlignment == 0 && stride >= size * bytes && stride < kMaxPageStride);
+    }
+    if (!fits)
+      fail(argument,
+           "page and head strides that are multiples of 16 bytes, from " + std::to_string(size * bytes) +
+               " bytes to 4 GiB",
+           "strides " + list(tensor.strides()) + " of " + std::to_string(bytes) + " bytes");
+    const int64_t offset = tensor.storage_offset() * bytes;
+    if (offset % kPageAlignment != 0)
+      fail(argument, "a view that starts at a multiple of 16 bytes", "byte " + std::to_string(offset));
+  }
+
   // Keeps a tensor that may ask for a gradient for `no_gradients`.
   void watch(const char* argument, const Tensor& tensor) {
     if (!grad_enabled_) return;

@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   check.top_p(top_p, head_top_p);
   check.scale(sm_scale);
   check.at_least("dense_below", dense_below, 0);
-  check.page_fraction(page_fraction);
+  check.level(page_fraction, min_scored_tokens);
   const bool by_level = page_fraction < 1.0;
   if (by_level && selector != Selector::kShadowPrefix)
     check.fail("page_fraction", "1, unless selector is \"shadow_prefix\"", number(page_fraction));
@@ -279,8 +279,9 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   const Paging means_paging = paging.of_means();
   const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens, dense_below);
   const Budget budget(limits, budget_fraction, head_token_budget);
-  const PageLevel level{means, means_paging, page_fraction,
-                        kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction)};
+  const PageLevel level{
+      means, means_paging, page_fraction, ceil_div(std::min(min_scored_tokens, limits.max_tokens), paging.page_size),
+      kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction, min_scored_tokens)};
   const PruneOptions options(top_p, head_top_p, limits);
   const GivenCandidates given(indices, counts, tokens_per_index);
   const int64_t list_capacity = selects_pages(selector) ? page_capacity(limits, paging.page_size, budget_fraction)
@@ -324,4 +325,6 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("decode_attention", TORCH_BOX(&twilight::decode_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&twilight::decode_attention));
+}

@@ -138,4 +138,6 @@ Tensor estimate_weights(const Tensor& q, const Tensor& k_quant, const Tensor& k_
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("estimate_weights", TORCH_BOX(&twilight::estimate_weights)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) {
+  m.impl("estimate_weights", TORCH_BOX(&twilight::estimate_weights));
+}

@@ -20,11 +20,12 @@ constexpr int kDenseFillBlocks = 64;
 // and 34, B 2 37 and 64; with four KV heads dense 37 and 28, Quest 33 and 31, shadow prefix 38 and 35.
 constexpr int kLargestFill = 8;
 constexpr int kFewUnits = 4;
-// With a block on each of a group's multiprocessors, clusters of four or more do not fill the chip, and the last of 128
-// blocks would wait for the first.
-constexpr int kProcessingClusters = 8;
-// Shared memory of a multiprocessor that each of its blocks takes unasked.
-constexpr int kReservedPerBlock = 1024;
+// Unless its shares are long. A real model's data, 32/8 B 1, of eight and of sixteen: L 128k, two levels 78 and 62,
+// page means 78 and 57; L 32k 40 and 43, 35 and 35.
+constexpr int kLongShare = 2048;
+// Of the tokens that two levels score no share is longer. The same data, 32/8 L 32k, B 64: one block 492, two 423, four
+// 577; B 25: one 237, two 200, four 243; B 8: two 86, four 113. L 128k, B 8: four 345, eight 278, sixteen 338.
+constexpr int kKeptShare = 4608;
 
 struct ClusterRule {
   Selector selector;
@@ -74,12 +75,12 @@ struct FusedCall {
         prunes(r.prunes && selector != Selector::kDense),
         capacity(by_page() ? page_capacity(limits, r.page_size, r.budget_fraction)
                            : token_capacity(limits, r.budget_fraction)),
-        most_pages(kept_pages_capacity(limits, r.page_size, r.budget_fraction, r.page_fraction)),
+        most_pages(r.kept_pages()),
         rows(padded_rows(r.rows())) {}
 
   bool by_page() const { return selects_pages(selector); }
   bool by_token() const { return selector == Selector::kShadowPrefix || lists_window(); }
-  bool two_levels() const { return selector == Selector::kShadowPrefix && request.page_fraction < 1.0; }
+  bool two_levels() const { return selector == Selector::kShadowPrefix && request.two_levels(); }
   bool lists_window() const { return selector == Selector::kStreaming; }
   int tokens() const { return static_cast<int>(limits.max_tokens); }
   int candidate_tokens() const { return by_page() ? capacity * request.page_size : by_token() ? capacity : tokens(); }
@@ -95,13 +96,14 @@ std::string refusal(const PlanRequest& r) {
   if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());
   if (r.selector == Selector::kQuest && r.bounds_bits != 8) return got("page_bounds: expected 8 bits", r.bounds_bits);
   if (r.max_pages == 0) return got("page_table: expected at least one page", r.max_pages);
-  const int64_t words = r.num_pages * r.kv_heads * r.page_size * (r.head_dim / 8);
-  if (words >= kMaxCacheWords) return got("k_cache: expected fewer than 2**32 words of eight elements", words);
+  const int64_t words = r.num_pages * r.page_words;
+  if (words >= kMaxCacheWords)
+    return got("k_cache: expected fewer than 2**32 words of 16 bytes, of 4 in the shadow", words);
   return "";
 }
 
 // Lays out the dynamic shared memory behind FusedShared and returns its size in bytes, however large.
-int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedLayout& at) {
+int64_t lay_out(const FusedCall& call, int cluster_size, SharedLayout& at) {
   const int head_dim = call.request.head_dim, page_size = call.request.page_size, rows = call.rows;
   const bool by_page = call.by_page(), by_token = call.by_token();
   const int own_tokens = share_of_tokens(call.tokens(), cluster_size);
@@ -112,11 +114,8 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
                         : !by_token           ? 0
                         : call.lists_window() ? 0
                                               : own_tokens;
-  const int own_candidates = !by_page && !by_token              ? 0
-                             : evens_out || call.lists_window() ? blocks_of(cluster_size, call.capacity)
-                                                                : std::min(own_items, call.capacity);
+  const int own_candidates = by_page || by_token ? blocks_of(cluster_size, call.capacity) : 0;
   const int slots = by_page ? own_candidates * page_size : by_token ? own_candidates : own_tokens;
-  at.evens_out = evens_out;
   at.slot_capacity = call.prunes ? round_up(slots, 4) : 0;
 
   // Streamed tiles: lines of global memory become whole lines here.
@@ -144,15 +143,17 @@ int64_t lay_out(const FusedCall& call, int cluster_size, bool evens_out, SharedL
   return end;
 }
 
-int64_t shared_bytes(const FusedCall& call, int cluster_size, bool evens_out) {
+int64_t shared_bytes(const FusedCall& call, int cluster_size) {
   SharedLayout unused;
-  return lay_out(call, cluster_size, evens_out, unused);
+  return lay_out(call, cluster_size, unused);
 }
 
 // Blocks a (sequence, KV head): as many as fill the chip and shared memory asks for, then so many that no share is too
 // long. 0 where the largest cluster's shared memory does not hold the selection.
 int choose_cluster_size(const FusedCall& call) {
   const int64_t units = call.request.units(), tokens = call.lists_window() ? call.capacity : call.tokens();
+  const int64_t kept_tokens = int64_t{call.most_pages} * call.request.page_size;
+  const int64_t shared_tokens = call.by_page() ? call.candidate_tokens() : call.two_levels() ? kept_tokens : tokens;
   // Means are a quarter of the bounds' bytes; a window is estimated as Full estimates every token.
   const Selector alike = call.by_page() ? Selector::kQuest : call.lists_window() ? Selector::kFull : call.selector;
   const ClusterRule& rule = *std::find_if(std::begin(kClusterRules), std::end(kClusterRules), [&](const auto& one) {
@@ -162,12 +163,12 @@ int choose_cluster_size(const FusedCall& call) {
     if (call.selector == Selector::kDense) {
       return units * size < kDenseFillBlocks || (size == 1 && 2 * units <= kFillBlocks);
     }
-    return units * size < kFillBlocks && (size < kLargestFill || units <= kFewUnits);
+    const bool fills_groups = size < kLargestFill || units <= kFewUnits || shared_tokens / size > kLongShare;
+    return units * size < kFillBlocks && fills_groups;
   };
   int size = 1;
   while (size < kMaxClusterSize && leaves_idle(size) && tokens / size > rule.least_tokens) size *= 2;
-  // Even shares are the smallest.
-  while (shared_bytes(call, size, /*evens_out=*/true) > call.request.device.shared_per_block) {
+  while (shared_bytes(call, size) > call.request.device.shared_per_block) {
     if (size == kMaxClusterSize) return 0;
     size *= 2;
   }
@@ -176,20 +177,9 @@ int choose_cluster_size(const FusedCall& call) {
     return waves * kFillBlocks <= 2 * units && 2 * units <= waves * call.request.device.multiprocessors;
   };
   if (size == 2 && (fills(1) || fills(2))) return size;
-  const int64_t shared_tokens = call.by_page() ? call.candidate_tokens() : tokens;
-  while (size < kMaxClusterSize && ceil_div(shared_tokens, size) > rule.share_tokens) size *= 2;
+  const int64_t share_tokens = call.two_levels() ? kKeptShare : rule.share_tokens;
+  while (size < kMaxClusterSize && ceil_div(shared_tokens, size) > share_tokens) size *= 2;
   return size;
-}
-
-// Whether blocks hand each other even shares. A grid of one block a multiprocessor keeps its own where the larger
-// shared memory allows that: an even share is not worth the barrier there.
-bool choose_even_shares(const FusedCall& call, int cluster_size) {
-  const PlanRequest& r = call.request;
-  if (r.units() * cluster_size > r.device.multiprocessors) return true;
-  const int64_t bytes = shared_bytes(call, cluster_size, /*evens_out=*/false);
-  const int64_t of_two = r.device.shared_per_multiprocessor / 2 - kReservedPerBlock;
-  const bool clusters_fit = bytes <= of_two || cluster_size <= 2 || r.units() <= kProcessingClusters;
-  return bytes > r.device.shared_per_block || !clusters_fit;
 }
 
 }  // namespace
@@ -201,8 +191,7 @@ Plan plan_fused_decode(const PlanRequest& request) {
     const FusedCall call(request);
     const int chosen = request.cluster_size > 0 ? request.cluster_size : choose_cluster_size(call);
     const int size = chosen > 0 ? chosen : kMaxClusterSize;
-    const bool evens_out = request.evens_out < 0 ? choose_even_shares(call, size) : request.evens_out != 0;
-    const int64_t bytes = lay_out(call, size, evens_out, plan.layout);
+    const int64_t bytes = lay_out(call, size, plan.layout);
     if (bytes > request.device.shared_per_block) {
       reason = "page_table: expected at most " + std::to_string(request.device.shared_per_block) +
                " bytes of shared memory a block, got " + std::to_string(bytes);

@@ -57,9 +57,14 @@ constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
   return padded_rows == 1 ? 4160 : padded_rows == 4 ? 9520 : 16688;
 }
 
+template <class Region>
+int64_t page_words(const Region& k, const Region& v, const Region& codes, const Region& scales) {
+  return std::max(std::max(k.page_stride, v.page_stride) / 16, std::max(codes.page_stride, scales.page_stride) / 4);
+}
+
 struct DeviceLimits {
   int multiprocessors;
-  int shared_per_block, shared_per_multiprocessor;  // bytes
+  int shared_per_block;  // bytes
 };
 
 // Shapes and settings of a call of decode_attention, and the GPU's limits. Tokens are as the caller gave them.
@@ -70,14 +75,23 @@ struct PlanRequest {
   int64_t bounds_bits;  // of page_bounds, 0 without them
   int64_t head_dim, query_tokens, group_size, kv_heads, batch;
   int64_t page_size, max_pages, num_pages;
+  int64_t page_words;  // from a page to the next, of 16 bytes in K and V or of 4 in the shadow, the most of them
   int64_t token_budget, sink_tokens, recent_tokens, dense_below;
   double budget_fraction, page_fraction;
+  int64_t min_scored_tokens;
   DeviceLimits device;
-  // What a test decides itself; 0 and -1 leave it to the plan.
-  int64_t cluster_size, evens_out;
+  // What a test decides itself; 0 leaves it to the plan.
+  int64_t cluster_size;
 
   Limits limits() const {
     return {max_pages * page_size, query_tokens, token_budget, sink_tokens, recent_tokens, dense_below};
+  }
+  // Whether pages can be left out: the longest sequence has more than the least tokens.
+  bool two_levels() const {
+    return selector == Selector::kShadowPrefix && page_fraction < 1.0 && max_pages * page_size > min_scored_tokens;
+  }
+  int64_t kept_pages() const {
+    return kept_pages_capacity(limits(), page_size, budget_fraction, page_fraction, min_scored_tokens);
   }
   int64_t rows() const { return query_tokens * group_size; }
   int64_t units() const { return batch * kv_heads; }
@@ -87,8 +101,6 @@ struct PlanRequest {
 struct SharedLayout {
   int scratch_at, pages_at, candidates_at, state_at;  // bytes
   int slot_capacity;
-  // Whether blocks hand each other even shares of the candidates, and of long lists of survivors.
-  int evens_out;
 };
 
 struct Plan {

@@ -237,4 +237,4 @@ std::tuple<Tensor, Tensor, Tensor> prune_top_p(const Tensor& weights, const Tens
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("prune_top_p", TORCH_BOX(&twilight::prune_top_p)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("prune_top_p", TORCH_BOX(&twilight::prune_top_p)); }

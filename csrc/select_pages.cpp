@@ -38,18 +38,19 @@ void PageScorer::prepare(const PageBounds& bounds, const Paging& paging, const Q
 void PageScorer::score(int64_t part, SoftmaxRows& softmax) const {
   const Range range = part_of(softmax.items(), part, SoftmaxRows::kPartItems);
   constexpr int64_t kBlock = 64;
-  const int64_t length = 2 * bounds_->head_dim, bytes = length * bounds_->kernels->element_size;
+  const int64_t length = 2 * bounds_->head_dim;
+  const bool coded = bounds_->scale.data != nullptr;
   const void* rows[kBlock];
   uint32_t pairs[kBlock];
   float decoded[512];  // one page's bounds, for queries with Inf or NaN: 0 * Inf must not arise from a code of 0
   for (int64_t begin = range.begin; begin < range.end; begin += kBlock) {
     const int64_t n = std::min(kBlock, range.end - begin);
     for (int64_t i = 0; i < round_up(n, kLanes); ++i) {
-      const int64_t block = paging_->page(b_, begin + std::min(i, n - 1)) * bounds_->kv_heads + h_;
-      rows[i] = bounds_->bounds + block * bytes;
-      if (bounds_->scale != nullptr) pairs[i] = bounds_->scale[block];
+      const int64_t page = paging_->page(b_, begin + std::min(i, n - 1));
+      rows[i] = bounds_->bounds.at<const char>(page, h_);
+      if (coded) pairs[i] = *bounds_->scale.at<const uint32_t>(page, h_);
     }
-    if (bounds_->scale != nullptr && !finite_) {
+    if (coded && !finite_) {
       for (int64_t i = 0; i < n; ++i) {
         const VecF scale = (VecF)(VecU{} + (pairs[i] << 16)), zero = (VecF)(VecU{} + (pairs[i] & 0xffff0000u));
         for (int64_t d = 0; d < length; ++d) decoded[d] = static_cast<const uint8_t*>(rows[i])[d] * scale[0] + zero[0];
@@ -62,7 +63,7 @@ void PageScorer::score(int64_t part, SoftmaxRows& softmax) const {
       continue;
     }
     bounds_->kernels->dot(rows, n, length, q_, rows_, softmax.logits(0) + begin, softmax.stride());
-    if (bounds_->scale == nullptr) continue;
+    if (!coded) continue;
     for (int64_t i = 0; i < n; i += kLanes) {
       const VecU pair = load<VecU>(pairs + i);
       const VecF scale = (VecF)(pair << 16), zero = (VecF)(pair & 0xffff0000u);
@@ -162,4 +163,4 @@ std::tuple<Tensor, Tensor> select_pages(const Tensor& q, const OptionalTensor& p
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("select_pages", TORCH_BOX(&twilight::select_pages)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("select_pages", TORCH_BOX(&twilight::select_pages)); }

@@ -7,15 +7,14 @@
 namespace twilight {
 
 struct PageBounds {
-  const char* bounds;     // [P, Hkv, 2, D] in K's dtype or 8-bit codes
-  const uint32_t* scale;  // [P, Hkv], scale in the low half, zero in the high one; null unless 8-bit
-  int64_t kv_heads, head_dim;
+  ReadRegion bounds;  // [P, Hkv, 2, D] in K's dtype or 8-bit codes
+  ReadRegion scale;   // [P, Hkv] words, scale in the low half, zero in the high one; null unless 8-bit
+  int64_t head_dim;
   const ElementKernels* kernels;
 
   PageBounds(const Tensor& page_bounds, const OptionalTensor& bounds_scale)
-      : bounds(static_cast<const char*>(page_bounds.const_data_ptr())),
-        scale(bounds_scale.has_value() ? reinterpret_cast<const uint32_t*>(bounds_scale->const_data_ptr()) : nullptr),
-        kv_heads(page_bounds.size(1)),
+      : bounds(region_of(page_bounds)),
+        scale(region_or_null(bounds_scale)),
         head_dim(page_bounds.size(3)),
         kernels(&element_kernels(page_bounds.scalar_type())) {}
 };

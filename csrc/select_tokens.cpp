@@ -99,7 +99,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
                                          const Tensor& seq_lens, int64_t token_budget, double budget_fraction,
                                          const OptionalTensor& head_token_budget, double sm_scale, int64_t sink_tokens,
                                          int64_t recent_tokens, const OptionalTensor& page_means,
-                                         const OptionalTensor& means_scale, double page_fraction) {
+                                         const OptionalTensor& means_scale, double page_fraction,
+                                         int64_t min_scored_tokens) {
   Checker check("select_tokens", q);
   check.query(q);
   check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
@@ -107,7 +108,7 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
   check.paging(page_table, seq_lens);
   check.budget(token_budget, budget_fraction, sink_tokens, recent_tokens, head_token_budget);
   check.scale(sm_scale);
-  check.page_fraction(page_fraction);
+  check.level(page_fraction, min_scored_tokens);
   check.means(page_means, means_scale, page_fraction < 1.0 ? "a tensor, because page_fraction is below 1" : nullptr);
   check.no_gradients();
 
@@ -121,8 +122,9 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
   const int64_t capacity = token_capacity(limits, budget_fraction);
   Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
-  const PageLevel level{means, means_paging, page_fraction,
-                        kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction)};
+  const PageLevel level{
+      means, means_paging, page_fraction, ceil_div(std::min(min_scored_tokens, limits.max_tokens), paging.page_size),
+      kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction, min_scored_tokens)};
   const SelectTokensCall call{query,
                               shadow,
                               paging,
@@ -138,4 +140,4 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CPU, m) { m.impl("select_tokens", TORCH_BOX(&twilight::select_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CPU, m) { m.impl("select_tokens", TORCH_BOX(&twilight::select_tokens)); }

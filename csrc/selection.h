@@ -91,6 +91,7 @@ struct PageLevel {
   const std::optional<Shadow>& means;
   const Paging& paging;  // of the means
   double fraction;       // 1: all pages
+  int64_t least;         // pages
   int64_t capacity;
 };
 
@@ -108,7 +109,7 @@ class SelectionRow {
     const int64_t length = paging.length(b), size = paging.page_size, pages = ceil_div(length, size);
     if (level.fraction < 1.0) {
       const int64_t share = static_cast<int64_t>(std::ceil(static_cast<double>(pages) * level.fraction));
-      const TopK kept(budget, h, length, size, level.capacity, share);
+      const TopK kept(budget, h, length, size, level.capacity, std::max(share, level.least));
       by_level_ = !kept.takes_all();
       if (by_level_) {
         page_size_ = size;

@@ -48,14 +48,15 @@ constexpr int64_t kTokensPerRef = std::is_same_v<Refs, RunRefs> ? kLanes : 1;
 template <class Refs>
 void ShadowQuery::fill(Half half, Stage& stage, const Refs& refs, int64_t count, uint32_t* pairs) const {
   constexpr int64_t kTokens = kTokensPerRef<Refs>;
-  const int64_t size = shadow_->page_size, page_words = size * shadow_->head_dim / 8;
+  const int64_t size = shadow_->page_size;
   const int64_t prefix = prefix_words_, tail = tail_words_;
   for (int64_t t = 0; t < count; t += kTokens) {
-    const int64_t block = refs.page[t / kTokens] * shadow_->kv_heads + h_, at = refs.slot[t / kTokens];
-    const uint32_t* from = shadow_->codes + block * page_words;
+    const int64_t page = refs.page[t / kTokens], at = refs.slot[t / kTokens];
+    const uint32_t* from = shadow_->codes.at<const uint32_t>(page, h_);
     if (half != kTail) copy_words(stage.prefix + t * prefix, from + at * prefix, kTokens * prefix);
     if (half != kPrefix) copy_words(stage.tail + t * tail, from + size * prefix + at * tail, kTokens * tail);
-    if (half != kTail) std::memcpy(pairs + t, shadow_->scale + block * size + at, kTokens * sizeof(uint32_t));
+    if (half != kTail)
+      std::memcpy(pairs + t, shadow_->scale.at<const uint32_t>(page, h_) + at, kTokens * sizeof(uint32_t));
   }
 }
 
@@ -112,10 +113,9 @@ void ShadowQuery::one_by_one(Half half, const Refs& refs, int64_t count, uint32_
   const int64_t begin = half == kTail ? prefix_words_ : 0, end = half == kPrefix ? prefix_words_ : dim / 8;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t ref = i / kTokensPerRef<Refs>, slot = refs.slot[ref] + i % kTokensPerRef<Refs>;
-    const int64_t block = refs.page[ref] * shadow_->kv_heads + h_;
-    const uint32_t pair = pairs[i] = shadow_->scale[block * size + slot];
+    const uint32_t pair = pairs[i] = shadow_->scale.at<const uint32_t>(refs.page[ref], h_)[slot];
     const VecF scale = (VecF)(VecU{} + (pair << 16)), zero = (VecF)(VecU{} + (pair & 0xffff0000u));
-    const uint32_t* words = shadow_->codes + block * size * dim / 8;
+    const uint32_t* words = shadow_->codes.at<const uint32_t>(refs.page[ref], h_);
     for (int64_t r = 0; r < rows_; ++r) {
       float sum = half == kTail ? out[r * out_stride + i] : 0;
       for (int64_t w = begin; w < end; ++w) {

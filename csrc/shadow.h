@@ -7,16 +7,16 @@
 namespace twilight {
 
 struct Shadow {
-  const uint32_t* codes;  // [P, Hkv, S * D / 8], eight codes a word
-  const uint32_t* scale;  // [P, Hkv, S], scale in the low half, zero in the high one
+  ReadRegion codes;       // [P, Hkv, S * D / 8] words of eight codes
+  ReadRegion scale;       // [P, Hkv, S] words, scale in the low half, zero in the high one
   const int32_t* order;   // [Hkv, D]; null: K's own
   const int32_t* prefix;  // [Hkv]; null: whole rows
   int64_t num_pages, kv_heads, page_size, head_dim;
 
   static Shadow of_keys(const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order,
                         const Tensor& prefix_channels) {
-    return {reinterpret_cast<const uint32_t*>(k_quant.const_data_ptr()),
-            reinterpret_cast<const uint32_t*>(k_scale.const_data_ptr()),
+    return {region_of(k_quant),
+            region_of(k_scale),
             channel_order.const_data_ptr<int32_t>(),
             prefix_channels.const_data_ptr<int32_t>(),
             k_scale.size(0),
@@ -30,14 +30,9 @@ struct Shadow {
   static Shadow of_means(const Tensor& page_means, const Tensor& means_scale, const OptionalTensor& channel_order,
                          const OptionalTensor& prefix_channels) {
     const auto numbers = [](const OptionalTensor& of) { return of ? of->const_data_ptr<int32_t>() : nullptr; };
-    return {reinterpret_cast<const uint32_t*>(page_means.const_data_ptr()),
-            reinterpret_cast<const uint32_t*>(means_scale.const_data_ptr()),
-            numbers(channel_order),
-            numbers(prefix_channels),
-            page_means.size(0),
-            page_means.size(1),
-            /*page_size=*/1,
-            2 * page_means.size(2)};
+    return {region_of(page_means),    region_of(means_scale), numbers(channel_order),
+            numbers(prefix_channels), page_means.size(0),     page_means.size(1),
+            /*page_size=*/1,          2 * page_means.size(2)};
   }
 
   int64_t prefix_words(int64_t h) const {

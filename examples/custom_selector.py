@@ -156,7 +156,7 @@ class PageBalls(Selector):
         indices = torch.where(listed, order[..., :capacity], len(starts)).sort(dim=-1).values
         return Candidates(torch.where(listed, indices, -1).int(), counts, size)
 
-    def scan_bytes(self, layer):
+    def scan_bytes(self, layer, tokens):
         return [(2 * layer.head_dim + 4) / layer.page_size] * layer.num_kv_heads
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from inputs import DecodeInputs, mean_keys, paged_rows, shadow_keys
+from inputs import CACHE_TENSORS, DecodeInputs, mean_keys, paged_rows, shadow_keys
 from torch import Tensor
 
 from twilight_ops.arguments import FP8
@@ -39,9 +39,6 @@ def assert_close_to_oracle(got: Tensor, oracle: Tensor, plain: Tensor, what: str
     assert yardstick <= PLAIN_LIMIT[plain_dtype] * largest + slack, f"{what}: the oracle and plain PyTorch differ by {yardstick:.3e}"
     allowed = WORSE_THAN_PLAIN * yardstick + rounding * largest + slack
     assert error.max() <= allowed, f"{what}: error {error.max():.3e}, allowed {allowed:.3e}"
-
-
-CACHE_TENSORS = ("k_cache", "v_cache", "k_quant", "k_scale", "page_bounds", "bounds_scale", "page_means", "means_scale")
 
 
 def assert_same_state(got: DecodeInputs, want: DecodeInputs) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from twilight_ops.ops import OPS, operator
+from twilight_ops.ops import OPS, STAGED_OPS, operator
 
 
 class _Flat:
@@ -15,7 +15,7 @@ class _Flat:
         self._package = package
 
     def __getattr__(self, op: str) -> Callable:
-        if op not in OPS:
+        if op not in (*OPS, *STAGED_OPS):
             raise AttributeError(op)
         return operator(op).flat(getattr(importlib.import_module(f"{self._package}.{op}"), op))
 

@@ -33,16 +33,22 @@ def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
 
 def request_of(arguments: dict) -> launch_plan.Request:
     """What the launch plan of decode_attention's arguments is asked, on an H200."""
-    q, kv, paging, policy, _, _, bounds, *_ = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(arguments)))
-    return launch_plan.Request.of_call(q, kv, paging, policy, bounds, launch_plan.H200)
+    q, kv, paging, policy, _, shadow, bounds, *_ = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(arguments)))
+    return launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, launch_plan.H200)
 
 
 def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: int, **settings) -> launch_plan.Plan:
     """Of one query token on an H200, bf16, head_dim 128, pages of 16."""
     call = {"selector": selector, "prunes": selector != "dense", "dtype_bits": 16, "bounds_bits": 8, "head_dim": 128, "query_tokens": 1}
     call |= {"group_size": query_heads // kv_heads, "kv_heads": kv_heads, "batch": batch, "page_size": 16}
-    call |= {"max_pages": -(-tokens // 16), "num_pages": batch * -(-tokens // 16), "device": launch_plan.H200, "budget_fraction": 0.0}
-    call |= {"page_fraction": 1.0}
+    call |= {
+        "max_pages": -(-tokens // 16),
+        "num_pages": batch * -(-tokens // 16),
+        "page_words": kv_heads * 256,
+        "device": launch_plan.H200,
+        "budget_fraction": 0.0,
+    }
+    call |= {"page_fraction": 1.0, "min_scored_tokens": 0}
     call |= dict.fromkeys(("token_budget", "sink_tokens", "recent_tokens", "dense_below"), 0)
     return launch_plan.plan_of(launch_plan.Request(**(call | settings)))
 
@@ -85,7 +91,7 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu", fp8: bool =
         "recent_tokens": rng.choice([0, 0, 8, 70]),
     }
     if overrides["selector"] == "shadow_prefix":
-        overrides["page_fraction"] = rng.choice([1.0, 0.5, 0.5, 0.2])
+        overrides |= {"page_fraction": rng.choice([1.0, 0.5, 0.5, 0.2]), "min_scored_tokens": rng.choice([0, 0, 100, 700])}
     if rng.random() < 0.2:
         overrides["head_token_budget"] = torch.tensor(
             [rng.choice([0, 5, 100, 2000]) for _ in range(kv_heads)], dtype=torch.int32, device=device
@@ -117,7 +123,7 @@ def extreme_call(seed: int, device: str = "cpu") -> tuple[DecodeInputs, dict, in
         "recent_tokens": rng.choice([0, 8, *large]),
     }
     if overrides["selector"] == "shadow_prefix":
-        overrides["page_fraction"] = rng.choice([1.0, 0.5, 1e-9])
+        overrides |= {"page_fraction": rng.choice([1.0, 0.5, 1e-9]), "min_scored_tokens": rng.choice([0, 30, *large])}
     if rng.random() < 0.3:
         heads = torch.tensor([rng.choice([-(2**31), -1, 17, 2**31 - 1]) for _ in range(2)], dtype=torch.int32, device=device)
         overrides["head_token_budget"] = heads

@@ -27,7 +27,9 @@ DEFAULTS = {
     "recent_tokens": 0,
     "dense_below": 0,
     "page_fraction": 1.0,
+    "min_scored_tokens": 0,
 }
+CACHE_TENSORS = "k_cache v_cache k_quant k_scale page_bounds bounds_scale page_means means_scale".split()
 # What select_pages reads instead of means, and instead of bounds.
 BY_BOUNDS = {"page_means": None, "means_scale": None}
 BY_MEANS = {"page_bounds": None, "bounds_scale": None}
@@ -165,6 +167,27 @@ def strided(x: Tensor, gap: int = 3) -> Tensor:
     view = buffer.transpose(1, 2)[..., :dim]
     view.copy_(x)
     return view
+
+
+def interleaved(x: DecodeInputs, by_head: bool = True) -> DecodeInputs:
+    """The same cache in one buffer with a row a page, as an engine's block has it; bytes that no tensor owns are 255, a NaN.
+
+    Args:
+        by_head: all tensors of a head together, in a multiple of 128 bytes; else all heads of a tensor.
+    """
+    cache = {name: tensor for name, tensor in x.tensors().items() if name in CACHE_TENSORS}
+    num_pages, heads = x.k_cache.shape[:2]
+    sizes = {name: -(-tensor[0, 0].nbytes // 16) * 16 for name, tensor in cache.items()}
+    head_bytes = -(-sum(sizes.values()) // 128) * 128
+    page_bytes = 128 + heads * head_bytes  # the first 128 are nobody's
+    buffer = torch.full((num_pages * page_bytes,), 255, dtype=torch.uint8, device=x.q.device)
+    views, start = {}, 128
+    for name, tensor in cache.items():
+        strides = (page_bytes, head_bytes if by_head else sizes[name])
+        strides = [stride // tensor.itemsize for stride in strides] + list(tensor.stride()[2:])
+        views[name] = buffer.view(tensor.dtype).as_strided(tensor.shape, strides, start // tensor.itemsize).copy_(tensor)
+        start += sizes[name] if by_head else heads * sizes[name]
+    return replace(x, **views)
 
 
 def channel_energy(head_dim: int, kv_heads: int, device: torch.device | str = "cpu") -> Tensor:

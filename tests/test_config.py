@@ -55,6 +55,8 @@ FIELDS = {
         ),
         "calibration": ((None, "a file"), ("", 3, b"a")),
         "kv_cache_dtype": (("auto", "fp8"), ("fp4", "float8_e4m3fn", None, 8, torch.float8_e4m3fn)),
+        "offload": ((True, False, np.bool_(True), "a directory"), ("", 1, None, b"a")),
+        "hot_tokens": ((0, 1, np.int64(8192)), NOT_A_COUNT),
     },
     LayerOverride: {
         "selector": ((None, "dense", Quest()), ("quest", Quest, 1, np.array([1, 2]))),
@@ -73,6 +75,7 @@ FIELDS = {
     ShadowPrefix: {
         **BUDGETS,
         "page_fraction": ((1, 0.5, np.float32(0.25)), (0.0, 1.1, -0.5, NAN, True, None, "1/2")),
+        "min_scored_tokens": ((0, 4096, sys.maxsize), (-1, 1.5, True, None, "8k")),
         "tau": ((0.5, np.float32(0.1)), (0.0, 1.0, NAN, True, None)),
         "prefix_channels": ((None, 8, 64, np.int64(24)), (0, -8, 30, 8.0, True, NAN, "8")),
         "calibration": ((None, "a file"), ("", 3, b"a")),
@@ -235,12 +238,12 @@ def test_the_largest_integers_keep_everything(selector, everything):
 
 def test_a_cache_that_can_never_be_sparse_says_so_and_from_which_length_it_would_be():
     config = TwilightConfig()
-    rows = BREAK_EVEN["cuda"].scored_row_tokens // 40_000
-    assert BREAK_EVEN["cuda"].scored_row_tokens // rows == 40_329
+    rows = BREAK_EVEN["cuda"].row_tokens // 40_000
+    assert BREAK_EVEN["cuda"].row_tokens // rows == 40_000
     message = config.never_sparse(32, 32_768, "cuda", rows)
-    assert "32768" in message and "dense_below = 40329" in message and "first sparse length is 40330" in message
-    assert config.never_sparse(32, 40_330, "cuda", rows) is None
-    assert config.never_sparse(32, 40_329, "cuda", rows) is not None
+    assert "32768" in message and "dense_below = 40000" in message and "first sparse length is 40001" in message
+    assert config.never_sparse(32, 40_001, "cuda", rows) is None
+    assert config.never_sparse(32, 40_000, "cuda", rows) is not None
     assert dataclasses.replace(config, dense_below=0).never_sparse(32, 32_768, "cuda", rows) is None
     assert dataclasses.replace(config, dense_layers=32).never_sparse(32, 512, "cpu", 1) is None  # dense is what it asks for
     kept = dataclasses.replace(config, dense_below=0, recent_tokens=500).never_sparse(32, 512, "cpu", 1)
@@ -250,13 +253,12 @@ def test_a_cache_that_can_never_be_sparse_says_so_and_from_which_length_it_would
 @pytest.mark.parametrize(
     ("selector", "lengths"),
     [
-        (ShadowPrefix(), (131_072, 16_384, 5_242)),
-        (ShadowPrefix(page_fraction=0.25), (40_000, 5_000, 1_600)),
+        (ShadowPrefix(page_fraction=1.0), (40_000, 5_000, 1_600)),
         (Full(), (131_072, 16_384, 5_242)),
         (Quest(), (40_000, 5_000, 1_600)),
     ],
 )
-def test_what_scores_every_token_pays_later_than_what_scores_pages(selector, lengths):
+def test_what_proposes_every_token_pays_later(selector, lengths):
     plans = [TwilightConfig(selector).layer_plan(0, "cuda", batch * 8) for batch in (1, 8, 25)]
     assert tuple(plan.dense_below for plan in plans) == lengths
 

@@ -35,7 +35,7 @@ def test_tables_come_in_and_kept_sets_go_out_as_lists_of_pages():
     assert paging.seq_lens.tolist() == list(LENGTHS)
     assert torch.equal(paging_of(table, SIZE, max_pages=12).page_table[:, :10], paging.page_table)
 
-    kv = KV(*(torch.zeros(PAGES, KV_HEADS, SIZE, DIM) for _ in range(2)))
+    kv = KV(*torch.zeros(PAGES, 2, KV_HEADS, SIZE, DIM).unbind(1))  # as FlashInfer has them
     shadow = Shadow(
         torch.zeros(PAGES, KV_HEADS, SIZE * DIM // 2, dtype=torch.uint8),
         torch.zeros(PAGES, KV_HEADS, SIZE, 2, dtype=torch.bfloat16),

@@ -18,7 +18,7 @@ SELECTORS = {
     "quest-model": Quest(token_budget=48, bounds_dtype="model"),
     "page-mean": PageMean(token_budget=48, budget_fraction=0.0),
     "shadow-prefix": ShadowPrefix(token_budget=32, budget_fraction=0.25, prefix_channels=32),
-    "two-levels": ShadowPrefix(token_budget=32, budget_fraction=0.1, prefix_channels=32, page_fraction=0.5),
+    "two-levels": ShadowPrefix(token_budget=32, budget_fraction=0.1, prefix_channels=32, page_fraction=0.5, min_scored_tokens=0),
 }
 
 

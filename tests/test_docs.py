@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]) if (ROOT / "README.md").exists() else []
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-FOLDERS = "bench|csrc|docs|examples|integration|tests|twilight_ops"
+FOLDERS = "bench|csrc|docs|examples|integration|tests|tools|twilight_ops"
 pytestmark = pytest.mark.skipif(not PAGES, reason="this copy of the tests has no README and docs beside it")
 
 

@@ -37,9 +37,6 @@ def test_a_machine_without_a_gpu_says_what_an_h200_would_do():
     assert 0 < found.plan.shared_bytes <= launch_plan.H200.shared_per_block
     for fact in ("fused CUDA kernel", "selector quest", f"{found.plan.grid} blocks", f"{found.plan.shared_bytes:,} bytes of shared memory"):
         assert fact in str(found)
-    assert "shared out evenly" in str(
-        explain(**call(selector="quest", shape=Shape((700,) * 67, 8, 2, 128, 16, 1, torch.bfloat16)), device="cuda")
-    )
 
 
 @needs_plan
@@ -92,10 +89,10 @@ def test_a_gpu_without_the_fused_kernels_runs_the_stages_and_says_why(monkeypatc
 @needs_plan
 def test_the_plan_is_for_the_gpu_that_is_here(monkeypatch):
     as_gpu(monkeypatch, "native", "fused kernels")
-    few = {0: launch_plan.H200, 1: launch_plan.H200._replace(multiprocessors=3)}
+    few = {0: launch_plan.H200, 1: launch_plan.H200._replace(shared_per_block=1000)}
     monkeypatch.setattr(launch_plan, "limits_of", few.get)
     plans = [explain(**call(selector="quest"), device=f"cuda:{device}").plan for device in few]
-    assert [plan.evens_out for plan in plans] == [False, True]
+    assert [plan is None for plan in plans] == [False, True]
 
 
 def test_without_a_native_module_there_is_no_plan_to_ask(monkeypatch):

@@ -77,6 +77,19 @@ def test_drafts_give_the_tokens_of_dense_attention_over_the_same_cache(model, dr
     assert torch.equal(decoder.generate(ids, mask, max_new_tokens=30).tokens, dense.tokens)
 
 
+def test_a_cache_outside_the_device_stores_fp8_too_but_keeps_no_copies(model, tmp_path):
+    ids, mask = prompts()
+    found = []
+    for settings in ({}, {"offload": str(tmp_path)}):
+        config = TwilightConfig(Full(), top_p=0.6, dense_below=0, **settings, **FP8)
+        cache = make_cache(model, config)
+        found.append(Decoder(model, cache, 3, eos_token_ids=(), capture="eager").generate(ids, mask, max_new_tokens=8).tokens)
+        assert cache.layers[0].paged.kv.is_fp8
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="hot_tokens: expected 0 with kv_cache_dtype"):
+        TwilightConfig(offload=True, hot_tokens=8, **FP8)
+
+
 def test_a_model_with_biased_keys_loses_nothing_more_than_another():
     model = make_model()
     ids, _ = prompts((100,))

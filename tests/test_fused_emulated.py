@@ -7,29 +7,52 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from comparisons import assert_same_state
 from flat import reference
 from fused_calls import FP8_DTYPES, assert_as_reference, extreme_call, needs_plan, observed, random_call, request_of
-from inputs import Shape, in_fp8, make_inputs, strided
+from inputs import CACHE_TENSORS, Shape, in_fp8, interleaved, make_inputs, strided
+from test_strides import check_append
 
 from twilight_ops import launch_plan
 from twilight_ops.arguments import FP8, Scales
 
 SOURCE = Path(__file__).parent / "emulator" / "fused_decode.cpp"
 COMPILER = shutil.which("g++")
-POINTERS = (
+TENSORS = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels page_table seq_lens head_token_budget "
     "head_top_p"
 ).split()
 OPTIONAL = ("budget_counters", "kept_indices", "kept_counts", "page_means", "means_scale")
 
-APPEND_POINTERS = (
+APPENDED = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels k_center page_table seq_lens positions "
     "page_means means_scale k_descale v_descale k_shift"
 ).split()
+
+
+class Region(ctypes.Structure):
+    """The struct of csrc/region.h."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("page_stride", ctypes.c_uint32), ("head_stride", ctypes.c_uint32)]
+
+
+def kinds(names) -> list[tuple[str, type]]:
+    return [(name, Region if name in CACHE_TENSORS else ctypes.c_void_p) for name in names]
+
+
+def point(structure: ctypes.Structure, names, tensors: dict) -> None:
+    """Sets these fields; of no tensor to null."""
+    for name in names:
+        tensor = tensors.get(name)
+        if tensor is not None and name in CACHE_TENSORS:
+            strides = (stride * tensor.itemsize for stride in tensor.stride()[:2])
+            setattr(structure, name, Region(tensor.data_ptr(), *strides))
+        elif tensor is not None:
+            setattr(structure, name, tensor.data_ptr())
 
 
 class FusedTensors(ctypes.Structure):
@@ -38,10 +61,10 @@ class FusedTensors(ctypes.Structure):
     _fields_ = [
         ("q", ctypes.c_void_p),
         *[(f"q_stride_{name}", ctypes.c_int64) for name in ("batch", "token", "head")],
-        *[(name, ctypes.c_void_p) for name in POINTERS],
+        *kinds(TENSORS),
         ("top_p_stride_batch", ctypes.c_int),
         ("top_p_stride_head", ctypes.c_int),
-        *[(name, ctypes.c_void_p) for name in (*OPTIONAL, "out", "lse", *Scales._fields)],
+        *kinds((*OPTIONAL, "out", "lse", *Scales._fields)),
         ("top_p", ctypes.c_double),
         ("sm_scale", ctypes.c_float),
     ]
@@ -55,7 +78,7 @@ class AppendParams(ctypes.Structure):
         ("v", ctypes.c_void_p),
         ("k_strides", ctypes.c_int64 * 3),
         ("v_strides", ctypes.c_int64 * 3),
-        *[(name, ctypes.c_void_p) for name in APPEND_POINTERS],
+        *kinds(APPENDED),
         *[(name, ctypes.c_int) for name in ("tokens", "kv_heads", "page_size", "max_pages", "num_pages")],
     ]
 
@@ -80,12 +103,11 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     lse = torch.full(q.shape[:-1], float("nan"))
     p = FusedTensors(q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), top_p=a["top_p"], sm_scale=a["sm_scale"])
     p.q_stride_batch, p.q_stride_token, p.q_stride_head = q.stride()[:3]
-    for name in (*POINTERS, *OPTIONAL, *Scales._fields):
-        setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
+    point(p, (*TENSORS, *OPTIONAL, *Scales._fields), a)
     per_head = a.get("head_top_p")
     if per_head is not None:
         p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
-    request = request_of(a)._replace(cluster_size=cluster_size, evens_out=seed // 2 % 2)
+    request = request_of(a)._replace(cluster_size=cluster_size)
     structure = launch_plan.PlanLibrary(emulator).structure(request)
     shared = emulator.emulate_fused_decode(
         ctypes.byref(p), ctypes.byref(structure), q.dtype == torch.float16, a["k_cache"].dtype == FP8, seed
@@ -99,8 +121,7 @@ def emulate_append(emulator, a: dict, seed: int) -> None:
     k, v = a["k"], a["v"]
     p = AppendParams(k=k.data_ptr(), v=v.data_ptr(), tokens=k.shape[1], kv_heads=k.shape[2])
     p.k_strides[:], p.v_strides[:] = k.stride()[:3], v.stride()[:3]
-    for name in APPEND_POINTERS:
-        setattr(p, name, None if a.get(name) is None else a[name].data_ptr())
+    point(p, APPENDED, a)
     p.page_size, p.max_pages, p.num_pages = a["k_cache"].shape[2], a["page_table"].shape[1], a["k_cache"].shape[0]
     emulator.emulate_fused_append(ctypes.byref(p), k.shape[0], k.shape[3], k.dtype == torch.float16, a["k_cache"].dtype == FP8, seed)
 
@@ -128,6 +149,13 @@ def test_fused_append_writes_what_the_reference_writes(emulator, stored, bounds_
     emulate_append(emulator, got.arguments("append_kv", k=k, v=v, positions=positions), seed=tokens)
     reference.append_kv(**want.arguments("append_kv", k=k, v=v, positions=positions))
     assert_same_state(got, want)
+
+
+@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by tensor"])
+@pytest.mark.parametrize("bounds_dtype", ["uint8", "model"])
+def test_fused_append_writes_blocks_of_all_tensors(emulator, bounds_dtype, by_head):
+    backend = SimpleNamespace(device="cpu", append_kv=lambda **arguments: emulate_append(emulator, arguments, seed=1))
+    check_append(backend, Shape((40, 17), 4, 2, 64, 16, 2, torch.float16), bounds_dtype, by_head)
 
 
 def check(emulator, inputs, overrides: dict, cluster_size: int, seed: int) -> None:
@@ -185,12 +213,12 @@ def test_page_means_give_the_reference_sets_and_values(emulator, head_dim, group
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group, kv_heads, page_size", [(1, 3, 16), (3, 2, 64), (8, 1, 32)])
 @pytest.mark.parametrize("cluster_size", [1, 4])
-@pytest.mark.parametrize("page_fraction", [0.5, 0.1])
-def test_two_levels_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, page_size, cluster_size, page_fraction):
+@pytest.mark.parametrize("level", [(0.5, 0), (0.1, 0), (0.1, 600)])
+def test_two_levels_give_the_reference_sets_and_values(emulator, head_dim, group, kv_heads, page_size, cluster_size, level):
     """Prefixes of half a row, of 8 channels and of whole rows; shares of several steps of a warp, of a page and of none."""
     shape = Shape((2531, 301, 5), group * kv_heads, kv_heads, head_dim, page_size, 1, torch.bfloat16)
     options = {"selector": "shadow_prefix", "token_budget": 40, "budget_fraction": 1 / 7, "sink_tokens": 16, "recent_tokens": 20}
-    options |= {"page_fraction": page_fraction, "top_p": 0.95}
+    options |= {"page_fraction": level[0], "min_scored_tokens": level[1], "top_p": 0.95}
     check(emulator, make_inputs(shape, seed=group, bounds_dtype="uint8"), options, cluster_size, seed=head_dim)
 
 
@@ -208,6 +236,16 @@ def test_a_crowded_bin_gives_the_same_candidates(emulator, spread):
     """Many scores within a level of each other: whole blocks' items in the bin in which the budget ends."""
     inputs = make_inputs(Shape((5000,), 4, 1, 64, 16, 1, torch.bfloat16), spread=spread, bounds_dtype="uint8")
     check(emulator, inputs, {"selector": "shadow_prefix", "token_budget": 900, "top_p": 0.9}, 4, seed=2)
+
+
+@pytest.mark.parametrize("page_fraction", [1.0, 0.5])
+@pytest.mark.parametrize("group", [1, 4])
+def test_logits_far_below_all_others_change_nothing(emulator, group, page_fraction):
+    """As heads of real models have them: thousands of octaves below the rest."""
+    inputs = make_inputs(Shape((1500, 70), group, 1, 64, 16, 1, torch.bfloat16), bounds_dtype="uint8")
+    inputs.q.abs_()
+    inputs.k_scale[:, :, ::3, 1] = -300.0
+    check(emulator, inputs, {**PRUNED, "selector": "shadow_prefix", "token_budget": 90, "page_fraction": page_fraction}, 4, seed=2)
 
 
 def test_many_weights_that_can_decide_give_the_same_set(emulator):
@@ -237,11 +275,24 @@ def test_the_schedule_of_threads_changes_no_bit(emulator):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by tensor"])
+@pytest.mark.parametrize("seed", range(16))
+def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(emulator, seed, by_head):
+    inputs, overrides, cluster_size = random_call(seed)
+    results = []
+    for x in (inputs, interleaved(inputs, by_head)):
+        lists = observed(x)
+        out, lse = emulate(emulator, x.arguments("decode_attention", **overrides, **lists), cluster_size, seed)
+        results.append((out.view(torch.int16), lse.view(torch.int32), *lists.values()))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
 @needs_plan
 @pytest.mark.parametrize("seed", range(12))
 def test_python_and_the_kernels_host_code_plan_alike(emulator, seed):
     inputs, overrides, cluster_size = random_call(seed)
     arguments = inputs.arguments("decode_attention", **overrides)
     chosen = request_of(arguments)
-    for request in (chosen, chosen._replace(cluster_size=cluster_size), chosen._replace(cluster_size=cluster_size, evens_out=1)):
+    for request in (chosen, chosen._replace(cluster_size=cluster_size)):
         assert launch_plan.PlanLibrary(emulator).plan(request) == launch_plan.plan_of(request)

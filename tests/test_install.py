@@ -175,6 +175,8 @@ def test_a_wheel_holds_every_extension_that_was_asked_for_and_the_tag_of_native_
     name, files, stderr = builder.wheel(AS_CUDA_BUILD, builder.cuda_home, **BOTH)
     assert tag(name) == NATIVE_TAG and modules_of(files) == {"_C_default", "_C_avx2", "_C_cuda"}
     assert record_of(files) == {} and not notices(stderr)
+    written = [words[words.index("-o") + 1] for tool in ("c++", "nvcc") for words in builder.commands(tool) if "-c" in words]
+    assert written and len(written) == len({*written}), "something was compiled twice"
 
 
 @pytest.mark.parametrize("module, refused", [("_C_avx2", "-mavx2"), ("_C_cuda", "-DUSE_CUDA")])
@@ -350,7 +352,7 @@ def test_only_sources_that_changed_are_compiled_again(builder, tmp_path, monkeyp
 def test_no_other_file_spells_how_cuda_is_compiled():
     spelled = re.compile(r"-gencode|compute_\d|-DUSE_CUDA|TORCH_TARGET_VERSION|__CUDA_NO_|Py_LIMITED_API|-Xcompiler|-std=c\+\+.*nvcc|-mavx")
     here = Path(__file__).relative_to(ROOT)
-    folders = [ROOT / name for name in ("csrc", "bench", "tests", "twilight_ops", "integration", "examples", ".ci")]
+    folders = [ROOT / name for name in ("csrc", "bench", "tests", "twilight_ops", "integration", "examples", "tools", ".ci")]
     files = [path for path in (*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))) if path.is_file()]
     read = [path for path in files if path.suffix in (".py", ".sh", ".toml") or path.name in ("Makefile", "run")]
     found = [str(name) for path in read if (name := path.relative_to(ROOT)) != here and spelled.search(path.read_text())]

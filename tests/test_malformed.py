@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from comparisons import assert_same_state
-from inputs import BY_MEANS, Shape, make_inputs, random_candidates
+from inputs import BY_MEANS, CACHE_TENSORS, Shape, make_inputs, random_candidates
 from torch._subclasses import FakeTensorMode
 
 from twilight_ops import backends
@@ -17,6 +17,7 @@ from twilight_ops.capacity import COUNTER_COLUMNS
 
 SHAPE = Shape((40, 17), 4, 2, 64, 16, 1, torch.float32)
 MAX_TOKENS = 64  # M * S of these inputs
+BEHIND = "contiguous dimensions behind pages and heads"
 INF, NAN = math.inf, math.nan
 MEANS = (torch.zeros(8, 2, 32, dtype=torch.uint8), torch.zeros(8, 2, 2, dtype=torch.bfloat16))
 
@@ -127,7 +128,7 @@ CASES = [
     Case("attend_sparse", "q", lambda q: q[:, :, :3], "num_qo_heads a multiple of num_kv_heads = 2", "3"),
     Case("attend_sparse", "k_cache", dtype(torch.bfloat16), "dtype float32 or float8_e4m3fn", "bfloat16"),
     Case("attend_sparse", "v_cache", rows(5), "shape [P, Hkv, S, D] with P = 8", "[5, 2, 16, 64]"),
-    Case("attend_sparse", "v_cache", transposed, "a contiguous tensor", "strides"),
+    Case("attend_sparse", "v_cache", transposed, BEHIND, "strides"),
     Case("attend_sparse", "k_cache", on_meta, "device cpu", "meta"),
     Case("attend_sparse", "seq_lens", dtype(torch.int64), "dtype int32", "int64"),
     Case("attend_sparse", "page_table", rows(1), "shape [B, M] with B = 2", "[1, 4]"),
@@ -189,6 +190,7 @@ CASES = [
     Case("select_tokens", "page_fraction", value(0.0), "0 < page_fraction <= 1", "0"),
     Case("select_tokens", "page_fraction", value(1.5), "0 < page_fraction <= 1", "1.5"),
     Case("select_tokens", "page_fraction", value(NAN), "0 < page_fraction <= 1", "nan"),
+    Case("select_tokens", "min_scored_tokens", value(-1), ">= 0", "-1"),
     Case(
         "select_tokens",
         "page_means",
@@ -223,6 +225,7 @@ CASES = [
     Case("decode_attention", "top_p", value(-0.5), "0 < top_p <= 1", "-0.5"),
     Case("decode_attention", "dense_below", value(-1), ">= 0", "-1"),
     Case("decode_attention", "page_fraction", value(-0.5), "0 < page_fraction <= 1", "-0.5"),
+    Case("decode_attention", "min_scored_tokens", value(-16), ">= 0", "-16"),
     Case("decode_attention", "page_fraction", value(0.5), '1, unless selector is "shadow_prefix"', "0.5"),
     Case(
         "decode_attention",
@@ -370,7 +373,7 @@ def mutated_arguments() -> list[Case]:
             for change, expected, got in (
                 (dtype(torch.bool), "dtype", "bool"),
                 (lambda t: t[None], shape.split(" with")[0], "[1, "),
-                (lambda t: t.repeat_interleave(2, -1)[..., ::2], "a contiguous tensor", "strides"),
+                (lambda t: t.repeat_interleave(2, -1)[..., ::2], BEHIND if name in CACHE_TENSORS else "a contiguous tensor", "strides"),
                 (on_meta, "device cpu", "meta"),
             ):
                 cases.append(Case(op, name, change, expected, got, bounds_dtype="uint8"))

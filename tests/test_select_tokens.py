@@ -103,25 +103,25 @@ def test_select_tokens_takes_tokens_of_pages_with_the_best_means(backend, shape)
     assert torch.equal(member, pages.repeat_interleave(shape.page_size, -1) & live)
 
 
-@pytest.mark.parametrize("fraction", [0.25, 0.5])
-def test_select_tokens_takes_the_best_tokens_of_the_kept_pages(backend, fraction):
+@pytest.mark.parametrize("fraction, least", [(0.25, 0), (0.5, 0), (0.01, 150)])
+def test_select_tokens_takes_the_best_tokens_of_the_kept_pages(backend, fraction, least):
     """Pages whose means are broken come first: which are kept is known."""
     x = make_inputs(LONG, device=backend.device)
     rng = torch.Generator().manual_seed(3)
     kept = torch.zeros(3, 3, x.page_table.shape[1], dtype=torch.bool)
     for b, length in enumerate(LONG.seq_lens):
         pages = -(-length // 16)
-        wanted = max(math.ceil(fraction * pages), 2)
+        wanted = min(max(math.ceil(fraction * pages), -(-least // 16), 2), pages)
         for h in range(3):
             # The page of sinks and that of the newest tokens are among them.
             kept[b, h, [0, pages - 1, *(1 + torch.randperm(pages - 2, generator=rng)[: wanted - 2]).tolist()]] = True
         broken = torch.where(kept[b, :, :pages], math.nan, 1.0).T.to(x.means_scale)
         x.means_scale[x.page_table[b, :pages].long()] = broken[..., None].expand(-1, -1, 2).contiguous()
     options = {"token_budget": 30, "sink_tokens": 4, "recent_tokens": 5}
-    got = backend.select_tokens(**x.arguments("select_tokens", page_fraction=fraction, **options))
+    got = backend.select_tokens(**x.arguments("select_tokens", page_fraction=fraction, min_scored_tokens=least, **options))
     member, open_tokens = listed_set(*got, x.max_tokens), kept.to(x.q.device).repeat_interleave(16, -1)
     assert not (member & ~open_tokens).any() and (member.sum(-1) == 30).all()
-    want = listed_set(*x.oracle("select_tokens", page_fraction=fraction, **options), x.max_tokens)
+    want = listed_set(*x.oracle("select_tokens", page_fraction=fraction, min_scored_tokens=least, **options), x.max_tokens)
     scores = [token_scores(x, dtype).masked_fill(~open_tokens, math.nan) for dtype in (torch.float64, torch.float32)]
     assert ((member ^ want).sum(-1) <= 2 * top_k_borderline(*scores, want)).all()
 
@@ -130,8 +130,9 @@ def test_select_tokens_scores_all_tokens_where_all_pages_are_kept(backend):
     x = make_inputs(LONG, device=backend.device)
     x.means_scale.fill_(math.nan)  # as good as any
     whole = backend.select_tokens(**x.arguments("select_tokens", token_budget=50))
-    for page_fraction in (1.0, 0.9999):
-        same = backend.select_tokens(**x.arguments("select_tokens", token_budget=50, page_fraction=page_fraction))
+    for page_fraction, least in ((1.0, 0), (0.9999, 0), (0.01, x.max_tokens), (0.01, 2**40), (0.01, x.max_tokens - 1)):
+        level = {"page_fraction": page_fraction, "min_scored_tokens": least}
+        same = backend.select_tokens(**x.arguments("select_tokens", token_budget=50, **level))
         assert torch.equal(whole[0], same[0]) and torch.equal(whole[1], same[1])
 
 
@@ -144,6 +145,12 @@ def test_select_tokens_takes_no_more_than_the_kept_pages_hold(backend):
     heads = torch.tensor([64], dtype=torch.int32, device=backend.device)
     _, counts = backend.select_tokens(**x.arguments("select_tokens", token_budget=48, page_fraction=0.01, head_token_budget=heads))
     assert counts.tolist() == [[40]]  # clamped to the capacity
+    level = {"page_fraction": 0.01, "min_scored_tokens": 60}  # four pages, the last of eight tokens
+    _, counts = backend.select_tokens(**x.arguments("select_tokens", token_budget=60, **level))
+    assert counts.tolist() == [[56]]
+    heads.fill_(20)
+    _, counts = backend.select_tokens(**x.arguments("select_tokens", token_budget=60, head_token_budget=heads, **level))
+    assert counts.tolist() == [[20]]
 
 
 def test_select_tokens_reads_means_for_two_levels_only(backend):

@@ -403,7 +403,7 @@ def test_bad_settings_are_named(make, message):
 @pytest.mark.parametrize("selector", [*SELECTORS, Full(), PageMean(), Quest(), ShadowPrefix()], ids=name)
 def test_every_selector_says_what_it_reads(selector):
     cache, _ = filled(selector, [20], layers=2)
-    per_head = selector.scan_bytes(cache.layers[1])
+    per_head = selector.scan_bytes(cache.layers[1], 20)
     assert len(per_head) == KV_HEADS
     # In fp32, so that a whole key is 256 bytes; labels, bounds and prefixes must be cheaper. MagicPIG's codes need not be.
     assert all(0 <= b < HEAD_DIM * 4 for b in per_head)

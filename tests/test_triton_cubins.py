@@ -21,12 +21,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from twilight_ops import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Shadow, kernels
-from twilight_ops.arguments import FP8, Scales
+from twilight_ops import (
+    KV,
+    Always,
+    Budget,
+    Candidates,
+    Observation,
+    PageBounds,
+    PageLevel,
+    PageMeans,
+    Paging,
+    Policy,
+    Pruning,
+    Shadow,
+    kernels,
+)
+from twilight_ops.arguments import FP8, HotRows, Scales
 from twilight_ops.capacity import COUNTER_COLUMNS
 from twilight_ops.kernels import _launch
 from twilight_ops.kernels.append_kv import append_kv
 from twilight_ops.kernels.decode_attention import decode_attention
+from twilight_ops.kernels.decode_attention_hot import decode_attention_hot
 from twilight_ops.kernels.estimate_weights import estimate_weights
 from twilight_ops.kernels.prune_top_p import prune_top_p
 
@@ -91,6 +106,7 @@ def decode(
     model_bounds: bool = False,
     page_fraction: float = 1.0,
     head_top_p: torch.Tensor | None = None,
+    hot_rows: int = 0,
     fp8: bool = False,
 ):
     """One append and one staged decode step of nothing: only launches are made, and those are recorded."""
@@ -111,8 +127,12 @@ def decode(
     append_kv(*new, cache, paging, None, shadow, bounds, means, scales)
     q = empty(batch, query_tokens, kv_heads * group, dim, dtype=dtype)
     counters = torch.empty(kv_heads, COUNTER_COLUMNS, dtype=torch.int64)
-    policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p), page_fraction=page_fraction)
+    policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p), level=PageLevel(page_fraction))
     decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means, None, scales)
+    if hot_rows:
+        copies = (empty(batch, kv_heads, hot_rows, dim, dtype=dtype) for _ in range(2))
+        hot = HotRows(*copies, *(empty(batch, kv_heads, hot_rows, dtype=ints) for _ in range(2)))
+        decode_attention_hot(q, cache, paging, policy, dim**-0.5, hot, shadow, bounds, candidates, Observation(counters), means)
     return q, shadow, paging
 
 
@@ -121,11 +141,11 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     q, shadow, paging = decode("quest", brain, 128, 16, 2048)
     decode("shadow_prefix", brain, 128, 16, 2048)
     decode("shadow_prefix", brain, 128, 16, 2048, page_fraction=0.5)
-    decode("page_mean", brain, 128, 16, 2048)
+    decode("page_mean", brain, 128, 16, 2048, hot_rows=8192)
     decode("page_mean", half, 96, 32, 64, group=8)
     decode("page_mean", torch.float32, 256, 16, 32, group=1)
     decode("full", half, 64, 32, 32, query_tokens=2)
-    decode("given", brain, 96, 64, 16, group=3)
+    decode("given", brain, 96, 64, 16, group=3, hot_rows=100)
     decode("streaming", brain, 128, 16, 64)
     decode("dense", half, 256, 16, 64, group=1)
     decode("quest", half, 256, 32, 64, group=8, model_bounds=True)

@@ -24,10 +24,12 @@ if INTERPRETED:
     import test_attend_sparse
     import test_custom_selector
     import test_decode_attention
+    import test_decode_attention_hot
     import test_estimate_weights
     import test_extreme_integers
     import test_fp8
     import test_prune_top_p
+    import test_strides
     import triton_interpreter
     from comparisons import assert_same_state, page_mean_scores, page_scores, plain_weights, token_scores
     from custom_selector import launch, page_scores_kernel
@@ -123,7 +125,8 @@ def test_select_tokens_takes_what_the_oracle_takes(shape, resident, monkeypatch)
     ranking.check_against_oracle(STAGES, x, token_budget=20)
     ranking.check_against_oracle(STAGES, x, token_budget=7, budget_fraction=0.3, sink_tokens=3, recent_tokens=5)
     # Few enough pages and tokens for one set: the oracle's.
-    for options in (TWO_LEVELS, TWO_LEVELS | {"token_budget": shape.page_size + 1, "page_fraction": 0.1}):
+    fewer = ({"token_budget": shape.page_size + 1, "page_fraction": 0.1}, {"page_fraction": 0.1, "min_scored_tokens": 20})
+    for options in (TWO_LEVELS, *(TWO_LEVELS | level for level in fewer)):
         got, want = STAGES.select_tokens(**x.arguments("select_tokens", **options)), x.oracle("select_tokens", **options)
         assert torch.equal(got[1], want[1]) and (got[0] != want[0]).sum() <= 2
     # Equal scores everywhere: the lowest positions.
@@ -233,6 +236,21 @@ def test_decode_attention_keeps_the_oracles_set_and_attends_to_it(shape, selecto
     mass = 4
     assert torch.equal(got.counters[:, :mass], counters[:, :mass]) and torch.equal(got.counters[:, mass + 1 :], counters[:, mass + 1 :])
     assert (got.counters[:, mass] - counters[:, mass]).abs().max() <= 2 * len(shape.seq_lens)
+
+
+@interpreted
+@pytest.mark.parametrize("by_head", [True, False])
+def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(by_head):
+    for group, selectors in (2, ("quest", "two levels")), (8, ("full",)):
+        shape = Shape((45,), 2 * group, 2, 64, 16, 1, torch.float16)
+        test_strides.check_reads(STAGES, shape, "uint8", by_head, selectors)
+    test_strides.check_append(STAGES, shape, "uint8", by_head)
+
+
+@interpreted
+@pytest.mark.parametrize("case", range(3) if INTERPRETED else ())
+def test_copies_of_rows_are_those_of_the_reference(case):
+    test_decode_attention_hot.check_steps(STAGES, *test_decode_attention_hot.CASES[case], steps=3)
 
 
 @interpreted

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from twilight_ops import Full, LayerOverride, Quest, ShadowPrefix, TwilightConfig, calibration
-from twilight_ops.decode_step import append
+from twilight_ops import Full, LayerOverride, PageMean, Quest, ShadowPrefix, TwilightConfig, calibration
+from twilight_ops.decode_step import append, attend
 from twilight_ops.integration.vllm import settings, versions
 from twilight_ops.integration.vllm.pages import carve_layer, page_pieces, ragged_rows, split_rows, token_bytes
 from twilight_ops.layer import allocate_layer
@@ -24,9 +24,11 @@ def plan_of(selector, page_size=16, **fields):
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
-    "selector", [Full(), Quest(), Quest(bounds_dtype="model"), ShadowPrefix(prefix_channels=16), ShadowPrefix(page_fraction=0.5)], ids=str
+    "selector",
+    [Full(), Quest(), Quest(bounds_dtype="model"), ShadowPrefix(page_fraction=1.0), ShadowPrefix(prefix_channels=16)],
+    ids=str,
 )
-def test_regions_of_a_block_buffer_do_not_overlap_and_fit(selector, dim, page_size, dtype):
+def test_tensors_of_a_block_do_not_overlap_and_fit(selector, dim, page_size, dtype):
     pages, plan = 9, plan_of(selector, page_size)
     size = token_bytes({plan}, HEADS, KV_HEADS, dim, page_size, dtype)
     assert size % dtype.itemsize == 0
@@ -35,22 +37,43 @@ def test_regions_of_a_block_buffer_do_not_overlap_and_fit(selector, dim, page_si
     pages_of = (*(layer.bounds or ()), *(layer.means or ()))
     parts = [*layer.kv, layer.shadow.k_quant, layer.shadow.k_scale, *(x for x in pages_of if x is not None)]
     for number, part in enumerate(parts, start=1):
-        assert part.data_ptr() % 64 == 0
+        lies = [part.data_ptr() - buffer.data_ptr(), *(stride * part.itemsize for stride in part.stride()[:2])]
+        assert all(place % (128 if part[0, 0].nbytes >= 128 else 16) == 0 for place in lies)
         part.view(torch.uint8).fill_(number)
     for number, part in enumerate(parts, start=1):
         assert (part.view(torch.uint8) == number).all()
-    assert sum(part.nbytes for part in parts) <= buffer.nbytes < sum(part.nbytes for part in parts) + pages * KV_HEADS * page_size * 8
+    assert sum(part.nbytes for part in parts) <= buffer.nbytes < sum(part.nbytes for part in parts) + pages * KV_HEADS * 256
 
 
 def test_a_page_of_a_dense_model_is_k_and_v_alone():
     assert token_bytes({plan_of(Full(), dense_layers=1)}, HEADS, KV_HEADS, DIM, 16, torch.bfloat16) == 2 * DIM * 2
-    assert token_bytes({plan_of(Full())}, HEADS, KV_HEADS, DIM, 16, torch.bfloat16) == 2 * DIM * 2 + DIM // 2 + 4
+    # 4,672 bytes a head, 36.5 lines.
+    assert token_bytes({plan_of(Full())}, HEADS, KV_HEADS, DIM, 16, torch.bfloat16) == 2 * DIM * 2 + DIM // 2 + 4 + 4
 
 
-def test_a_buffer_that_is_no_single_block_or_too_small_is_refused():
-    with pytest.raises(ValueError, match="vLLM: kv_cache: expected one contiguous buffer a layer, got 'strides"):
+@pytest.mark.parametrize("selector", [Full(), Quest(), PageMean(), ShadowPrefix(prefix_channels=16, page_fraction=0.5)], ids=str)
+def test_blocks_copied_whole_decode_as_where_they_came_from(selector):
+    """To other blocks of another buffer, whose blocks lie apart, by nothing but their bytes."""
+    plan = plan_of(selector, top_p=0.9)
+    size = token_bytes({plan}, HEADS, KV_HEADS, DIM, 16, torch.float32)
+    first = torch.zeros(12, KV_HEADS, 16, size // 4)
+    second = torch.full((20, 2, KV_HEADS, 16, size // 4), torch.nan)[:, 1]
+    here, there = (carve_layer(plan, buffer, HEADS, DIM) for buffer in (first, second))
+    table, moved = torch.randperm(12).int().view(2, 6), torch.randperm(20)[:12].int().view(2, 6)
+    lens = torch.tensor([90, 41], dtype=torch.int32)
+    k, v = torch.randn(2, 2, 90, KV_HEADS, DIM)
+    positions = torch.arange(90, dtype=torch.int32).expand(2, -1)
+    append(k, v, here, table, lens, torch.where(positions < lens[:, None], positions, -1))
+    second.view(torch.uint8)[moved.flatten().long()] = first.view(torch.uint8)[table.flatten().long()]
+    q = torch.randn(2, 1, HEADS, DIM)
+    for ours, copied in zip(attend(q, here, table, lens, 0.125), attend(q, there, moved, lens, 0.125), strict=True):
+        assert torch.equal(ours, copied)
+
+
+def test_a_buffer_of_another_layout_or_too_small_is_refused():
+    with pytest.raises(ValueError, match="vLLM: kv_cache: expected heads of contiguous bytes, got 'strides"):
         carve_layer(plan_of(Full()), torch.zeros(4, 16, KV_HEADS, 200).transpose(1, 2), HEADS, DIM)
-    with pytest.raises(ValueError, match="vLLM: kv_cache: expected at least [0-9]+ bytes for 4 blocks, got"):
+    with pytest.raises(ValueError, match="vLLM: kv_cache: expected at least [0-9]+ bytes a block and KV head, got"):
         carve_layer(plan_of(Full()), torch.zeros(4, KV_HEADS, 16, 2 * DIM), HEADS, DIM)
 
 
@@ -196,8 +219,6 @@ def engine_config(**changes):
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         model_config=SimpleNamespace(is_hybrid=False),
-        kv_transfer_config=None,
-        cache_config=SimpleNamespace(kv_offloading_size=None),
         speculative_config=None,
     )
     for name, value in changes.items():
@@ -211,14 +232,6 @@ def engine_config(**changes):
     [
         ({"parallel_config__decode_context_parallel_size": 2}, "vLLM: decode_context_parallel_size: expected 1, got 2"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "vLLM: prefill_context_parallel_size: expected 1, got 2"),
-        (
-            {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
-            "vLLM: kv_transfer_config: expected none (blocks are not one byte range each), got 'OffloadingConnector'",
-        ),
-        (
-            {"cache_config__kv_offloading_size": 4.0},
-            "vLLM: kv_offloading_size: expected none (blocks are not one byte range each), got 4.0",
-        ),
         ({"model_config__is_hybrid": True}, "vLLM: model: expected attention in every layer that keeps a state, got 'Mamba or linear"),
         (
             {"speculative_config": SimpleNamespace(num_speculative_tokens=8)},

@@ -1,13 +1,29 @@
 """Select-then-Prune sparse attention for decoding: registers `torch.ops.twilight.*`."""
 
 from . import backends
-from .arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Pruning, Scales, Shadow
+from .arguments import (
+    KV,
+    Always,
+    Budget,
+    Candidates,
+    HotRows,
+    Observation,
+    PageBounds,
+    PageLevel,
+    PageMeans,
+    Paging,
+    Policy,
+    Pruning,
+    Scales,
+    Shadow,
+)
 from .config import LayerOverride, TwilightConfig
 from .explanation import Explanation, explain
 from .layer import PagedKVLayer, Selector
 from .ops.append_kv import append_kv
 from .ops.attend_sparse import attend_sparse
 from .ops.decode_attention import decode_attention
+from .ops.decode_attention_hot import decode_attention_hot
 from .ops.estimate_weights import estimate_weights
 from .ops.prune_top_p import prune_top_p
 from .ops.select_pages import select_pages
@@ -17,7 +33,7 @@ from .presets import ada_kv, duo_attention, pyramid_kv
 from .report import BudgetLog, BudgetReport, budget_report
 from .selectors import DoubleSparsity, Full, MagicPig, PageMean, Quest, ShadowPrefix, SparQ, Streaming, Tidal
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Always",
@@ -28,11 +44,13 @@ __all__ = [
     "DoubleSparsity",
     "Explanation",
     "Full",
+    "HotRows",
     "KV",
     "LayerOverride",
     "MagicPig",
     "Observation",
     "PageBounds",
+    "PageLevel",
     "PageMean",
     "PageMeans",
     "PagedKVCache",
@@ -55,6 +73,7 @@ __all__ = [
     "backends",
     "budget_report",
     "decode_attention",
+    "decode_attention_hot",
     "duo_attention",
     "estimate_weights",
     "explain",

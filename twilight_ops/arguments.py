@@ -1,5 +1,8 @@
 """What operators take, in groups: each name stands here once, and `ops/_library.py` derives the flat schemas from them.
 
+Tensors with P in front are of the cache: contiguous in each page and KV head, while pages and heads may lie any multiple of 16 bytes
+apart, so that a block of an engine holds all of them in one range of bytes. All others are contiguous unless an operator says otherwise.
+
 Symbols: B sequences, T query tokens, Hq query heads, Hkv KV heads, D head_dim, S page_size, P physical pages, M pages a sequence.
 """
 
@@ -52,6 +55,21 @@ class Scales(NamedTuple):
 
 def _times(rows: Tensor, descale: Tensor | None) -> Tensor:
     return rows if descale is None else rows * descale.to(rows.dtype)[:, None, None]
+
+
+class HotRows(NamedTuple):
+    """Copies on the device of rows of K and V that lie outside it. Token p has one place, p modulo R, in its KV head.
+
+    Args:
+        hot_keys, hot_values: [N, Hkv, R, D] in K's dtype, N at least B.
+        hot_tokens: [N, Hkv, R] int32, the token whose row a place holds; -1: none.
+        hot_claims: [N, Hkv, R] int32, -1 between calls: which token gets a place, decided anew by each.
+    """
+
+    hot_keys: Tensor
+    hot_values: Tensor
+    hot_tokens: Tensor
+    hot_claims: Tensor
 
 
 class Paging(NamedTuple):
@@ -163,6 +181,22 @@ class Always(NamedTuple):
     recent_tokens: int = 0
 
 
+class PageLevel(NamedTuple):
+    """Whose tokens are scored: of a sequence's pages the best `page_fraction`, and at least those that hold `min_scored_tokens`.
+
+    Args:
+        page_fraction: 0 < page_fraction <= 1; 1 is all of them, one level.
+        min_scored_tokens: >= 0; sequences no longer than this have one level too.
+    """
+
+    page_fraction: float = 1.0
+    min_scored_tokens: int = 0
+
+    def applies(self, max_tokens: int) -> bool:
+        """Whether a table of so many tokens can hold a sequence of which pages are left out."""
+        return self.page_fraction < 1.0 and self.min_scored_tokens < max_tokens
+
+
 class Policy(NamedTuple):
     """What a decode step decides by.
 
@@ -172,7 +206,7 @@ class Policy(NamedTuple):
         pruning: share of weight to keep.
         always: tokens that no decision leaves out.
         dense_below: tokens; sequences no longer than this attend to everything, decided on the device.
-        page_fraction: of "shadow_prefix", the share of a sequence's pages whose tokens are scored, see `select_tokens`; 1 is all of them.
+        level: of "shadow_prefix", the pages whose tokens are scored, see `select_tokens`.
     """
 
     selector: str
@@ -180,7 +214,7 @@ class Policy(NamedTuple):
     pruning: Pruning = Pruning()
     always: Always = Always()
     dense_below: int = 0
-    page_fraction: float = 1.0
+    level: PageLevel = PageLevel()
 
     @property
     def prunes(self) -> bool:

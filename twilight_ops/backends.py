@@ -18,7 +18,7 @@ import torch
 
 from . import native_modules
 from .native_modules import CPU_CAPABILITIES
-from .ops import OPS, operator
+from .ops import OPS, STAGED_OPS, operator
 from .serving import attach, record_native, serving
 
 __all__ = ["CPU", "CUDA", "OPS", "Backend", "checked_reference", "serving"]
@@ -97,6 +97,8 @@ def _load_cpu() -> Backend:
     for op in unserved:
         kernel = checked_reference(op)
         attach(op, "cpu", kernel if warn is None else _after(warn, kernel), lambda: "reference")
+    for op in STAGED_OPS:
+        attach(op, "cpu", checked_reference(op), lambda: "reference")
     detail = "; ".join(f"{module} {reason}" for module, reason in reasons.items())
     if len(unserved) < len(OPS):
         return Backend("cpu", lambda: ("native", f"{capability}; {detail}" if detail else capability))
@@ -114,7 +116,7 @@ def _load_cuda() -> Backend:
     return Backend("cuda", kernels.register(allow_native))
 
 
-for op in OPS:
+for op in (*OPS, *STAGED_OPS):
     operator(op)  # its schema is there before any kernel is
 CPU = _load_cpu()
 CUDA = _load_cuda()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .arguments import Always, Budget
+from .arguments import Always, Budget, PageLevel
 
 # Tokens that the page table of one sequence may hold. Sums of two token counts then fit an int32.
 MAX_TABLE_TOKENS = 2**29
 # What an int32 position can be: the limit where there is no page table.
 MAX_TOKENS = 2**31 - 1
 # Logits of a selection are multiples of 2 ** (1 / LOGIT_LEVELS), so that 16 bits hold one and every backend has the same.
-LOGIT_LEVELS = 256
+LOGIT_LEVELS = 128
 # Positive fp32 patterns without this many of their last bits are bins: of candidate scores eight an octave, of weights 32.
 SCORE_BIN_SHIFT = 20
 LOWEST_SCORE_BIN = ((127 - 96) << 3) - 1  # of all scores below 2**-96, where exponentials of several rows begin to underflow
@@ -54,10 +54,15 @@ class Limits(NamedTuple):
         forced = -(-self.sink_tokens // page_size) + -(-self.recent_tokens // page_size) + 1
         return min(self.max_tokens // page_size, max(-(-self.candidate_tokens // page_size), forced))
 
-    def kept_pages_capacity(self, page_size: int, page_fraction: float) -> int:
+    def kept_pages_capacity(self, page_size: int, level: PageLevel) -> int:
         """Slots of the list of pages whose tokens are scored."""
-        return max(self.page_capacity(page_size), math.ceil(page_fraction * (self.max_tokens // page_size)))
+        pages = self.max_tokens // page_size
+        least = min(pages, -(-level.min_scored_tokens // page_size))
+        return max(self.page_capacity(page_size), math.ceil(level.page_fraction * pages), least)
 
+
+# What a place of `HotRows` is claimed by where its row is read; tokens, which claim the others, are below.
+HELD = 2**30
 
 # Layout of one row of `budget_counters` [Hkv, COUNTER_COLUMNS] int64.
 COUNTER_ROWS = 0  # calls counted: one a sequence with seq_len > 0

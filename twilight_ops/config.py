@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
@@ -26,6 +27,14 @@ def _selector_or_dense(where: str, field: str, value: object) -> Selector | str:
     if not isinstance(value, Selector) and not (isinstance(value, str) and value == "dense"):
         refuse(where, field, 'a Selector, such as Quest(), or "dense"', value)
     return value
+
+
+def _offload(where: str, field: str, value: object) -> bool | str:
+    if isinstance(value, str | os.PathLike) and os.fspath(value):
+        return str(os.fspath(value))
+    if type(value).__name__ not in ("bool", "bool_"):
+        refuse(where, field, "True, False or a directory", value)
+    return bool(value)
 
 
 def _overrides(where: str, field: str, value: object) -> dict[int, LayerOverride]:
@@ -96,6 +105,10 @@ class TwilightConfig:
             None takes centre and channels from the prompts that first fill the cache, of all sequences together.
         kv_cache_dtype: "auto" stores K and V in the model's dtype, "fp8" in float8_e4m3fn, which takes half the memory of 16 bits; the
             scales come from the prompts that first fill the cache. Selection and p read what they read without it.
+        offload: whether K and V lie outside the GPU, in pinned host memory of which a step reads what it keeps. On a CPU they lie in a file
+            without a name, which goes with the process, in the directory for temporary files or in the one given instead of True.
+        hot_tokens: of an offloaded cache, rows of K and V of which the device has copies, a KV head of each sequence and layer; a step
+            fetches only those that it keeps and does not find there. 0: it fetches all that it keeps.
 
     Counts of tokens may be as large as you like: `sys.maxsize` is everything.
 
@@ -113,6 +126,8 @@ class TwilightConfig:
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
     calibration: str | None = None
     kv_cache_dtype: str = "auto"
+    offload: bool | str = False
+    hot_tokens: int = 0
 
     def __post_init__(self) -> None:
         normalise(
@@ -127,7 +142,11 @@ class TwilightConfig:
             overrides=_overrides,
             calibration=optional(path),
             kv_cache_dtype=one_of("auto", "fp8"),
+            offload=_offload,
+            hot_tokens=integer(0),
         )
+        if self.hot_tokens and self.kv_cache_dtype == "fp8":
+            refuse("TwilightConfig", "hot_tokens", '0 with kv_cache_dtype "fp8", of which no copies are kept', self.hot_tokens)
 
     def check_layers(self, num_layers: int) -> None:
         """Refuses overrides of layers that a model of `num_layers` does not have (ValueError)."""
@@ -144,6 +163,7 @@ class TwilightConfig:
         override = self.overrides.get(layer, LayerOverride())
         if device_type not in BREAK_EVEN:
             raise ValueError(f"TwilightCache: device: expected {' or '.join(BREAK_EVEN)}, got {device_type}")
+        break_even = OFFLOADED if self.offload else BREAK_EVEN[device_type]
         selector = self._selector_of(layer)
 
         def pick(name: str, default: int) -> int:
@@ -152,7 +172,7 @@ class TwilightConfig:
         return LayerPlan(
             selector=selector,
             top_p=self.top_p if override.top_p is None else override.top_p,
-            dense_below=BREAK_EVEN[device_type].tokens(kv_rows, selector) if self.dense_below is None else self.dense_below,
+            dense_below=break_even.tokens(kv_rows, selector) if self.dense_below is None else self.dense_below,
             sink_tokens=0 if selector is None else pick("sink_tokens", self.page_size),
             recent_tokens=0 if selector is None else pick("recent_tokens", RECENT_TOKENS),
             head_token_budget=override.head_token_budget,
@@ -201,18 +221,18 @@ class TwilightConfig:
 class BreakEven:
     """Live length up to which reading everything is at least as fast as deciding what to read.
 
-    Deciding takes a time in which the device reads `row_tokens` tokens of one KV head, or `scored_row_tokens` where a selector scores most
-    tokens one by one; more heads and sequences share them.
+    Deciding takes a time in which the device reads `row_tokens` tokens of one KV head, or `proposed_row_tokens` where a selector
+    proposes all of them; more heads and sequences share them.
     """
 
     least: int
     row_tokens: int
-    scored_row_tokens: int
+    proposed_row_tokens: int
     reason: str
 
     def tokens(self, kv_rows: int, selector: Selector | None) -> int:
-        scored = selector is not None and selector.scores_tokens
-        return max(self.least, (self.scored_row_tokens if scored else self.row_tokens) // max(1, kv_rows))
+        all_of_them = selector is not None and selector.proposes_all
+        return max(self.least, (self.proposed_row_tokens if all_of_them else self.row_tokens) // max(1, kv_rows))
 
 
 BREAK_EVEN: Mapping[str, BreakEven] = {
@@ -221,9 +241,9 @@ BREAK_EVEN: Mapping[str, BreakEven] = {
         512,
         320_000,
         1 << 20,
-        "H200, 32/8 heads, us a layer, dense against Quest: B 64 L 1k 75 / 50; B 8 L 4k 37 / 29; B 1 L 16k 23 / 31, L 32k 38 / 33. Between "
-        "other kernels deciding takes 13 us longer: a step of Llama-3.1-8B at L 32k takes 5.7 / 6.0 ms at B 1 and 9.5 / 7.6 at B 4. On "
-        "data of a real model, p .95, dense / shadow prefix / page means: B 1 L 128k 131 / 148 / 81; B 8 L 32k 247 / 160 / 110 "
-        "(bench/results/h200_qwen_data.jsonl)",
+        "H200, 32/8 heads, a real model's data, p .95, us a layer, dense / shadow prefix / page means: B 1 L 32k 38 / 40 / 35, "
+        "L 64k 67 / 54 / 53; B 4 L 8k 37 / 36 / 30; B 8 L 8k 67 / 42 / 35; B 25 L 4k 103 / 58 / 39; B 64 L 2k 125 / 90 / 58; "
+        "dense / Full: B 1 L 128k 127 / 152, B 8 948 / 902 (bench/results/h200_qwen_data.jsonl). Between other kernels 13 us longer",
     ),
 }
+OFFLOADED = BreakEven(512, 0, 0, "a token of K and V comes over a bus of some 50 GB/s, or from a file: deciding costs little beside it")

@@ -5,17 +5,22 @@ A model calls `decode_step`: two operators a layer. `decode_step_by_stage` compu
 
 from torch import Tensor
 
-from .arguments import Candidates, Observation, Paging
+from .arguments import Candidates, Observation, PageLevel, Paging
 from .layer import PagedKVLayer
 from .ops.append_kv import append_kv
 from .ops.attend_sparse import attend_sparse
 from .ops.decode_attention import decode_attention
+from .ops.decode_attention_hot import decode_attention_hot
 from .ops.estimate_weights import estimate_weights
 from .ops.prune_top_p import prune_top_p
 
 
 def append(k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, positions: Tensor | None = None) -> None:
     """Writes k, v [B, T, Hkv, D] into the layer's cache, shadow, bounds and means; `seq_lens` counts them already."""
+    if layer.hot is not None:
+        # Copies of rows that are written again; a sequence gets at most T tokens.
+        tokens = layer.hot.hot_tokens[: k.shape[0]]
+        tokens.masked_fill_(tokens >= (seq_lens - k.shape[1])[:, None, None], -1)
     append_kv(k, v, layer.kv, Paging(page_table, seq_lens), positions, layer.shadow, layer.bounds, layer.means, layer.scales)
     if layer.plan.selector is not None:
         layer.plan.selector.append(k, layer, page_table, seq_lens, positions)
@@ -38,15 +43,16 @@ def attend(
     """
     selector, policy, candidates = layer.plan.selector, layer.policy, Candidates()
     if dense:
-        policy = policy._replace(selector="dense")
+        policy = policy._replace(selector="dense", level=PageLevel())
     elif selector is not None and policy.selector == "given":
         candidates = selector.select(q, layer, page_table, seq_lens, sm_scale)
         if candidates.indices is None:
             policy = policy._replace(selector="full")
     observe = Observation(None if dense else layer.budget_counters, kept_indices, kept_counts)
-    paging = Paging(page_table, seq_lens)
-    read = (layer.shadow, layer.bounds, candidates, observe, layer.means)
-    return decode_attention(q, layer.kv, paging, policy, sm_scale, *read, out, layer.scales)
+    paging, others = Paging(page_table, seq_lens), (layer.shadow, layer.bounds, candidates, observe, layer.means, out)
+    if layer.hot is not None and not dense:
+        return decode_attention_hot(q, layer.kv, paging, policy, sm_scale, layer.hot, *others)
+    return decode_attention(q, layer.kv, paging, policy, sm_scale, *others, layer.scales)
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:

@@ -38,8 +38,6 @@ class Explanation:
             p = self.plan
             blocks = f"{p.grid} blocks, {p.cluster_size} a KV head of a sequence"
             lines.append(f"  selector {p.selector}, {blocks}, {p.shared_bytes:,} bytes of shared memory each")
-            if p.selector != "dense":
-                lines.append(f"  candidates {'are shared out evenly among them' if p.evens_out else 'stay with the block that found them'}")
         return "\n".join(lines)
 
 
@@ -64,7 +62,7 @@ def explain(
         q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales: what `decode_attention` takes. Its tensors
             may be on the meta device.
         device: "cpu", "cuda" or "cuda:N"; by default the device of q. "cuda" where there is no CUDA device stands for an H200 on which
-            `_C_cuda` was built: 132 multiprocessors, 227 KB of shared memory a block, 228 KB a multiprocessor.
+            `_C_cuda` was built: 132 multiprocessors, 227 KB of shared memory a block.
 
     Returns:
         An `Explanation`; `print` it.
@@ -76,8 +74,7 @@ def explain(
     Example:
         >>> print(explain(q, kv, paging, Policy("quest", Budget(8192)), 0.088, bounds=bounds, device="cuda"))
         fused CUDA kernel (no CUDA device is here: as if on an H200 with _C_cuda)
-          selector quest, 128 blocks, 2 a KV head of a sequence, 167,168 bytes of shared memory each
-          candidates stay with the block that found them
+          selector quest, 128 blocks, 2 a KV head of a sequence, 112,128 bytes of shared memory each
     """
     OPERATOR.check(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales)
     place = torch.device(q.device if device is None else device)
@@ -87,10 +84,12 @@ def explain(
         return Explanation(REFERENCE, "cpu", backends.CPU.detail)
     if place.type != "cuda":
         raise ValueError(f"explain: device: expected cpu or cuda, got {place}")
-    return _on_cuda(q, kv, paging, policy, bounds, place)
+    return _on_cuda(q, kv, paging, policy, shadow, bounds, place)
 
 
-def _on_cuda(q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBounds | None, place: torch.device) -> Explanation:
+def _on_cuda(
+    q: Tensor, kv: KV, paging: Paging, policy: Policy, shadow: Shadow | None, bounds: PageBounds | None, place: torch.device
+) -> Explanation:
     if torch.cuda.is_available():
         index = torch.cuda.current_device() if place.index is None else place.index
         detail = f"cuda:{index}, {torch.cuda.get_device_name(index)}"
@@ -99,7 +98,7 @@ def _on_cuda(q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBoun
         limits = launch_plan.limits_of(index)
     else:
         detail, limits = "no CUDA device is here: as if on an H200 with _C_cuda", launch_plan.H200
-    request = launch_plan.Request.of_call(q, kv, paging, policy, bounds, limits)
+    request = launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, limits)
     plan = launch_plan.plan_of(request)
     if not plan.serves:
         return Explanation(STAGES, detail, plan.reason)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native_modules
-from .arguments import KV, PageBounds, Paging, Policy
+from .arguments import KV, PageBounds, Paging, Policy, Shadow
 
 
 class DeviceLimits(NamedTuple):
@@ -23,10 +23,9 @@ class DeviceLimits(NamedTuple):
 
     multiprocessors: int
     shared_per_block: int  # bytes that one block may take
-    shared_per_multiprocessor: int  # bytes
 
 
-H200 = DeviceLimits(132, 227 * 1024, 228 * 1024)  # and H100 SXM
+H200 = DeviceLimits(132, 227 * 1024)  # and H100 SXM
 
 
 class Request(NamedTuple):
@@ -44,19 +43,31 @@ class Request(NamedTuple):
     page_size: int
     max_pages: int
     num_pages: int
+    page_words: int  # from a page to the next, of 16 bytes in K and V or of 4 in the shadow, the most of them
     token_budget: int
     sink_tokens: int
     recent_tokens: int
     dense_below: int
     budget_fraction: float
     page_fraction: float
+    min_scored_tokens: int
     device: DeviceLimits
     cluster_size: int = 0
-    evens_out: int = -1
 
     @classmethod
-    def of_call(cls, q: Tensor, kv: KV, paging: Paging, policy: Policy, bounds: PageBounds | None, device: DeviceLimits) -> Request:
+    def of_call(
+        cls,
+        q: Tensor,
+        kv: KV,
+        paging: Paging,
+        policy: Policy,
+        shadow: Shadow | None,
+        bounds: PageBounds | None,
+        device: DeviceLimits,
+    ) -> Request:
         """Of a checked call of decode_attention."""
+        words = [tensor.stride(0) * tensor.itemsize // 16 for tensor in kv]
+        words += [] if shadow is None else [tensor.stride(0) * tensor.itemsize // 4 for tensor in shadow[:2]]
         batch, query_tokens, heads, head_dim = q.shape
         num_pages, kv_heads, page_size, _ = kv.k_cache.shape
         return cls(
@@ -72,11 +83,12 @@ class Request(NamedTuple):
             page_size,
             paging.page_table.shape[1],
             num_pages,
+            max(words),
             policy.budget.token_budget,
             *policy.always,
             policy.dense_below,
             policy.budget.budget_fraction,
-            policy.page_fraction,
+            *policy.level,
             device,
         )
 
@@ -90,7 +102,6 @@ class Plan(NamedTuple):
     cluster_size: int  # blocks a (sequence, KV head)
     grid: int  # blocks
     shared_bytes: int  # of shared memory a block
-    evens_out: bool  # whether a cluster's blocks hand each other even shares of the candidates
 
     @property
     def serves(self) -> bool:
@@ -102,7 +113,7 @@ _C_TYPES: dict[type, Any] = {
     bool: ctypes.c_int,
     int: ctypes.c_int64,
     float: ctypes.c_double,
-    DeviceLimits: ctypes.c_int * 3,
+    DeviceLimits: ctypes.c_int * 2,
 }
 
 
@@ -117,7 +128,6 @@ class _Plan(ctypes.Structure):
         ("reason", ctypes.c_char * 160),
         *[(name, ctypes.c_int) for name in ("selector", "prunes", "capacity", "cluster_size", "grid", "shared_bytes")],
         ("offsets", ctypes.c_int * 5),
-        ("evens_out", ctypes.c_int),
     ]
 
 
@@ -148,11 +158,11 @@ class PlanLibrary:
                 f"{self._library._name}: expected the structs of launch_plan.py, got others: it was built from other sources"
             )
         numbers = (found.capacity, found.cluster_size, found.grid, found.shared_bytes)
-        return Plan(found.reason.decode(), self.selectors[found.selector], *numbers, bool(found.evens_out))
+        return Plan(found.reason.decode(), self.selectors[found.selector], *numbers)
 
     def limits(self, device: int) -> DeviceLimits:
         """Of a CUDA device, as the operator reads them; only `_C_cuda` can."""
-        found = (ctypes.c_int * 3)()
+        found = (ctypes.c_int * 2)()
         read = self._library.twilight_device_limits
         read.restype = ctypes.c_bool
         if not read(device, found):
@@ -191,7 +201,7 @@ def library() -> PlanLibrary:
         RuntimeError: no native module is loaded.
     """
     wanted = (native_modules.CUDA_MODULE,) if available() else native_modules.CPU_MODULES
-    modules = (sys.modules.get(f"{__package__}.{name}") for name in wanted)
+    modules = (sys.modules.get(native_modules.full_name(name)) for name in wanted)
     paths = [module.__file__ for module in modules if module is not None]
     if not paths:
         raise RuntimeError(f"launch plan: expected a native module, got none ({', '.join(wanted)})")

@@ -11,7 +11,22 @@ import torch
 from torch import Tensor
 
 from ._settings import normalise, number, of_length, tokens
-from .arguments import FP8, FP8_MAX, KV, Always, Budget, Candidates, PageBounds, PageMeans, Policy, Pruning, Scales, Shadow
+from .arguments import (
+    FP8,
+    FP8_MAX,
+    KV,
+    Always,
+    Budget,
+    Candidates,
+    HotRows,
+    PageBounds,
+    PageLevel,
+    PageMeans,
+    Policy,
+    Pruning,
+    Scales,
+    Shadow,
+)
 from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
 
@@ -36,7 +51,7 @@ class Selector:
     name: ClassVar[str] = ""
     kernel: ClassVar[str] = "given"  # the `selector` argument of decode_attention; "given": `select` is called first
     uses_shadow: ClassVar[bool] = False  # even where nothing is pruned
-    scores_tokens: ClassVar[bool] = False  # most of them, one by one, rather than pages: takes longer to pay
+    proposes_all: ClassVar[bool] = False  # and leaves every token to the estimates, which takes longer to pay
 
     def __post_init__(self) -> None:
         normalise(self, token_budget=tokens(1), budget_fraction=number(0.0, 1.0))
@@ -68,7 +83,7 @@ class Selector:
         """
         raise TypeError(f"{type(self).__name__} does not implement select()")
 
-    def scan_bytes(self, layer: PagedKVLayer) -> list[float]:
+    def scan_bytes(self, layer: PagedKVLayer, tokens: float) -> list[float]:
         """Bytes a KV head reads for each live token to propose candidates, one entry a head; for reports only, NaN where unknown."""
         return [float("nan")] * layer.num_kv_heads
 
@@ -100,6 +115,10 @@ class LayerPlan:
     def prunes(self) -> bool:
         return self.selector is not None and (self.top_p < 1.0 or self.head_top_p is not None)
 
+    def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of K and V in the cache of a model of `dtype`."""
+        return FP8 if self.kv_cache_dtype == "fp8" else dtype
+
     def policy(self, max_tokens: int, num_qo_heads: int, num_kv_heads: int, device: torch.device) -> Policy:
         """What `decode_attention` takes; `max_tokens`: of all pages.
 
@@ -119,8 +138,8 @@ class LayerPlan:
         if self.selector is None:
             return Policy("dense", Budget(1), pruning, always, self.dense_below)
         budget = Budget(self.selector.token_budget, self.selector.budget_fraction, head_budget)
-        page_fraction = getattr(self.selector, "page_fraction", 1.0)
-        return Policy(self.selector.kernel, budget, pruning, always, self.dense_below, page_fraction)
+        level = PageLevel(getattr(self.selector, "page_fraction", 1.0), getattr(self.selector, "min_scored_tokens", 0))
+        return Policy(self.selector.kernel, budget, pruning, always, self.dense_below, level)
 
 
 @dataclass
@@ -142,6 +161,8 @@ class PagedKVLayer:
     # Makes what has one row a page, as new_pages((P, Hkv, ...), dtype=...): an engine that owns the memory hands out parts of it.
     new_pages: Callable[..., Tensor] = torch.zeros
     shard: int | None = None  # which part of the model's KV heads this is; None: by the rank in torch.distributed
+    offloaded: bool = False  # K and V lie outside the device
+    hot: HotRows | None = None  # copies of some of them on it
 
     @property
     def num_kv_heads(self) -> int:
@@ -161,7 +182,7 @@ class PagedKVLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the layer, once."""
-        own = (self.kv, self.shadow or (), self.bounds or (), self.means or (), self.scales or ())
+        own = (self.kv, self.shadow or (), self.bounds or (), self.means or (), self.scales or (), self.hot or ())
         groups = (*own, self.policy.budget, self.policy.pruning, self.selector_state.values())
         return [self.budget_counters, *(value for group in groups for value in group if isinstance(value, Tensor))]
 
@@ -197,6 +218,9 @@ class PagedKVLayer:
     def reset(self) -> None:
         """Forgets the budget counters and a calibration that came from a prompt."""
         self.budget_counters.zero_()
+        if self.hot is not None:
+            self.hot.hot_tokens.fill_(-1)
+            self.hot.hot_claims.fill_(-1)
         if self.scales is not None:
             _write(self.scales, torch.ones(()), torch.ones(()), torch.zeros(()))
         if self.shadow is not None:
@@ -264,33 +288,42 @@ def allocate_layer(
     index: int | None = None,
     shard: int | None = None,
     new_pages: Callable[..., Tensor] | None = None,
+    new_kv: Callable[..., Tensor] | None = None,
+    hot_rows: tuple[int, int] | None = None,
 ) -> PagedKVLayer:
     """Zeroed tensors of one layer; the shadow is as the plan's calibration file says, without one an identity until a prompt calibrates it.
 
     `previous` is the layer below: its index counts on, and a selector may share that layer's state. Without one an engine gives `index`,
     and `shard` and `new_pages` where the heads of this rank and the memory of the pages are its own affair (see `PagedKVLayer`).
+    `new_kv` makes K and V where those alone lie elsewhere, outside the device; `hot_rows`: sequences, and rows a KV head that each has
+    copies of on it.
     """
     new_pages = new_pages or partial(torch.zeros, device=device)
     if index is None:
         index = 0 if previous is None else previous.index + 1
     rows = (num_pages, num_kv_heads, page_size, head_dim)
-    fp8 = plan.kv_cache_dtype == "fp8"
-    stored = FP8 if fp8 else dtype
+    stored = plan.stored_dtype(dtype)
     layer = PagedKVLayer(
         plan=plan,
         policy=plan.policy(num_pages * page_size, num_qo_heads, num_kv_heads, device),
-        kv=KV(new_pages(rows, dtype=stored), new_pages(rows, dtype=stored)),
+        kv=KV(*((new_kv or new_pages)(rows, dtype=stored) for _ in KV._fields)),
         budget_counters=torch.zeros(num_kv_heads, COUNTER_COLUMNS, dtype=torch.int64, device=device),
         dtype=dtype,
         index=index,
         new_pages=new_pages,
         shard=shard,
+        offloaded=new_kv is not None,
     )
-    if fp8:
+    if stored == FP8:
         k_descale, v_descale = torch.ones(2, num_kv_heads, dtype=torch.float32, device=device).unbind()
         layer.scales = Scales(k_descale, v_descale, torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device))
     if plan.selector is None:
         return layer
+    if hot_rows is not None:
+        sequences, places = hot_rows
+        copies = (torch.zeros(sequences, num_kv_heads, places, head_dim, dtype=dtype, device=device) for _ in KV._fields)
+        marks = (torch.full((sequences, num_kv_heads, places), -1, dtype=torch.int32, device=device) for _ in range(2))
+        layer.hot = HotRows(*copies, *marks)
     if plan.prunes or plan.selector.uses_shadow:
         layer.shadow = Shadow(
             new_pages((num_pages, num_kv_heads, page_size * head_dim // 2), dtype=torch.uint8),

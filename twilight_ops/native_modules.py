@@ -53,9 +53,17 @@ def _record() -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def full_name(module: str) -> str:
+    """A module's name for imports. A build for the Hugging Face Hub is one module, named as its namespace, and loaded already."""
+    ours = sys.modules.get(f"{__package__}._ops")
+    hub = f"{__package__}.{ours.ops.name}" if ours else ""
+    stands_for = CUDA_MODULE if "_cuda_" in hub else CPU_MODULES[-1]
+    return hub if module == stands_for and hub in sys.modules else f"{__package__}.{module}"
+
+
 def is_built(module: str) -> bool:
     """Whether a module lies beside this file, or was loaded in its place."""
-    name = f"{__package__}.{module}"
+    name = full_name(module)
     return name in sys.modules or PathFinder.find_spec(name, [str(Path(__file__).parent)]) is not None
 
 
@@ -71,7 +79,7 @@ def library() -> str:
         RuntimeError: there are none.
     """
     for name in CPU_MODULES:
-        module = sys.modules.get(f"{__package__}.{name}")
+        module = sys.modules.get(full_name(name))
         if module is not None and module.__file__ is not None:
             return module.__file__
     raise RuntimeError(f"native library: expected one of {', '.join(CPU_MODULES)} to be loaded, got none")
@@ -83,7 +91,7 @@ def load(module: str) -> str:
     if not is_built(module):
         return why_not_built(module)
     try:
-        importlib.import_module(f"{__package__}.{module}")
+        importlib.import_module(full_name(module))
     except (ImportError, OSError) as error:  # another ABI, a missing library: the other kernels serve
         return f"does not load: {' '.join(str(error).split())}"
     return ""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._settings import integer, one_of
+from ._settings import integer, one_of, refuse
 from .config import TwilightConfig
+from .host_memory import HostMemory
 from .layer import PagedKVLayer, allocate_layer
 from .ops._checks import HEAD_DIMS
 
@@ -65,21 +66,27 @@ class PagedKVCache:
         never_sparse = config.never_sparse(num_layers, max_cache_len, device.type, max_batch_size * num_kv_heads)
         if never_sparse is not None:
             warnings.warn(f"PagedKVCache: {never_sparse}", stacklevel=2)
-        self._lay_out(config, max_batch_size, max_cache_len)
+        self._lay_out(config, max_batch_size, max_cache_len, num_layers)
         for _ in range(num_layers):
             self.add_layer(num_qo_heads, num_kv_heads, head_dim, dtype, device)
 
     @classmethod
-    def without_layers(cls, config: TwilightConfig, max_batch_size: int, max_cache_len: int) -> PagedKVCache:
-        """A cache that `add_layer` gives its layers, where heads, dtype and device are known only when a model runs."""
+    def without_layers(cls, config: TwilightConfig, max_batch_size: int, max_cache_len: int, num_layers: int = 1) -> PagedKVCache:
+        """A cache that `add_layer` gives its layers, where heads, dtype and device are known only when a model runs.
+
+        `num_layers`: how many there will be; offloaded K and V are allocated for all of them with the first.
+        """
         cache = cls.__new__(cls)
-        cache._lay_out(config, max_batch_size, max_cache_len)
+        cache._lay_out(config, max_batch_size, max_cache_len, num_layers)
         return cache
 
-    def _lay_out(self, config: TwilightConfig, max_batch_size: int, max_cache_len: int) -> None:
-        self.config, self.max_batch_size = config, max_batch_size
+    def _lay_out(self, config: TwilightConfig, max_batch_size: int, max_cache_len: int, num_layers: int) -> None:
+        if config.hot_tokens and not config.offload:
+            refuse("PagedKVCache", "hot_tokens", "0 where K and V are on the device", config.hot_tokens)
+        self.config, self.max_batch_size, self.num_layers = config, max_batch_size, num_layers
         self.max_pages = -(-max_cache_len // config.page_size)
         self.layers: list[PagedKVLayer] = []
+        self._host: HostMemory | None = None
 
     def allocate_table(self, device: torch.device) -> None:
         """Page table and lengths, once."""
@@ -101,9 +108,14 @@ class PagedKVCache:
             ValueError: a device without kernels, or settings or a file that do not fit these sizes; the cache is as it was.
         """
         index = len(self.layers) if index is None else index
+        pages = self.max_batch_size * self.max_pages
+        plan = self.config.layer_plan(index, device.type, self.max_batch_size * num_kv_heads)
+        if self.config.offload:
+            stored = plan.stored_dtype(dtype)
+            self._reserve(HostMemory.bytes_of((pages, num_kv_heads, self.config.page_size, head_dim), stored), device)
         layer = allocate_layer(
-            self.config.layer_plan(index, device.type, self.max_batch_size * num_kv_heads),
-            self.max_batch_size * self.max_pages,
+            plan,
+            pages,
             num_qo_heads,
             num_kv_heads,
             head_dim,
@@ -112,10 +124,19 @@ class PagedKVCache:
             device,
             self.layers[-1] if self.layers else None,
             index=index,
+            new_kv=None if self._host is None else self._host.new,
+            hot_rows=(self.max_batch_size, self.config.hot_tokens) if self.config.hot_tokens else None,
         )
         self.allocate_table(device)
         self.layers.append(layer)
         return layer
+
+    def _reserve(self, nbytes: int, device: torch.device) -> None:
+        """Host memory for K and V of the next layer, `nbytes` each: of all layers at once, if they are as large as the first."""
+        if self._host is None or self._host.taken + 2 * nbytes > self._host.nbytes:
+            layers = max(1, self.num_layers - len(self.layers))
+            directory = None if self.config.offload is True else str(self.config.offload)
+            self._host = HostMemory(2 * nbytes * layers, device, directory)
 
     @property
     def max_cache_len(self) -> int:
@@ -140,9 +161,10 @@ class PagedKVCache:
             self.live_page_table, self.live_seq_lens = self.page_table[:batch], self.seq_lens[:batch]
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of plain K and V, and of everything the layers keep beside them."""
+        """Bytes of plain K and V, of everything the layers keep beside them, and of K and V that lie outside the device where any do."""
         sizes = [layer.nbytes() for layer in self.layers]
-        return {name: sum(size[name] for size in sizes) for name in ("kv", "extra")}
+        total = {name: sum(size[name] for size in sizes) for name in ("kv", "extra")}
+        return total | ({"offloaded": total["kv"]} if self.config.offload else {})
 
     def reset(self) -> None:
         """Forgets every sequence, what was counted, and a calibration that came from a prompt; addresses stay."""
@@ -157,6 +179,8 @@ class PagedKVCache:
             layer.budget_counters.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.config.offload:
+            raise TypeError("PagedKVCache: pickle and copy: expected K and V on the device, got an offloaded cache")
         # A view does not stay one through pickle.
         state = {name: value for name, value in vars(self).items() if not name.startswith("live_")}
         return {**state, "rows": self.batch_size if hasattr(self, "seq_lens") else None}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ._ops import add_op_namespace_prefix
 from .ops._library import LIBRARY
 
 _SERVED: dict[tuple[str, str], Callable[[], str]] = {}
@@ -19,7 +20,7 @@ def attach(op: str, device: str, kernel: Callable, serves: Callable[[], str]) ->
 
 def record_native(op: str, device: str, serves: Callable[[], str]) -> bool:
     """Records the kernel that a loaded native module registered; false where it registered none."""
-    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"twilight::{op}", device.upper())
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(op), device.upper())
     if found:
         _SERVED[op, device] = serves
     return found

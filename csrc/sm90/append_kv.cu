@@ -22,7 +22,7 @@ template <typename T, typename E, int D>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {
   const dim3 grid(blocks_of(kChunkTokens, p.tokens), p.kv_heads, batch);
   const auto start = [&](void (*kernel)(AppendParams)) { launch_early(kernel, grid, 1, 0, stream, p); };
-  if (p.page_bounds == nullptr && p.page_means == nullptr) {
+  if (p.page_bounds.data == nullptr && p.page_means.data == nullptr) {
     start(append_kernel<T, E, D, true, false>);
   } else if (grid.x == 1) {
     start(append_kernel<T, E, D, true, true>);
@@ -38,11 +38,6 @@ void launch_for(int head_dim, const AppendParams& p, int batch, cudaStream_t str
   if (head_dim == 96) return launch<T, E, 96>(p, batch, stream);
   if (head_dim == 128) return launch<T, E, 128>(p, batch, stream);
   launch<T, E, 256>(p, batch, stream);
-}
-
-template <typename V>
-V* mutable_or_null(OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<V*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
 template <typename V>
@@ -62,14 +57,14 @@ void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
     p.k_strides[i] = k.stride(i);
     p.v_strides[i] = v.stride(i);
   }
-  p.k_cache = k_cache.mutable_data_ptr();
-  p.v_cache = v_cache.mutable_data_ptr();
-  p.k_quant = mutable_or_null<uint8_t>(k_quant);
-  p.k_scale = mutable_or_null<__nv_bfloat16>(k_scale);
-  p.page_bounds = mutable_or_null<void>(page_bounds);
-  p.bounds_scale = mutable_or_null<__nv_bfloat16>(bounds_scale);
-  p.page_means = mutable_or_null<uint8_t>(page_means);
-  p.means_scale = mutable_or_null<__nv_bfloat16>(means_scale);
+  p.k_cache = region_of(k_cache, static_cast<char*>(k_cache.mutable_data_ptr()));
+  p.v_cache = region_of(v_cache, static_cast<char*>(v_cache.mutable_data_ptr()));
+  p.k_quant = written_region_or_null(k_quant);
+  p.k_scale = written_region_or_null(k_scale);
+  p.page_bounds = written_region_or_null(page_bounds);
+  p.bounds_scale = written_region_or_null(bounds_scale);
+  p.page_means = written_region_or_null(page_means);
+  p.means_scale = written_region_or_null(means_scale);
   p.channel_order = data_or_null<int>(channel_order);
   p.prefix_channels = data_or_null<int>(prefix_channels);
   p.k_center = data_or_null<float>(k_center);
@@ -95,4 +90,6 @@ void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CUDA, m) { m.impl("_fused_append_kv", TORCH_BOX(&twilight::fused_append_kv)); }
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CUDA, m) {
+  m.impl("_fused_append_kv", TORCH_BOX(&twilight::fused_append_kv));
+}

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "../region.h"
 #include "primitives.cuh"
 
 namespace twilight {
@@ -17,20 +18,16 @@ struct AppendParams {
   const void* k;
   const void* v;
   int64_t k_strides[3], v_strides[3];  // batch, token, head
-  void* k_cache;
-  void* v_cache;
-  uint8_t* k_quant;
-  __nv_bfloat16* k_scale;
-  void* page_bounds;
-  __nv_bfloat16* bounds_scale;  // null: bounds in K's dtype
+  Region<char> k_cache, v_cache;
+  Region<char> k_quant, k_scale;
+  Region<char> page_bounds, bounds_scale;  // null scale: bounds in K's dtype
   const int* channel_order;
   const int* prefix_channels;
   const float* k_center;  // null: zeros
   const int* page_table;
   const int* seq_lens;
   const int* positions;
-  uint8_t* page_means;
-  __nv_bfloat16* means_scale;
+  Region<char> page_means, means_scale;
   const float* k_descale;  // of Float8 alone; null: 1
   const float* v_descale;
   const float* k_shift;  // null: 0
@@ -56,6 +53,11 @@ struct Quantiser {
 
   __device__ Quantiser(float low, float high, int steps)
       : scale(__float2bfloat16_rn((high - low) / steps)), zero(__float2bfloat16_rn(low)), levels(steps) {}
+
+  __device__ __forceinline__ void store_to(__nv_bfloat16* pair) const {
+    pair[0] = scale;
+    pair[1] = zero;
+  }
 
   __device__ __forceinline__ uint32_t code(float x) const {
     const float step = __bfloat162float(scale);
@@ -83,7 +85,12 @@ struct Appender {
     const int page = p.page_table[static_cast<int64_t>(sequence) * p.max_pages + position / p.page_size];
     return page < p.num_pages ? page : -1;
   }
-  __device__ int64_t block_of(int page) const { return static_cast<int64_t>(page) * p.kv_heads + head; }
+  // What a region has of this head and a page.
+  template <typename V>
+  __device__ V* at(const Region<char>& region, int page) const {
+    return reinterpret_cast<V*>(region.data + static_cast<uint64_t>(region.page_stride) * page +
+                                static_cast<uint64_t>(region.head_stride) * head);
+  }
 
   __device__ const T* source(const void* base, const int64_t (&strides)[3], int token) const {
     return static_cast<const T*>(base) + sequence * strides[0] + token * strides[1] + head * strides[2];
@@ -115,7 +122,8 @@ struct Appender {
     const int position = position_of(token), page = page_of(position), lane = threadIdx.x & 31;
     if (page < 0) return;
     const int slot = position % p.page_size;
-    const int64_t row = block_of(page) * p.page_size + slot;
+    E* key_to = at<E>(p.k_cache, page) + slot * D;
+    E* value_to = at<E>(p.v_cache, page) + slot * D;
     const T* k = source(p.k, p.k_strides, token);
     const T* v = source(p.v, p.v_strides, token);
     const float k_descale = descale(p.k_descale), v_descale = descale(p.v_descale);
@@ -123,19 +131,16 @@ struct Appender {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int d = lane + 32 * i;
-      store_element(static_cast<E*>(p.k_cache) + row * D + d, k[d], shift(d), k_descale);
-      store_element(static_cast<E*>(p.v_cache) + row * D + d, v[d], 0.0f, v_descale);
+      store_element(key_to + d, k[d], shift(d), k_descale);
+      store_element(value_to + d, v[d], 0.0f, v_descale);
       const float x = centred(k, d);
       low = lower(low, x);
       high = higher(high, x);
     }
-    if (p.k_quant == nullptr) return;
+    if (p.k_quant.data == nullptr) return;
     warp_range(low, high);
     const Quantiser quantiser(low, high, 15);
-    if (lane == 0) {
-      p.k_scale[2 * row] = quantiser.scale;
-      p.k_scale[2 * row + 1] = quantiser.zero;
-    }
+    if (lane == 0) quantiser.store_to(at<__nv_bfloat16>(p.k_scale, page) + 2 * slot);
     if (lane >= D / 8) return;
     const int first = 8 * lane, prefix = min(max(p.prefix_channels[head], 0), D) & ~7;
     uint32_t word = 0;
@@ -146,7 +151,7 @@ struct Appender {
     }
     const int offset = first < prefix ? slot * (prefix / 2) + first / 2
                                       : p.page_size * (prefix / 2) + (slot * (D - prefix) + first - prefix) / 2;
-    *reinterpret_cast<uint32_t*>(p.k_quant + block_of(page) * p.page_size * (D / 2) + offset) = word;
+    *reinterpret_cast<uint32_t*>(at<uint8_t>(p.k_quant, page) + offset) = word;
   }
 
   // Bounds and mean of the page that `token` went to, from the page's live tokens.
@@ -159,7 +164,7 @@ struct Appender {
       if (before >= 0 && before / p.page_size == logical) return;
     }
     const int live = min(p.seq_lens[sequence] - logical * p.page_size, p.page_size);
-    const E* keys = static_cast<const E*>(p.k_cache) + block_of(page) * p.page_size * D;
+    const E* keys = at<E>(p.k_cache, page);
     const float k_descale = descale(p.k_descale);
     float low[kPerLane], high[kPerLane], sum[kPerLane] = {};
 #pragma unroll
@@ -174,16 +179,16 @@ struct Appender {
         sum[i] += x;  // slot by slot, as every backend adds them
       }
     }
-    if (p.page_means != nullptr) {
+    if (p.page_means.data != nullptr) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) sum[i] = sum[i] / max(live, 1) - center(lane + 32 * i);
-      write_mean(block_of(page), sum);
+      write_mean(page, sum);
     }
-    if (p.page_bounds != nullptr) write_bounds(block_of(page), live, low, high);
+    if (p.page_bounds.data != nullptr) write_bounds(page, live, low, high);
   }
 
   // Of a lane's channels lane + 32 i, less their centres.
-  __device__ void write_mean(int64_t block, const float (&mean)[kPerLane]) const {
+  __device__ void write_mean(int page, const float (&mean)[kPerLane]) const {
     const int lane = threadIdx.x & 31;
     float low = infinity(), high = -infinity();
 #pragma unroll
@@ -206,14 +211,11 @@ struct Appender {
       }
       word |= quantiser.code(x) << (4 * n);
     }
-    if (lane < D / 8) *reinterpret_cast<uint32_t*>(p.page_means + block * (D / 2) + 4 * lane) = word;
-    if (lane == 0) {
-      p.means_scale[2 * block] = quantiser.scale;
-      p.means_scale[2 * block + 1] = quantiser.zero;
-    }
+    if (lane < D / 8) at<uint32_t>(p.page_means, page)[lane] = word;
+    if (lane == 0) quantiser.store_to(at<__nv_bfloat16>(p.means_scale, page));
   }
 
-  __device__ void write_bounds(int64_t block, int live, float (&low)[kPerLane], float (&high)[kPerLane]) const {
+  __device__ void write_bounds(int page, int live, float (&low)[kPerLane], float (&high)[kPerLane]) const {
     const int lane = threadIdx.x & 31;
     float lowest = infinity(), highest = -infinity();
 #pragma unroll
@@ -222,27 +224,24 @@ struct Appender {
       lowest = lower(lowest, lower(low[i], high[i]));
       highest = higher(highest, higher(low[i], high[i]));
     }
-    const int64_t bounds = block * 2 * D;
-    if (p.bounds_scale == nullptr) {
+    if (p.bounds_scale.data == nullptr) {
+      T* bounds = at<T>(p.page_bounds, page);
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        store(static_cast<T*>(p.page_bounds) + bounds + lane + 32 * i, low[i]);
-        store(static_cast<T*>(p.page_bounds) + bounds + D + lane + 32 * i, high[i]);
+        store(bounds + lane + 32 * i, low[i]);
+        store(bounds + D + lane + 32 * i, high[i]);
       }
       return;
     }
     warp_range(lowest, highest);
     const Quantiser quantiser(lowest, highest, 255);
-    uint8_t* codes = static_cast<uint8_t*>(p.page_bounds) + bounds;
+    uint8_t* codes = at<uint8_t>(p.page_bounds, page);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       codes[lane + 32 * i] = quantiser.code(low[i]);
       codes[D + lane + 32 * i] = quantiser.code(high[i]);
     }
-    if (lane == 0) {
-      p.bounds_scale[2 * block] = quantiser.scale;
-      p.bounds_scale[2 * block + 1] = quantiser.zero;
-    }
+    if (lane == 0) quantiser.store_to(at<__nv_bfloat16>(p.bounds_scale, page));
   }
 };
 

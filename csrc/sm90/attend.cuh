@@ -44,8 +44,9 @@ struct TileStream {
         first_rows = c.page_row(ahead) + c.slot_in_page(ahead & -kTileTokens);
       }
       const int row = c.lane / kRowChunks, chunk = c.lane % kRowChunks;
-      const E* from = static_cast<const E*>(started % 2 == 0 ? c.p.k_cache : c.p.v_cache) +
-                      static_cast<int64_t>(__shfl_sync(~0u, first_rows, tile % 32) + row) * D + chunk * kPiece;
+      const ReadRegion& cache = started % 2 == 0 ? c.p.k_cache : c.p.v_cache;
+      const uint32_t first = c.chunk_of(cache, __shfl_sync(~0u, first_rows, tile % 32));
+      const E* from = c.row_at(cache, first) + row * D + chunk * kPiece;
 #pragma unroll
       for (int i = 0; i < kTileTokens; i += 32 / kRowChunks) {
         start_copy(place(into, row + i, chunk), from + i * D, share.first + token + row + i < c.live);
@@ -114,6 +115,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
     Channels<E> keys[2][kQuarters], stored[4][kHalves];
     int position[2];
     uint2 mine = make_uint2(0, INT32_MAX);  // (row, position) of the tile's token `lane`
+    uint32_t key_at = 0, value_at = 0;      // chunks of that row
     if constexpr (kStreams) {
       from.wait();
 #pragma unroll
@@ -127,11 +129,12 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
       from.pass();
     } else {
       if (c.lane < kTileTokens && base + c.lane < from.count) mine = from.at(base + c.lane);
+      key_at = c.chunk_of(c.p.k_cache, mine.x);
+      value_at = c.chunk_of(c.p.v_cache, mine.x);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         position[i] = static_cast<int>(__shfl_sync(~0u, mine.y, c.g + 8 * i));
-        const E* key =
-            static_cast<const E*>(c.p.k_cache) + static_cast<int64_t>(__shfl_sync(~0u, mine.x, c.g + 8 * i)) * D;
+        const E* key = c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i));
 #pragma unroll
         for (int j = 0; j < kQuarters; ++j) keys[i][j] = Channels<E>::load(key + 32 * j + 8 * c.t);
       }
@@ -149,7 +152,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
-        const E* value = static_cast<const E*>(c.p.v_cache) + static_cast<int64_t>(__shfl_sync(~0u, mine.x, token)) * D;
+        const E* value = c.row_at(c.p.v_cache, __shfl_sync(~0u, value_at, token));
         const bool there = static_cast<int>(__shfl_sync(~0u, mine.y, token)) < c.live;
 #pragma unroll
         for (int j = 0; j < kHalves; ++j) {

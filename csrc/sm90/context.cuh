@@ -57,13 +57,29 @@ struct Context {
     return kIsFloat8 && p.v_descale != nullptr ? p.v_descale[head] : 1.0f;
   }
   __device__ __forceinline__ uint32_t slot_in_page(uint32_t row) const { return row & (page_size() - 1); }
-  __device__ __forceinline__ uint32_t page_block(int logical) const {
+  // Physical page.
+  __device__ __forceinline__ uint32_t page_of(int logical) const {
     const int page = __ldg(p.page_table + static_cast<int64_t>(sequence) * p.max_pages + logical);
-    return static_cast<uint32_t>(min(max(page, 0), p.num_pages - 1) * p.kv_heads + head);
+    return min(max(page, 0), p.num_pages - 1);
   }
-  // First row of a token's page.
+  // First row of a token's page. A row is a place among the pages' tokens.
   __device__ __forceinline__ uint32_t page_row(int token) const {
-    return page_block(token >> p.log2_page_size) << p.log2_page_size;
+    return page_of(token >> p.log2_page_size) << p.log2_page_size;
+  }
+  // What a region has of this head: of page 0, of a page, and of a row of 16-byte chunks, which shuffles as one word.
+  template <typename V>
+  __device__ __forceinline__ const V* head_of(const ReadRegion& region) const {
+    return reinterpret_cast<const V*>(region.data + static_cast<uint64_t>(region.head_stride) * head);
+  }
+  template <typename V>
+  __device__ __forceinline__ const V* at(const ReadRegion& region, uint32_t page) const {
+    return reinterpret_cast<const V*>(head_of<char>(region) + static_cast<uint64_t>(region.page_stride) * page);
+  }
+  __device__ __forceinline__ uint32_t chunk_of(const ReadRegion& region, uint32_t row) const {
+    return (row >> p.log2_page_size) * (region.page_stride / 16) + slot_in_page(row) * (D * sizeof(E) / 16);
+  }
+  __device__ __forceinline__ const E* row_at(const ReadRegion& region, uint32_t chunk) const {
+    return reinterpret_cast<const E*>(head_of<uint4>(region) + chunk);
   }
   __device__ __forceinline__ int64_t out_row(int row) const {
     const int token = row / p.group_size, group = row % p.group_size;
@@ -107,18 +123,21 @@ struct Shadow {
   const C& c;
   const int lead_words;
 
-  // First words of a row's leading and of its other codes, counted from the start of k_quant.
+  __device__ __forceinline__ const uint32_t* codes() const { return c.template head_of<uint32_t>(c.p.k_quant); }
+  __device__ __forceinline__ const uint32_t* scales() const { return c.template head_of<uint32_t>(c.p.k_scale); }
+  // First word of a row's page, and of the row's leading and its other codes, counted from codes().
+  __device__ __forceinline__ uint32_t page_word(uint32_t row) const {
+    return (row >> c.p.log2_page_size) * (c.p.k_quant.page_stride / 4);
+  }
   __device__ __forceinline__ uint32_t lead_word(uint32_t row) const {
-    return row * C::kWords - c.slot_in_page(row) * (C::kWords - lead_words);
+    return page_word(row) + c.slot_in_page(row) * lead_words;
   }
   __device__ __forceinline__ uint32_t rest_word(uint32_t row) const {
-    return (row - c.slot_in_page(row) + c.page_size()) * lead_words + row * (C::kWords - lead_words);
+    return page_word(row) + c.page_size() * lead_words + c.slot_in_page(row) * (C::kWords - lead_words);
   }
-  __device__ __forceinline__ uint32_t load_codes(uint32_t word) const {
-    return __ldg(reinterpret_cast<const uint32_t*>(c.p.k_quant) + word);
-  }
-  __device__ __forceinline__ uint32_t load_scale(uint32_t row) const {
-    return __ldg(reinterpret_cast<const uint32_t*>(c.p.k_scale) + row);
+  // Counted from scales().
+  __device__ __forceinline__ uint32_t scale_word(uint32_t row) const {
+    return (row >> c.p.log2_page_size) * (c.p.k_scale.page_stride / 4) + c.slot_in_page(row);
   }
 };
 
@@ -184,7 +203,7 @@ template <class C>
 __device__ __forceinline__ void list_pages(const C& c, int begin, int count, View<uint2> units) {
 #pragma unroll 1
   for (int i = c.tid(); i < count; i += kThreads) {
-    units[i] = make_uint2(c.page_block(begin + i) << c.p.log2_page_size, (begin + i) << c.p.log2_page_size);
+    units[i] = make_uint2(c.page_of(begin + i) << c.p.log2_page_size, (begin + i) << c.p.log2_page_size);
   }
 }
 

@@ -29,20 +29,19 @@ Launcher launcher_of(bool is_float8, int head_dim) {
   return head_dim == 64 ? launch_fused_decode<T, T, 64> : launch_fused_decode<T, T, 128>;
 }
 
-template <typename V = void>
+template <typename V>
 const V* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<const V*>(tensor->const_data_ptr()) : nullptr;
 }
 
 cudaError_t read_limits(int device, DeviceLimits& limits) {
-  cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&limits.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Arguments were checked by decode_attention, and the same plan sent the call here. A cluster_size of 0 is the plan's.
+// Arguments were checked by decode_attention, and the same plan sent the call here. A cluster_size of 0 is the
+// plan's.
 std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS, int64_t cluster_size) {
   const int64_t batch = q.size(0), query_tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const int device = q.get_device_index();
@@ -57,14 +56,14 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   p.q_stride_batch = q.stride(0);
   p.q_stride_token = q.stride(1);
   p.q_stride_head = q.stride(2);
-  p.k_cache = k_cache.const_data_ptr();
-  p.v_cache = v_cache.const_data_ptr();
-  p.k_quant = data_or_null<uint8_t>(k_quant);
-  p.k_scale = data_or_null<uint8_t>(k_scale);
-  p.page_bounds = data_or_null<uint8_t>(page_bounds);
-  p.bounds_scale = data_or_null<uint8_t>(bounds_scale);
-  p.page_means = data_or_null<uint8_t>(page_means);
-  p.means_scale = data_or_null<uint8_t>(means_scale);
+  p.k_cache = region_of(k_cache);
+  p.v_cache = region_of(v_cache);
+  p.k_quant = region_or_null(k_quant);
+  p.k_scale = region_or_null(k_scale);
+  p.page_bounds = region_or_null(page_bounds);
+  p.bounds_scale = region_or_null(bounds_scale);
+  p.page_means = region_or_null(page_means);
+  p.means_scale = region_or_null(means_scale);
   p.channel_order = data_or_null<int>(channel_order);
   p.prefix_channels = data_or_null<int>(prefix_channels);
   p.page_table = static_cast<const int*>(page_table.const_data_ptr());
@@ -103,17 +102,19 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   request.page_size = k_cache.size(2);
   request.max_pages = page_table.size(1);
   request.num_pages = k_cache.size(0);
+  request.page_words = page_words(p.k_cache, p.v_cache, p.k_quant, p.k_scale);
   request.token_budget = token_budget;
   request.sink_tokens = sink_tokens;
   request.recent_tokens = recent_tokens;
   request.dense_below = dense_below;
   request.budget_fraction = budget_fraction;
   request.page_fraction = page_fraction;
+  request.min_scored_tokens = min_scored_tokens;
   request.cluster_size = cluster_size;
-  request.evens_out = -1;
   STD_CUDA_CHECK(read_limits(device, request.device));
   const Plan plan = plan_fused_decode(request);
-  if (*plan.reason != 0) throw std::runtime_error(std::string("twilight::_fused_decode_attention: ") + plan.reason);
+  if (*plan.reason != 0)
+    throw std::runtime_error(std::string(TWILIGHT_NAMESPACE_NAME "::_fused_decode_attention: ") + plan.reason);
 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
 }  // namespace
 }  // namespace twilight
 
-STABLE_TORCH_LIBRARY_IMPL(twilight, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(TWILIGHT_NAMESPACE, CUDA, m) {
   m.impl("_fused_decode_attention", TORCH_BOX(&twilight::fused_decode_attention));
 }
 

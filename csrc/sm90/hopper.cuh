@@ -17,6 +17,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// A NaN if either is one.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 __device__ __forceinline__ float fma_rz(float a, float b, float c) { return __fmaf_rz(a, b, c); }
 
 // Rows that no other load shares a sector with: nothing to keep in L1.

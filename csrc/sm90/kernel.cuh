@@ -4,8 +4,8 @@
 // share of their tokens.
 //
 // Grid: a cluster of C blocks a (sequence, KV head). Each block owns an even share of the sequence while scoring. Of
-// the candidates while estimating and of the survivors while attending it owns an even share too, handed over through
-// distributed shared memory, or what its own tokens gave (FusedParams::evens_out).
+// the candidates while estimating and, unless they are few, of the survivors while attending it owns an even share too,
+// handed over through distributed shared memory: where a real model looks, one block's tokens give most of them.
 #pragma once
 
 #include "prune.cuh"
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
     entries.list = Listed::kOwnSurvivors;
     entries.count = list_survivors(c, candidates, shared.estimates(), fixed.thresholds, fixed.scan_totals, survivors);
     TWILIGHT_PHASE("survivors listed");
-    if (cluster.size > 1 && p.evens_out && p.slot_capacity > kUnsharedSlots) {
+    if (cluster.size > 1 && p.slot_capacity > kUnsharedSlots) {
       cluster.sync("survivors listed");
       kept_tokens = count_survivors(c, survivors);
       const int even = blocks_of(cluster.size, kept_tokens);

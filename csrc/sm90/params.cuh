@@ -3,6 +3,7 @@
 
 #include "../capacity.h"
 #include "../plan.h"
+#include "../region.h"
 #include "primitives.cuh"
 
 namespace twilight {
@@ -14,12 +15,9 @@ constexpr int kMaxParts = kMaxClusterSize * kWarps;  // counting warps of a clus
 struct FusedTensors {
   const void* q;
   int64_t q_stride_batch, q_stride_token, q_stride_head;
-  const void* k_cache;
-  const void* v_cache;
-  const uint8_t* k_quant;
-  const uint8_t* k_scale;  // (scale, zero) as one 32-bit word a token
-  const uint8_t* page_bounds;
-  const uint8_t* bounds_scale;  // (scale, zero) as one 32-bit word a page
+  ReadRegion k_cache, v_cache;
+  ReadRegion k_quant, k_scale;           // (scale, zero) as one 32-bit word a token
+  ReadRegion page_bounds, bounds_scale;  // (scale, zero) as one 32-bit word a page
   const int* channel_order;
   const int* prefix_channels;
   const int* page_table;
@@ -30,8 +28,7 @@ struct FusedTensors {
   unsigned long long* budget_counters;
   int* kept_indices;
   int* kept_counts;
-  const uint8_t* page_means;
-  const uint8_t* means_scale;  // (scale, zero) as one 32-bit word a page
+  ReadRegion page_means, means_scale;  // (scale, zero) as one 32-bit word a page
   void* out;
   float* lse;
   const float* k_descale;  // of Float8 alone; null: 1
@@ -48,7 +45,7 @@ struct FusedParams : FusedTensors, SharedLayout {
   int query_tokens, group_size, kv_heads;
   int log2_page_size, max_pages, num_pages;
   int token_budget, capacity;                   // tokens; items
-  int page_capacity;                            // pages whose tokens are scored
+  int two_levels, page_capacity, least_pages;   // pages whose tokens are scored
   int dense_below, sink_tokens, recent_tokens;  // as Limits has them
 };
 
@@ -69,7 +66,9 @@ inline FusedParams fused_params(const FusedTensors& tensors, const PlanRequest& 
   p.num_pages = r.num_pages;
   p.token_budget = limits.token_budget;
   p.capacity = plan.capacity;
-  p.page_capacity = kept_pages_capacity(limits, r.page_size, r.budget_fraction, r.page_fraction);
+  p.two_levels = plan.selector == Selector::kShadowPrefix && r.two_levels();
+  p.page_capacity = r.kept_pages();
+  p.least_pages = p.two_levels ? static_cast<int>(ceil_div(r.min_scored_tokens, r.page_size)) : 0;
   p.dense_below = limits.dense_below;
   p.sink_tokens = limits.sink_tokens;
   p.recent_tokens = limits.recent_tokens;

@@ -54,8 +54,7 @@ struct Estimator {
         const uint32_t row = candidate(base + u * kTileTokens, c.g + 8 * half).x, slot = c.slot_in_page(row);
         uint32_t (&words)[kChunks] = codes.words[u][half];
         if (kQuarters) {
-          const uint32_t* from =
-              reinterpret_cast<const uint32_t*>(c.p.k_quant) + ((row - slot) * C::kWords + slot * stride + begin);
+          const uint32_t* from = shadow.codes() + (shadow.page_word(row) + slot * stride + begin);
           if (kChunks == 4) {
             const uint4 v = load_stream(from);
             words[0] = v.x, words[1] = v.y;
@@ -69,7 +68,7 @@ struct Estimator {
 #pragma unroll
           for (int j = 0; j < kChunks; ++j) {
             const int word = 4 * j + c.t;
-            words[j] = shadow.load_codes((word < shadow.lead_words ? lead : rest) + word);
+            words[j] = __ldg(shadow.codes() + ((word < shadow.lead_words ? lead : rest) + word));
           }
         }
       }
@@ -78,8 +77,8 @@ struct Estimator {
     for (int set = 0; set < kEstimateSets; ++set) {
 #pragma unroll
       for (int e = 0; e < kScales; ++e) {
-        codes.scale[set][e] =
-            shadow.load_scale(candidate(base + estimate_tile(set, e >> 1) * kTileTokens, c.g + 8 * (e & 1)).x);
+        const uint32_t row = candidate(base + estimate_tile(set, e >> 1) * kTileTokens, c.g + 8 * (e & 1)).x;
+        codes.scale[set][e] = __ldg(shadow.scales() + shadow.scale_word(row));
       }
     }
   }
@@ -311,12 +310,10 @@ __device__ void find_thresholds(const C& c, const Candidates<C>& candidates, int
 // Starts to bring the key and the value of a row to the L2 cache.
 template <class C>
 __device__ __forceinline__ void prefetch_row(const C& c, uint32_t row) {
-  using E = typename C::E;
-  const int64_t at = static_cast<int64_t>(row) * C::D;
 #pragma unroll
-  for (int d = 0; d < C::D; d += 128 / sizeof(E)) {
-    prefetch_line(static_cast<const E*>(c.p.k_cache) + at + d);
-    prefetch_line(static_cast<const E*>(c.p.v_cache) + at + d);
+  for (int d = 0; d < C::D; d += 128 / sizeof(typename C::E)) {
+    prefetch_line(c.row_at(c.p.k_cache, c.chunk_of(c.p.k_cache, row)) + d);
+    prefetch_line(c.row_at(c.p.v_cache, c.chunk_of(c.p.v_cache, row)) + d);
   }
 }
 

@@ -43,7 +43,7 @@ __device__ void load_queries(const C& c, Share share, bool reads_codes, bool sco
       for (int u = 0; u < kBatch; ++u) {
         const int i = start + u * kThreads;
         if (C::kByPage) {
-          entry[u] = c.page_block(share.first + min(i, share.owned - 1));
+          entry[u] = c.page_of(share.first + min(i, share.owned - 1));
         } else {
           const int token = share.first + (min(i * kTileTokens, share.owned - 1) & -kTileTokens);
           entry[u] = c.page_row(token) + c.slot_in_page(token);
@@ -54,11 +54,11 @@ __device__ void load_queries(const C& c, Share share, bool reads_codes, bool sco
         if (start + u * kThreads < filled) pages[start + u * kThreads] = entry[u];
       }
       if (C::kByMean) {
-        if (start < kThreads) prefetch_line(c.p.page_means + static_cast<int64_t>(entry[0]) * (D / 2));
+        if (start < kThreads) prefetch_line(c.template at<char>(c.p.page_means, entry[0]));
       } else if (C::kByPage && start < kWarps * kTileTokens) {  // the first pages that are scored
 #pragma unroll
         for (int d = 0; d < 2 * D; d += 128) {
-          prefetch_line(c.p.page_bounds + static_cast<int64_t>(entry[0]) * (2 * D) + d);
+          prefetch_line(c.template at<char>(c.p.page_bounds, entry[0]) + d);
         }
       }
     }

@@ -17,7 +17,7 @@ struct Scores {
   static constexpr int kStride = kLevels ? RP / 2 : RP;
   static constexpr float kLevelZero = 12582912.0f;  // 1.5 * 2^23: a float to which levels are added as integers
   static constexpr uint32_t kLevelBits = 0x4b400000u;
-  static constexpr float kLowestLevel = -128.0f;
+  static constexpr float kLowestLevel = -256.0f;
   static constexpr uint32_t kForcedBin = kScoreBins - 1;  // above every score's
 
   const C& c;
@@ -105,8 +105,7 @@ struct TokenScorer {
   // Four words a row of the leading codes of 128 tokens. A thread behind a row's last word reads that: its queries are
   // 0.
   __device__ __forceinline__ void load_tiles(uint32_t (&x)[kTiles], uint32_t (&y)[kTiles], int base, int w0) const {
-    const uint32_t* codes = reinterpret_cast<const uint32_t*>(c.p.k_quant) + c.g * shadow.lead_words +
-                            min(w0 + c.t, max(shadow.lead_words, 1) - 1);
+    const uint32_t* codes = shadow.codes() + c.g * shadow.lead_words + min(w0 + c.t, max(shadow.lead_words, 1) - 1);
     const uint32_t* later = codes + 8 * shadow.lead_words;
     const uint32_t* tile = tiles + base / kTileTokens;
 #pragma unroll
@@ -122,7 +121,7 @@ struct TokenScorer {
 #pragma unroll
       for (int e = 0; e < kScales; e += 2) {
         const uint32_t row = tiles[base / kTileTokens + tile_of(st, e >> 1)];
-        const uint32_t* scale = reinterpret_cast<const uint32_t*>(c.p.k_scale) + c.g + row;
+        const uint32_t* scale = shadow.scales() + c.g + shadow.scale_word(row);
         packed[st][e] = __ldg(scale);
         packed[st][e + 1] = __ldg(scale + 8);
       }
@@ -144,13 +143,13 @@ struct TokenScorer {
   }
   // Logits are summed up relative to a fixed power, which spares the search for their maximum. Sums too large or too
   // small for that are found out, and made again.
-  static constexpr float kReference = 32.0f;
+  static constexpr float kReference = 56.0f;
   __device__ __forceinline__ bool norms_usable() const {
     bool usable = true;
 #pragma unroll 1
     for (int r = 0; r < c.rows; ++r) {
       const float norm = scores.norm[r];
-      usable &= norm > kReference - 60.0f && norm < infinity() && norm != 0.0f;
+      usable &= norm > kReference - 80.0f && norm < infinity() && norm != 0.0f;
     }
     return usable;
   }
@@ -174,6 +173,7 @@ struct TokenScorer {
           const int token = base + tile_of(st, k) * kTileTokens + c.g + 8 * half;
           const float2 scale = scale_and_zero(packed[st][RP == 1 ? 2 * k + half : half]);
           float x = fmaf(acc[st][2 * half + k], scale.x * gain[k], fmaf(scale.y, zero_gain[k], -kReference));
+          if (kLevels) x = max_nan(x, Scores<C>::kLowestLevel - kReference);  // nothing of it is left in any sum
           if (!kWhole && token >= share.owned) x = Scores<C>::kLowestLevel - kReference;
           const float shifted = fmaf(x, kLogitLevels, kOffset);
           x = fmaf(shifted, 1.0f / kLogitLevels, -kOffset / kLogitLevels);
@@ -324,20 +324,20 @@ struct PageScorer {
     uint32_t scale[2];           // of pages 8 (g & 1) + 4 i + g / 2
   };
   __device__ __forceinline__ void load_bounds(Bounds& page, int base) const {
-    const uint4* bounds = reinterpret_cast<const uint4*>(c.p.page_bounds) + 4 * (c.g & 1) + c.t;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t block = pages[base + 8 * m + 4 * i + c.g / 2];
+        const uint32_t from = pages[base + 8 * m + 4 * i + c.g / 2];
+        const uint4* bounds = c.template at<uint4>(c.p.page_bounds, from) + 4 * (c.g & 1) + c.t;
 #pragma unroll
-        for (int l = 0; l < kLines; ++l) page.chunks[m][i][l] = load_stream(bounds + block * (D / 8) + 8 * l);
+        for (int l = 0; l < kLines; ++l) page.chunks[m][i][l] = load_stream(bounds + 8 * l);
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t block = pages[base + 8 * (c.g & 1) + 4 * i + c.g / 2];
-      page.scale[i] = __ldg(reinterpret_cast<const uint32_t*>(c.p.bounds_scale) + block);
+      const uint32_t from = pages[base + 8 * (c.g & 1) + 4 * i + c.g / 2];
+      page.scale[i] = __ldg(c.template at<uint32_t>(c.p.bounds_scale, from));
     }
   }
 
@@ -363,8 +363,8 @@ struct PageScorer {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         // Behind the last page that one again.
-        const uint32_t block = pages[min(page_of(base, m, i), share.owned - 1)];
-        const uint32_t* codes = reinterpret_cast<const uint32_t*>(c.p.page_means) + block * (D / 8) + kMeanWords * c.t;
+        const uint32_t from = pages[min(page_of(base, m, i), share.owned - 1)];
+        const uint32_t* codes = c.template at<uint32_t>(c.p.page_means, from) + kMeanWords * c.t;
         if (kMeanWords * c.t >= mean_words) {
 #pragma unroll
           for (int w = 0; w < kMeanWords; ++w) page.words[m][i][w] = 0;
@@ -376,7 +376,7 @@ struct PageScorer {
           const uint2 two = __ldg(reinterpret_cast<const uint2*>(codes));
           page.words[m][i][0] = two.x, page.words[m][i][1] = two.y;
         }
-        page.scale[m][i] = __ldg(reinterpret_cast<const uint32_t*>(c.p.means_scale) + block);
+        page.scale[m][i] = __ldg(c.template at<uint32_t>(c.p.means_scale, from));
       }
     }
   }

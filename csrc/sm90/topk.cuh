@@ -23,7 +23,6 @@ struct TopK {
   const Scores<C>& scores;
   const TopKStorage<RP> s;
   const View<uint2> candidates;
-  const bool evens_out;
 
   // Histogram of this block's bins, which are made from the logits, or stored already.
   __device__ void count_scores(bool makes_bins) const {
@@ -119,9 +118,9 @@ struct TopK {
     sync_block("blocks' items counted");
   }
 
-  // Deals the `wanted` best items of the cluster out evenly into `candidates`, or keeps this block's; returns which of
-  // them its own items are. Of the bin in which they end the lowest items are taken. The histogram is clear.
-  __device__ Run select(int wanted, bool makes_bins) const {
+  // Deals the `wanted` best items of the cluster out evenly into `candidates`. Of the bin in which they end the lowest
+  // items are taken. The histogram is clear.
+  __device__ void select(int wanted, bool makes_bins) const {
     count_scores(makes_bins);
     TWILIGHT_PHASE("scores counted");
     find_cut(wanted);
@@ -130,15 +129,13 @@ struct TopK {
     const int in_bin = c.lane < c.cluster.size ? s.state.in_bin[c.lane] : 0;
     const int quota = min(max(s.state.need - (warp_inclusive_scan(in_bin) - in_bin), 0), in_bin);
     const int first = warp_inclusive_scan(above + quota) - above - quota;
-    const Run own = {__shfl_sync(~0u, first, c.cluster.rank), __shfl_sync(~0u, above + quota, c.cluster.rank)};
-    deal_candidates(__shfl_sync(~0u, quota, c.cluster.rank), evens_out ? own.first : 0, wanted);
-    return own;
+    deal_candidates(__shfl_sync(~0u, quota, c.cluster.rank), __shfl_sync(~0u, first, c.cluster.rank), wanted);
   }
 
   // Sends this block's items above the bin, and the first `quota` of those in it, in order, to the block whose even
-  // share they fall into, or keeps them.
+  // share they fall into.
   __device__ void deal_candidates(int quota, int to_first, int wanted) const {
-    const int even = evens_out ? blocks_of(c.cluster.size, wanted) : INT32_MAX, word_count = blocks_of(32, share.owned);
+    const int even = blocks_of(c.cluster.size, wanted), word_count = blocks_of(32, share.owned);
     const uint32_t cut = s.state.bin;
     int above = 0, in_bin = 0;  // items seen
     // A warp takes up to 32 words of items in a row, and each of its lanes one of these words.
@@ -168,8 +165,8 @@ struct TopK {
 #pragma unroll 1
         for (; left > 0; --left, ties &= ties - 1) bits |= ties & -ties;
       }
-      int owner = evens_out ? to / even : c.cluster.rank;
-      if (evens_out) to -= owner * even;
+      int owner = to / even;
+      to -= owner * even;
 #pragma unroll 1
       for (; bits != 0; bits &= bits - 1) {
         const int item = (first_word + c.lane) * 32 + __ffs(bits) - 1;
@@ -212,8 +209,8 @@ __device__ __forceinline__ void exchange_norms(const C& c, const Sums<C::RP>& su
 
 // Logits beyond the range of the sums, or of a level, are rare, and made up for.
 template <class C>
-__device__ Run choose_tokens(const TokenScorer<C>& scorer, int wanted, const TopKStorage<C::RP>& storage,
-                             View<uint2> candidates) {
+__device__ void choose_tokens(const TokenScorer<C>& scorer, int wanted, const TopKStorage<C::RP>& storage,
+                              View<uint2> candidates) {
   const C& c = scorer.c;
   constexpr bool kLevels = Scores<C>::kLevels;
   scorer.score();
@@ -228,23 +225,24 @@ __device__ Run choose_tokens(const TokenScorer<C>& scorer, int wanted, const Top
       sync_block("bins stored");
     }
   }
-  const TopK<C, TokenScorer<C>> top_k{c, scorer.share, scorer, scorer.scores, storage, candidates, c.p.evens_out != 0};
-  return top_k.select(wanted, usable || !kLevels);
+  const TopK<C, TokenScorer<C>> top_k{c, scorer.share, scorer, scorer.scores, storage, candidates};
+  top_k.select(wanted, usable || !kLevels);
 }
 
 template <class C>
-__device__ Run choose_pages(const PageScorer<C>& scorer, int wanted, const TopKStorage<C::RP>& storage,
-                            View<uint2> candidates, bool evens_out) {
+__device__ void choose_pages(const PageScorer<C>& scorer, int wanted, const TopKStorage<C::RP>& storage,
+                             View<uint2> candidates) {
   scorer.score();
   exchange_norms(scorer.c, scorer.sums, storage.state.norm);
-  const TopK<C, PageScorer<C>> top_k{scorer.c, scorer.share, scorer, scorer.scores, storage, candidates, evens_out};
-  return top_k.select(wanted, true);
+  const TopK<C, PageScorer<C>> top_k{scorer.c, scorer.share, scorer, scorer.scores, storage, candidates};
+  top_k.select(wanted, true);
 }
 
 // The pages whose tokens are scored, of a sequence's `pages`.
 template <class P>
 __device__ int wanted_pages(const P& c, int pages) {
-  return wanted_items(c, pages, c.p.page_capacity, static_cast<int>(ceil(pages * c.p.page_fraction)));
+  const int share = static_cast<int>(ceil(pages * c.p.page_fraction));
+  return wanted_items(c, pages, c.p.page_capacity, max(share, c.p.least_pages));
 }
 
 // Keeps the `wanted` best of the pages by the leading `words` of their means, and deals them out evenly as tiles of
@@ -252,7 +250,7 @@ __device__ int wanted_pages(const P& c, int pages) {
 template <class P, class Storage>
 __device__ Share keep_pages(const P& c, Share share, int words, int wanted, int tokens, const Storage& shared) {
   clear_histogram<kScoreBins>(c, shared.top_k().histogram);
-  choose_pages(scorer_of(c, share, words, 0, shared), wanted, shared.top_k(), shared.candidates(), /*evens_out=*/true);
+  choose_pages(scorer_of(c, share, words, 0, shared), wanted, shared.top_k(), shared.candidates());
   c.cluster.sync("kept pages dealt");
   const int even = blocks_of(c.cluster.size, wanted) << c.p.log2_page_size, first = c.cluster.rank * even;
   const Share kept = {first, min(max(tokens - first, 0), even)};
@@ -278,16 +276,14 @@ template <class C, class Scorer>
 __device__ Run choose_candidates(const C& c, const Scorer& scorer, int wanted, int items,
                                  const TopKStorage<C::RP>& storage, View<uint2> candidates) {
   const int even = blocks_of(c.cluster.size, wanted);
-  Run own = {c.cluster.rank * even, min(max(wanted - c.cluster.rank * even, 0), even)};
+  const Run own = {c.cluster.rank * even, min(max(wanted - c.cluster.rank * even, 0), even)};
   if (C::kTwoLevels || wanted < items) {
     clear_histogram<kScoreBins>(c, storage.histogram);
-    Run found;
     if constexpr (C::kByPage) {
-      found = choose_pages(scorer, wanted, storage, candidates, c.p.evens_out);
+      choose_pages(scorer, wanted, storage, candidates);
     } else {
-      found = choose_tokens(scorer, wanted, storage, candidates);
+      choose_tokens(scorer, wanted, storage, candidates);
     }
-    if (!c.p.evens_out) own = found;
     c.cluster.sync("candidates dealt");
   } else if (C::kByPage) {
     list_pages(c, own.first, own.count, candidates);

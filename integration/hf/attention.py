@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import NoReturn
 
 import torch
@@ -16,6 +17,7 @@ from ...decode_step import append, attend
 from ...layer import PagedKVLayer
 from .cache import AttentionLayer, LayerKeys, TwilightLayer, WindowLayer
 from .sequences import Forward
+from .streaming import BLOCK_TOKENS, attend_streamed
 from .windows import Ring, Scores, attend_masked, attend_run
 
 # Arguments of transformers' attention functions that would change the result.
@@ -272,6 +274,11 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLay
         if row.count == 0:
             continue
         q = query[b : b + 1, :, row.columns]
+        if paged.offloaded and scores.plain and row.start > 0 and row.end > BLOCK_TOKENS:
+            own = (_repeat(x[b : b + 1, :, row.columns], group) for x in (key, value))
+            past = _past_blocks(paged, forward.page_table[b : b + 1], row.start, group)
+            out[b : b + 1, row.columns] = attend_streamed(q, *own, past, scale).transpose(1, 2)
+            continue
         if row.start == 0:
             k, v = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
         else:
@@ -285,6 +292,14 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLay
         attended = scaled_dot_product_attention(q, _repeat(k, group), _repeat(v, group), mask, is_causal=mask is None, scale=scale)
         out[b : b + 1, row.columns] = attended.transpose(1, 2)
     return out
+
+
+def _past_blocks(paged: PagedKVLayer, page_table: Tensor, tokens: int, group: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """K and V of the first `tokens` of one sequence in blocks [1, Hq, N, D]; page_table [1, M]."""
+    for begin in range(0, tokens, BLOCK_TOKENS):
+        table, length = page_table[:, begin // paged.page_size :], min(BLOCK_TOKENS, tokens - begin)
+        keys, values = (_repeat(rows, group) for rows in cached_rows(paged, table, length))
+        yield keys, values
 
 
 def _attend_traced(

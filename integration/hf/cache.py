@@ -296,7 +296,7 @@ class TwilightCache(Cache):
         # Top-p is a share of weights, and no kernel estimates capped ones.
         self.soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
         served = replace(self.twilight, dense_layers=len(self.kinds), overrides={}) if self.soft_capped else self.twilight
-        self.paged = PagedKVCache.without_layers(served, max_batch_size, max_cache_len)
+        self.paged = PagedKVCache.without_layers(served, max_batch_size, max_cache_len, len(self._paged_layers()))
         windows = [kind.width for kind in self.kinds if isinstance(kind, Window)]
         states = ", ".join(sorted({"linear_attention", "conv", HYBRID} & set(self.kinds))) or None
         slots = min(windows) + ROLLBACK if windows else None
@@ -382,7 +382,8 @@ class TwilightCache(Cache):
         return budget_report(self.paged.layers, others)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of plain K and V, of everything kept beside them, and of layers that are not Twilight's where the model has any."""
+        """Bytes of plain K and V and of everything kept beside them; of K and V outside the device, and of layers that are not Twilight's,
+        where there are any."""
         others = [layer.nbytes() for layer in self.layers if isinstance(layer, (WindowLayer, StateLayer))]
         return self.paged.nbytes() | ({"others": sum(others)} if others else {})
 

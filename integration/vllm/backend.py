@@ -85,7 +85,7 @@ class Engine:
 
 
 class TwilightBackend(AttentionBackend):
-    """Select-then-Prune attention. K, V, the shadow and the bounds or means of a page share one block of vLLM's cache."""
+    """Select-then-Prune attention. K, V, the shadow and the bounds or means of a page are one block of vLLM's cache."""
 
     engine: ClassVar[Engine]  # of the model that this process has built last: a cache is laid out after its model is built
     forward_includes_kv_cache_update = True
@@ -116,10 +116,6 @@ class TwilightBackend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         return capability.major >= 8
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:

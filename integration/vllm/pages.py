@@ -1,13 +1,14 @@
 """A block of vLLM's cache is a page here: what it holds (K, V, the shadow, bounds or means of pages), and which tokens of a batch go where.
 
-vLLM counts a block as `token_bytes` for each token and KV head, so its scheduler, prefix cache and sharing cover all of them. In a layer's
-buffer each tensor is one contiguous region with a row a block.
+A block is one range of bytes: KV head by head, and of each head all tensors of the page, one after another. vLLM counts it as `token_bytes`
+for each token and KV head, so its scheduler, prefix cache, sharing, connectors and offloading cover all of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,8 +16,25 @@ from torch import Tensor
 
 from twilight_ops._settings import refuse
 from twilight_ops.layer import LayerPlan, PagedKVLayer, allocate_layer
+from twilight_ops.ops._checks import PAGE_ALIGNMENT
 
 ALIGNMENT = 128  # bytes: kernels read whole lines
+
+
+@dataclass
+class Head:
+    """Where the tensors of a page lie among the bytes of a KV head, in the order in which a layer asks for them."""
+
+    used: int = 0  # bytes
+    starts: list[int] = field(default_factory=list)
+
+    def add(self, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        """Takes the bytes of a tensor [P, Hkv, ..]; what has whole lines starts with one."""
+        size = math.prod(shape[2:]) * dtype.itemsize
+        unit = ALIGNMENT if size >= ALIGNMENT else PAGE_ALIGNMENT
+        self.starts.append(-(-self.used // unit) * unit)
+        self.used = self.starts[-1] + size
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def token_bytes(plans: Iterable[LayerPlan], num_qo_heads: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
@@ -26,47 +44,40 @@ def token_bytes(plans: Iterable[LayerPlan], num_qo_heads: int, num_kv_heads: int
     """
     largest = 0
     for plan in plans:
-        page_bytes = 0
-
-        def count(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-            nonlocal page_bytes
-            page_bytes += math.prod(shape) * dtype.itemsize
-            return torch.empty(shape, dtype=dtype, device="meta")
-
+        head = Head()
         # A calibration is read as of any shard: its bytes are the same in all.
-        allocate_layer(plan, 1, num_qo_heads, num_kv_heads, head_dim, page_size, dtype, torch.device("meta"), shard=0, new_pages=count)
-        largest = max(largest, page_bytes)
-    unit = num_kv_heads * page_size * dtype.itemsize
-    return -(-largest // unit) * dtype.itemsize
+        allocate_layer(plan, 1, num_qo_heads, num_kv_heads, head_dim, page_size, dtype, torch.device("meta"), shard=0, new_pages=head.add)
+        largest = max(largest, head.used)
+    unit = max(ALIGNMENT, page_size * dtype.itemsize)
+    return -(-largest // unit) * unit // page_size
 
 
 def carve_layer(
     plan: LayerPlan, kv_cache: Tensor, num_qo_heads: int, head_dim: int, index: int = 0, shard: int | None = None
 ) -> PagedKVLayer:
-    """A layer whose pages are regions of vLLM's buffer.
+    """A layer whose pages are views of vLLM's blocks.
 
     Args:
         plan: the layer's settings.
-        kv_cache: [P, Hkv, S, C] of K's dtype, contiguous, C * itemsize at least `token_bytes`.
+        kv_cache: [P, Hkv, S, C] of K's dtype, contiguous in each head, C * itemsize at least `token_bytes`.
         index: of the layer in the model.
         shard: which part of the model's KV heads these are.
 
     Raises:
         ValueError: another layout, or a selector whose tensors are not part of the pages.
     """
-    num_pages, num_kv_heads, page_size, _ = kv_cache.shape
-    if not kv_cache.is_contiguous():
-        refuse("vLLM", "kv_cache", "one contiguous buffer a layer", f"strides {list(kv_cache.stride())}")
-    raw = kv_cache.view(-1).view(torch.uint8)
-    used = 0
+    num_pages, num_kv_heads, page_size, elements = kv_cache.shape
+    if kv_cache.stride()[2:] != (elements, 1):
+        refuse("vLLM", "kv_cache", "heads of contiguous bytes", f"strides {list(kv_cache.stride())}")
+    raw, room = kv_cache.view(torch.uint8), page_size * elements * kv_cache.itemsize
+    head = Head()
 
-    def region(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-        nonlocal used
-        start = -(-used // ALIGNMENT) * ALIGNMENT
-        used = start + math.prod(shape) * dtype.itemsize
-        if used > raw.numel():
-            refuse("vLLM", "kv_cache", f"at least {used} bytes for {num_pages} blocks", raw.numel())
-        return raw[start:used].view(dtype).view(shape)
+    def view(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        inner = head.add(shape, dtype=dtype).stride()[2:]
+        if head.used > room:
+            refuse("vLLM", "kv_cache", f"at least {head.used} bytes a block and KV head", room)
+        outer = (stride // dtype.itemsize for stride in raw.stride()[:2])
+        return raw.view(dtype).as_strided(shape, (*outer, *inner), (raw.storage_offset() + head.starts[-1]) // dtype.itemsize)
 
     layer = allocate_layer(
         plan,
@@ -79,7 +90,7 @@ def carve_layer(
         kv_cache.device,
         index=index,
         shard=shard,
-        new_pages=region,
+        new_pages=view,
     )
     ours = raw.untyped_storage().data_ptr()
     pages = [tensor for group in (layer.bounds, layer.means) for tensor in group or () if tensor is not None]

@@ -51,8 +51,8 @@ class Settings:
 def parse(additional_config: object) -> Settings:
     """Settings from vLLM's `additional_config`, which may come from JSON.
 
-    `{"twilight": {...}}` takes the fields of `TwilightConfig` except page_size, and log_every. A selector is a name, or a mapping with
-    its "name" and fields; "dense" is exact attention in every layer. Keys of `overrides` may be strings.
+    `{"twilight": {...}}` takes log_every and the fields of `TwilightConfig` but those of pages and their memory. A selector is a name, or
+    a mapping with its "name" and fields; "dense" is exact attention in every layer. Keys of `overrides` may be strings.
 
     Raises:
         ValueError: an unknown name or a value out of range, by name; a layer without the calibration file that it needs.
@@ -65,7 +65,8 @@ def parse(additional_config: object) -> Settings:
         refuse(WHERE, "page_size", "none, because vLLM's block_size is the page size", values["page_size"])
     if values.get("kv_cache_dtype", "auto") != "auto":
         refuse(WHERE, "kv_cache_dtype", '"auto" (scales of float8 come from prompts, and sequences share pages)', values["kv_cache_dtype"])
-    _known("", values, [f.name for f in fields(TwilightConfig) if f.name != "page_size"] + ["log_every"])
+    others = ("page_size", "offload", "hot_tokens")  # pages and their memory are vLLM's
+    _known("", values, [f.name for f in fields(TwilightConfig) if f.name not in others] + ["log_every"])
     log_every = integer(0)(WHERE, "log_every", values.pop("log_every", 1000))
     selector = _selector("selector", values.pop("selector", selectors.DEFAULT.name))
     if selector == "dense":
@@ -134,11 +135,6 @@ def check_engine(vllm_config: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) != 1:
             refuse(WHERE, name, "1", getattr(parallel, name))
-    # A block is several byte ranges, and both would copy it as one.
-    if vllm_config.kv_transfer_config is not None:
-        refuse(WHERE, "kv_transfer_config", "none (blocks are not one byte range each)", vllm_config.kv_transfer_config.kv_connector)
-    if getattr(vllm_config.cache_config, "kv_offloading_size", None):
-        refuse(WHERE, "kv_offloading_size", "none (blocks are not one byte range each)", vllm_config.cache_config.kv_offloading_size)
     if model is not None and model.is_hybrid:
         refuse(WHERE, "model", "attention in every layer that keeps a state", "Mamba or linear attention layers")
     speculative = vllm_config.speculative_config

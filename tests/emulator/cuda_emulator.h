@@ -364,6 +364,8 @@ inline float exp2_fast(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
+
 // Exact where the sum fits a double, which is then cut off.
 inline float fma_rz(float a, float b, float c) {
   const double exact = static_cast<double>(a) * b + c;

@@ -30,7 +30,7 @@ void run_selector(const FusedParams& p) {
     case Selector::kStreaming:
       return twilight::fused_decode_kernel<T, E, D, RP, Selector::kStreaming>(p);
     case Selector::kShadowPrefix:
-      if (p.page_fraction < 1.0) return twilight::fused_decode_kernel<T, E, D, RP, Selector::kShadowPrefix, true>(p);
+      if (p.two_levels) return twilight::fused_decode_kernel<T, E, D, RP, Selector::kShadowPrefix, true>(p);
       return twilight::fused_decode_kernel<T, E, D, RP, Selector::kShadowPrefix>(p);
     default:
       return twilight::fused_decode_kernel<T, E, D, RP, Selector::kFull>(p);
@@ -54,7 +54,7 @@ void run_append(const twilight::AppendParams& p, emulated::Index grid, unsigned 
       }
     }
   };
-  const bool statistics = p.page_bounds != nullptr || p.page_means != nullptr;
+  const bool statistics = p.page_bounds.data != nullptr || p.page_means.data != nullptr;
   if (statistics && grid.x == 1) return launch([&] { twilight::append_kernel<T, E, D, true, true>(p); });
   launch([&] { twilight::append_kernel<T, E, D, true, false>(p); });
   if (statistics) launch([&] { twilight::append_kernel<T, E, D, false, true>(p); });

@@ -5,6 +5,7 @@ Its tokens are those of vLLM's own attention where nothing is left out, and its 
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -151,6 +152,32 @@ def test_pages_serve_every_selector_and_a_cached_prefix_changes_nothing(engine, 
     assert 0 < report.sparse.pruned < 1 and report.sparse.dense == 0
     assert lines[0].startswith("twilight: steps 1 to 5: 3 of 4 layers are sparse")
     assert "% pruned), mass 0.9" in lines[2] and "no call of theirs took the dense path" in lines[2]
+
+
+@pytest.mark.skipif(GPU, reason="the host copies between the caches of two engines; on a GPU one engine's memory is all there is")
+def test_a_connector_brings_whole_blocks_to_another_engine(engine, calibrated, tmp_path):
+    """vLLM's example connector writes the blocks of prompts to files and takes them from there: tokens and kept sets are the same."""
+    overrides = {"0": {"selector": "dense"}, "2": {"selector": {"name": "quest", "token_budget": 48}}, "3": {"selector": "page_mean"}}
+    twilight = {"selector": calibrated, "calibration": calibrated["calibration"], "top_p": 0.9, "dense_below": 0, "overrides": overrides}
+    options = {"block_size": 16, "enable_prefix_caching": False, "max_num_batched_tokens": 512}
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    prompts = [numbers(length, length) for length in (200, 100, 40)]
+    found = []
+    for transfer in (None, connector, connector):
+        made = engine(twilight, **options, kv_transfer_config=transfer)
+        outs = made.outputs(prompts, 24)
+        found.append([list(out.outputs[0].token_ids) for out in outs])
+        cached = [out.num_cached_tokens for out in outs]
+        report = budget_report(layers_of(made))
+        assert 0 < report.sparse.pruned < 1
+        del made, outs
+        gc.collect()
+    assert cached == [192, 96, 32]
+    assert found[0] == found[1] == found[2]
 
 
 def test_an_engine_says_what_it_lacks(engine):

@@ -12,6 +12,7 @@ from .arguments import check_outputs, number, read_text, whole, write_json
 from .models import add_model_arguments, context_of, device_of, load_model
 
 MIN_PREFILL_CHUNK = MAX_QUERY_TOKENS + 1  # a smaller chunk would be taken for a decode step
+OFFLOAD_CHUNK = 4096
 LOG_STEPS = 16
 COMPILES = "compiling the decode step; later steps do not wait for it"
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-chunk",
         type=whole(MIN_PREFILL_CHUNK),
-        help=f"tokens of the prompt a forward, at least {MIN_PREFILL_CHUNK} (default: all)",
+        help=f"tokens of the prompt a forward, at least {MIN_PREFILL_CHUNK} (default: all, with --offload {OFFLOAD_CHUNK})",
     )
     add_capture_argument(parser)
     parser.add_argument("--json", type=Path, help="also write the result here")
@@ -99,6 +100,10 @@ def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | N
     parser.add_argument("--dense-below", type=int, help=f"lengths up to this attend to everything (default: {shown})")
     parser.add_argument("--page-size", type=int, help="16, 32 or 64 tokens (default 16)")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), help="fp8 halves the memory of K and V (default auto: the model's)")
+    parser.add_argument(
+        "--offload", nargs="?", const=True, default=False, metavar="DIR", help="keep K and V in host memory, on a CPU in a file in DIR"
+    )
+    parser.add_argument("--hot-tokens", type=whole(0), default=0, help="of --offload: rows a KV head with copies on the device (default 0)")
     parser.set_defaults(default_dense_below=dense_below)
     parser.epilog = selectors_help()
 
@@ -128,6 +133,7 @@ def twilight_config(args: argparse.Namespace):
             raise ValueError(f"{name.replace('_', '-')}: expected {settings[name]} as in --selector {args.selector}, got {given}")
     if args.default_dense_below is not None:
         settings.setdefault("dense_below", args.default_dense_below)
+    settings |= {"offload": args.offload, "hot_tokens": args.hot_tokens}
     if method.selector is None:
         # Checked as if they mattered, so that a mistake shows whatever selects.
         return TwilightConfig(top_p=args.top_p, **{**settings, "dense_layers": ALL_LAYERS})
@@ -178,6 +184,17 @@ def draft_rows(drafts) -> dict[str, str]:
         return {}
     share = drafts.accepted / max(1, drafts.drafted)
     return {"accepted drafts a round": f"{drafts.accepted_per_round:.2f} ({share:.0%} of {drafts.drafted} in {drafts.rounds} rounds)"}
+
+
+def memory_rows(cache) -> dict[str, str]:
+    """What a table says about memory; nothing where K and V lie on the device."""
+    from ..host_memory import size
+
+    sizes = cache.nbytes()
+    if "offloaded" not in sizes:
+        return {}
+    where = "in pinned host memory" if cache.paged.page_table.is_cuda else "in a file"
+    return {"K and V": f"{size(sizes['offloaded'])} {where}, {size(sizes['extra'])} beside them on {cache.paged.page_table.device}"}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -231,7 +248,7 @@ def run(args: argparse.Namespace) -> int:
                 sampling=None if drawn is None else Sampling(*drawn),
                 eos_token_ids=() if args.ignore_eos else None,
                 capture=args.capture,
-                prefill_chunk=args.prefill_chunk,
+                prefill_chunk=args.prefill_chunk or (OFFLOAD_CHUNK if args.offload else None),
                 on_prefill=on_prefill,
                 on_tokens=on_tokens,
                 speculate=Speculation(args.lossless, args.drafts or "sparse") if ahead else None,
@@ -244,6 +261,7 @@ def run(args: argparse.Namespace) -> int:
             "a token": milliseconds(result.ms_per_token, result.steps),
             **budget_rows(result.budget),
             **draft_rows(result.drafts),
+            **memory_rows(cache),
             "step": f"{result.capture}: {result.graphs} graphs, {result.breaks} breaks, {result.recompiles} recompiles",
         }
         terminal.table("", ("", args.selector), list(rows.items()))

@@ -49,7 +49,8 @@ def _example() -> dict:
     q = torch.empty(batch, 1, heads, head_dim, dtype=torch.bfloat16, device="meta")
     table, lens = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((batch, max_pages), (batch,)))
     paging = Paging(table, lens)
-    return {"q": q, "kv": layer.kv, "paging": paging, "policy": layer.policy, "sm_scale": head_dim**-0.5, "shadow": layer.shadow}
+    groups = {"kv": layer.kv, "shadow": layer.shadow, "means": layer.means}
+    return {"q": q, "paging": paging, "policy": layer.policy, "sm_scale": head_dim**-0.5, **groups}
 
 
 def _version(name: str) -> str:

@@ -45,5 +45,5 @@ class ExactTopK(Selector):
         scores = scores if kind == "softmax" else scores.exp()
         return best_tokens(scores, live, layer, page_table, seq_lens, q.shape[1])
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         return [float(layer.head_dim * stored_bytes(layer.kv.k_cache))] * layer.num_kv_heads

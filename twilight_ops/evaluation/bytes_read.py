@@ -36,7 +36,7 @@ def head_bytes(layer: PagedKVLayer, head: int, budget: Budget) -> float:
     plan = layer.plan
     if plan.selector is None:
         return budget.live * row
-    read = budget.live * plan.selector.scan_bytes(layer)[head] + budget.kept.mean * row
+    read = budget.live * plan.selector.scan_bytes(layer, budget.live)[head] + budget.kept.mean * row
     if plan.prunes:
         read += budget.candidates.mean * plan.selector.estimate_bytes(layer)[head]
     return read

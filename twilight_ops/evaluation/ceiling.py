@@ -40,5 +40,5 @@ class ExactTopP(Selector):
         indices, counts, _ = prune_top_p(weights, seq_lens, Candidates(), layer.num_kv_heads, Pruning(self.mass))
         return Candidates(indices, counts)
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         return [float(layer.head_dim * stored_bytes(layer.kv.k_cache))] * layer.num_kv_heads

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 
 from .. import launch_plan, native_modules
-from ..ops import OPS, operator
+from ..ops import OPS, STAGED_OPS, operator
 from ..serving import attach
 from . import native
 
@@ -16,7 +16,7 @@ def stage(op: str) -> Callable:
 
 def register(allow_native: bool = True) -> Callable[[], tuple[str, str]]:
     """Attaches every operator's kernel; returns what says the backend's name and what serves, for people."""
-    for op in OPS:
+    for op in (*OPS, *STAGED_OPS):
         if allow_native and op in native.KERNELS:
             kernel, calls = native.KERNELS[op]
             attach(op, "cuda", kernel, lambda calls=calls: f"native ({calls}), else triton" if launch_plan.available() else "triton")

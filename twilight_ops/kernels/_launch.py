@@ -38,6 +38,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def page_strides(*tensors: Tensor | None) -> list[int]:
+    """Of each tensor of the cache the elements from a page to the next, then from a head to the next; zeros of None."""
+    return [stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2])]
+
+
 @cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import capacity
-from ..arguments import Candidates
+from ..arguments import Candidates, PageLevel
 from ..capacity import Limits
 from ._launch import Launch, cdiv, next_power_of_2
 from ._tiles import INF, LOG2E, count_tile, in_order, live_length, rank_in_order, softmax_row, store_compacted
@@ -67,6 +67,7 @@ def _row_limits(
     token_budget,
     budget_fraction,
     item_fraction,
+    least_items,
     sink_tokens,
     recent_tokens,
     capacity,
@@ -82,7 +83,8 @@ def _row_limits(
     else:
         budget = tl.maximum(tl.load(head_budget + row % KV_HEADS), 0).to(tl.int64)
     forced = tl.minimum(sinks + items - recent, items)
-    wanted = tl.maximum(tl.maximum((budget + UNIT - 1) // UNIT, _ceil_share(items, item_fraction)), forced.to(tl.int64))
+    least = tl.maximum(tl.maximum(_ceil_share(items, item_fraction), least_items), forced.to(tl.int64))
+    wanted = tl.maximum((budget + UNIT - 1) // UNIT, least)
     take = tl.minimum(tl.minimum(wanted, items.to(tl.int64)), capacity).to(tl.int32)
     return length, items, sinks, recent, take
 
@@ -180,6 +182,7 @@ def choose_resident_kernel(
     token_budget,
     budget_fraction: tl.float64,
     item_fraction: tl.float64,
+    least_items,
     sink_tokens,
     recent_tokens,
     page_capacity,
@@ -201,8 +204,8 @@ def choose_resident_kernel(
     """Grid (B * Hkv): one program chooses of one row, in the smaller of two tiles that holds its live items."""
     row = tl.program_id(0)
     length, items, sinks, recent, take = _row_limits(
-        seq_lens, head_budget, page_counts, row, max_pages, token_budget, budget_fraction, item_fraction, sink_tokens, recent_tokens,
-        capacity, KV_HEADS, PAGE, UNIT,
+        seq_lens, head_budget, page_counts, row, max_pages, token_budget, budget_fraction, item_fraction, least_items, sink_tokens,
+        recent_tokens, capacity, KV_HEADS, PAGE, UNIT,
     )  # fmt: skip
     if length <= dense_below:
         items = 0
@@ -276,6 +279,7 @@ def list_bins_kernel(
     token_budget,
     budget_fraction: tl.float64,
     item_fraction: tl.float64,
+    least_items,
     sink_tokens,
     recent_tokens,
     page_capacity,
@@ -291,8 +295,8 @@ def list_bins_kernel(
     """Grid (B * Hkv): one program finds the bin in which the row's budget ends, and lists the items above it and the first in it."""
     row = tl.program_id(0)
     length, items, sinks, recent, take = _row_limits(
-        seq_lens, head_budget, page_counts, row, max_pages, token_budget, budget_fraction, item_fraction, sink_tokens, recent_tokens,
-        capacity, KV_HEADS, PAGE, UNIT,
+        seq_lens, head_budget, page_counts, row, max_pages, token_budget, budget_fraction, item_fraction, least_items, sink_tokens,
+        recent_tokens, capacity, KV_HEADS, PAGE, UNIT,
     )  # fmt: skip
     if length <= dense_below:
         items = 0
@@ -332,12 +336,12 @@ def rank(
     limits: Limits,
     dense_below: int,
     pad: bool,
-    item_fraction: float = 0.0,
+    level: PageLevel | None = None,
     pages: Candidates = Candidates(),
 ) -> None:
     """Writes the chosen items of every row, ascending, into `indices` and `counts`; `pad` fills the rest with -1.
 
-    At least `item_fraction` of a row's items are chosen. With `pages` the items are the tokens of these.
+    With a `level` items are pages, and at least its pages are chosen. With `pages` the items are the tokens of these.
     """
     batch, query_tokens, heads, stride = logits.shape
     _, kv_heads, capacity = indices.shape
@@ -346,8 +350,9 @@ def rank(
         return
     page_capacity = 0 if pages.indices is None else pages.indices.shape[2]
     listed = (pages.indices, pages.counts)
+    least = (0.0, 0) if level is None else (level.page_fraction, -(-level.min_scored_tokens // page_size))
     forced = (limits.sink_tokens, limits.recent_tokens)
-    budget = (max_pages, limits.token_budget, limits.budget_fraction, item_fraction, *forced, page_capacity, stride)
+    budget = (max_pages, limits.token_budget, limits.budget_fraction, *least, *forced, page_capacity, stride)
     shape = {"KV_HEADS": kv_heads, "QUERY_TOKENS": query_tokens, "GROUP": heads // kv_heads, "PAGE": page_size, "UNIT": unit}
     scores = {"CHUNK": chunk, "SPLITS_PAD": next_power_of_2(splits)}
     if num_items <= RESIDENT.block:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Candidates, Paging, Shadow
-from ._launch import Launch, cdiv, chunk_size, next_power_of_2, query_rows
+from ._launch import Launch, cdiv, chunk_size, next_power_of_2, page_strides, query_rows
 from ._tiles import (
     DEAD,
     INF,
@@ -79,8 +79,8 @@ def _pages_of_chunk(
 @triton.jit
 def _range_logits(
     q,  # [B, T, Hq, D]
-    k_quant,  # [P, Hkv, S * D / 2]
-    k_scale,  # [P, Hkv, S] int32: scale and zero, bf16 each
+    k_quant,  # [P, S * D / 2] of the head
+    k_scale,  # [P, S] of the head, int32: scale and zero, bf16 each
     channel_order,  # [Hkv, D]
     page_table,  # [B, M]
     indices,  # [B, Hkv, capacity / UNIT]
@@ -90,6 +90,8 @@ def _range_logits(
     stride_qb,
     stride_qt,
     stride_qh,
+    stride_kp,
+    stride_sp,
     sm_scale,
     num_pages,
     max_pages,
@@ -187,25 +189,25 @@ def _range_logits(
             token = tl.where((token < length) & (slot < last), token, -1)
         else:
             place = tl.maximum(token, 0) % PAGE
-        block = page.to(tl.int64) * KV_HEADS + head
+        physical = page.to(tl.int64)
         live = token >= 0
         # A dead slot reads some valid row, which `word` disowns.
-        word = row_word(k_scale + (block * PAGE + place), live)
+        word = row_word(k_scale + (physical * stride_sp + place), live)
         offset = place[:, None] * prefix_bytes + byte[None, :]
         tail = prefix_bytes * (PAGE - 1) + place[:, None] * tail_bytes + byte[None, :]
-        base = (block * (PAGE * half))[:, None]
+        base = (physical * stride_kp)[:, None]
         if PAIR == 2:
             if by_page:
-                word_2 = row_word(k_scale + (block * PAGE + place + 1), live & (token + 1 < length) & (slot + 1 < last))
+                word_2 = row_word(k_scale + (physical * stride_sp + place + 1), live & (token + 1 < length) & (slot + 1 < last))
                 offset += tl.where(second, prefix_bytes, 0)[None, :]
                 tail += tl.where(second, tail_bytes, 0)[None, :]
             else:
                 place_2 = tl.maximum(token_2, 0) % PAGE
-                block_2 = page_2.to(tl.int64) * KV_HEADS + head
-                word_2 = row_word(k_scale + (block_2 * PAGE + place_2), token_2 >= 0)
+                physical_2 = page_2.to(tl.int64)
+                word_2 = row_word(k_scale + (physical_2 * stride_sp + place_2), token_2 >= 0)
                 offset = tl.where(second[None, :], place_2[:, None], place[:, None]) * prefix_bytes + byte[None, :]
                 tail = prefix_bytes * (PAGE - 1) + tl.where(second[None, :], place_2[:, None], place[:, None]) * tail_bytes + byte[None, :]
-                base = tl.where(second[None, :], (block_2 * (PAGE * half))[:, None], base)
+                base = tl.where(second[None, :], (physical_2 * stride_kp)[:, None], base)
         if not PREFIX:
             offset = tl.where(byte[None, :] < prefix_bytes, offset, tail)
         packed = tl.load(k_quant + base + offset, mask=in_row[None, :], other=0)
@@ -279,8 +281,8 @@ def _range_logits(
 @triton.jit
 def shadow_logits_kernel(
     q,
-    k_quant,
-    k_scale,
+    k_quant,  # [P, Hkv, S * D / 2]
+    k_scale,  # [P, Hkv, S] int32
     channel_order,
     prefix_channels,  # [Hkv]
     page_table,
@@ -293,6 +295,10 @@ def shadow_logits_kernel(
     stride_qb,
     stride_qt,
     stride_qh,
+    stride_kp,
+    stride_kh,
+    stride_sp,
+    stride_sh,
     sm_scale,
     num_pages,
     max_pages,
@@ -314,6 +320,9 @@ def shadow_logits_kernel(
 ):
     """Grid (B * Hkv, splits): program (row, split) scores slots split * CHUNK .. of its row for the whole group at once."""
     row = tl.program_id(0)
+    head = (row % KV_HEADS).to(tl.int64)
+    k_quant += head * stride_kh
+    k_scale += head * stride_sh
     batch = row // KV_HEADS
     length = live_length(seq_lens, batch, max_pages, PAGE)
     slots = listed_slots(counts, row, length, capacity, UNIT, LISTED)
@@ -322,31 +331,31 @@ def shadow_logits_kernel(
         return
     last = tl.minimum(first + CHUNK, slots)
     # Whole groups of 8 channels, so that the compiler knows 4-byte alignment.
-    prefix_bytes = tl.minimum(tl.maximum(tl.load(prefix_channels + row % KV_HEADS), 0), HEAD_DIM) // 8 * 4
+    prefix_bytes = tl.minimum(tl.maximum(tl.load(prefix_channels + head), 0), HEAD_DIM) // 8 * 4
     # fmt: off
     if PREFIX and prefix_bytes <= 16 and prefix_bytes % 16 == 0:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
-            num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, 16, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
+            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS,
+            GROUP, HEAD_DIM, PAGE, ROWS_PAD, 16, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     elif PREFIX and BYTES_PAD > 32 and prefix_bytes <= 32:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
-            num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, 32, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
+            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS,
+            GROUP, HEAD_DIM, PAGE, ROWS_PAD, 32, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     elif not PREFIX and prefix_bytes % 16 == 0:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
-            num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
+            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS,
+            GROUP, HEAD_DIM, PAGE, ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     else:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, sm_scale,
-            num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE,
-            ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
+            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS,
+            GROUP, HEAD_DIM, PAGE, ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     # fmt: on
 
@@ -382,10 +391,11 @@ def shadow_logits(
     peaks = logits.new_empty((batch * query_tokens * heads, splits))
     sums = torch.empty_like(peaks)
     if rows * capacity:
+        scale_words = k_scale.view(torch.int32)
         shadow_logits_kernel[(rows, splits)](
             q,
             k_quant,
-            k_scale.view(torch.int32),
+            scale_words,
             channel_order,
             prefix_channels,
             *paging,
@@ -395,6 +405,7 @@ def shadow_logits(
             peaks,
             sums,
             *q.stride()[:3],
+            *page_strides(k_quant, scale_words),
             sm_scale,
             num_pages,
             max_pages,

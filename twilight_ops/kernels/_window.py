@@ -31,7 +31,7 @@ def window_kernel(
     """Grid (B * Hkv, tiles of capacity)."""
     row = tl.program_id(0)
     length, _, sinks, _, take = _row_limits(
-        seq_lens, head_budget, None, row, max_pages, token_budget, budget_fraction, 0.0, sink_tokens, recent_tokens, capacity, KV_HEADS,
+        seq_lens, head_budget, None, row, max_pages, token_budget, budget_fraction, 0.0, 0, sink_tokens, recent_tokens, capacity, KV_HEADS,
         PAGE, 1,
     )  # fmt: skip
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import KV, PageBounds, PageMeans, Paging, Scales, Shadow
-from ._launch import Launch, cdiv, next_power_of_2, stored_pages
+from ._launch import Launch, cdiv, next_power_of_2, page_strides, stored_pages
 from ._tiles import INF, factor, from_e4m3, to_e4m3
 
 # A decode step writes one token a sequence; a prompt fills tiles.
@@ -98,6 +98,14 @@ def write_tokens_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
+    k_page,
+    k_head,
+    v_page,
+    v_head,
+    codes_page,
+    codes_head,
+    scale_page,
+    scale_head,
     tokens,
     num_pages,
     max_pages,
@@ -109,26 +117,25 @@ def write_tokens_kernel(
 ):
     """Grid (B * Hkv, tiles of T): program (row, tile) writes BLOCK tokens of one KV head."""
     batch = tl.program_id(0) // KV_HEADS
-    head = tl.program_id(0) % KV_HEADS
+    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     half: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     position, _, page, written = _written_page(
         positions, seq_lens, page_table, batch, token, token < tokens, tokens, num_pages, max_pages, PAGE
     )
     place = position % PAGE
-    slot = (page * KV_HEADS + head) * PAGE + place
 
     d = tl.arange(0, 2 * HALF_PAD)
     mask = written[:, None] & (d < HEAD_DIM)[None, :]
-    k_row = k + batch.to(tl.int64) * stride_kb + token.to(tl.int64) * stride_kt + head.to(tl.int64) * stride_kh
-    v_row = v + batch.to(tl.int64) * stride_vb + token.to(tl.int64) * stride_vt + head.to(tl.int64) * stride_vh
+    k_row = k + batch.to(tl.int64) * stride_kb + token.to(tl.int64) * stride_kt + head * stride_kh
+    v_row = v + batch.to(tl.int64) * stride_vb + token.to(tl.int64) * stride_vt + head * stride_vh
     key = tl.load(k_row[:, None] + d[None, :], mask=mask, other=0.0)
     fp8: tl.constexpr = k_cache.dtype.element_ty == tl.uint8
     stored = _stored(key, k_descale, k_shift, head, head * HEAD_DIM + d, d < HEAD_DIM, fp8)
-    tl.store(k_cache + slot[:, None] * HEAD_DIM + d[None, :], stored, mask=mask)
+    tl.store(k_cache + (page * k_page + head * k_head + place * HEAD_DIM)[:, None] + d[None, :], stored, mask=mask)
     value = tl.load(v_row[:, None] + d[None, :], mask=mask, other=0.0)
     stored = _stored(value, v_descale, None, head, d, d < HEAD_DIM, fp8)
-    tl.store(v_cache + slot[:, None] * HEAD_DIM + d[None, :], stored, mask=mask)
+    tl.store(v_cache + (page * v_page + head * v_head + place * HEAD_DIM)[:, None] + d[None, :], stored, mask=mask)
 
     if k_quant is not None:
         wide = _centred(key, k_center, head * HEAD_DIM + d, d < HEAD_DIM)
@@ -138,8 +145,9 @@ def write_tokens_kernel(
         low = tl.where(written, low, 0.0)
         high = tl.where(written, high, 0.0)
         scale, zero = _range_scale(low, high, nan, 15)
-        tl.store(k_scale + slot * 2, scale, mask=written)
-        tl.store(k_scale + slot * 2 + 1, zero, mask=written)
+        scale_at = k_scale + page * scale_page + head * scale_head + place * 2
+        tl.store(scale_at, scale, mask=written)
+        tl.store(scale_at + 1, zero, mask=written)
         byte = tl.arange(0, HALF_PAD)
         in_row = byte < half
         even = tl.load(channel_order + head * HEAD_DIM + 2 * byte, mask=in_row, other=0)
@@ -154,7 +162,7 @@ def write_tokens_kernel(
         prefix = tl.minimum(tl.maximum(tl.load(prefix_channels + head), 0), HEAD_DIM) // 8 * 4
         lead = place[:, None] * prefix + byte[None, :]
         tail = prefix * (PAGE - 1) + place[:, None] * (half - prefix) + byte[None, :]
-        offset = (page * KV_HEADS + head)[:, None] * (PAGE * half) + tl.where(byte[None, :] < prefix, lead, tail)
+        offset = (page * codes_page + head * codes_head)[:, None] + tl.where(byte[None, :] < prefix, lead, tail)
         tl.store(k_quant + offset, even_code | (odd_code << 4), mask=pairs)
 
 
@@ -162,9 +170,9 @@ def write_tokens_kernel(
 def _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS: tl.constexpr, PAGE: tl.constexpr):
     """One program a token and KV head: the token's page, its live tokens, and whether the page is recomputed here or by the token before.
 
-    Returns its head, its number among the pages of all KV heads, its live tokens (below 1 where it has none), and the answer.
+    Returns its head, its page, its live tokens (below 1 where it has none), and the answer.
     """
-    head = tl.program_id(0) % KV_HEADS
+    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     token = tl.program_id(0) // KV_HEADS % tokens
     batch = tl.program_id(0) // KV_HEADS // tokens
     _, logical, page, written = _written_page(positions, seq_lens, page_table, batch, token, token >= 0, tokens, num_pages, max_pages, PAGE)
@@ -172,15 +180,15 @@ def _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages,
         positions, seq_lens, page_table, batch, token - 1, token > 0, tokens, num_pages, max_pages, PAGE
     )
     mine = written & ~((token > 0) & other_written & (other == logical))
-    return head, page * KV_HEADS + head, tl.load(seq_lens + batch) - logical * PAGE, mine
+    return head, page, tl.load(seq_lens + batch) - logical * PAGE, mine
 
 
 @triton.jit
-def _stored_range(rows_scale, block, low, high, nan, LEVELS: tl.constexpr):
+def _stored_range(rows_scale, low, high, nan, LEVELS: tl.constexpr):
     """Writes scale and zero of a row of the whole page [1], and returns them in fp32."""
     scale, zero = _range_scale(low, high, nan, LEVELS)
-    tl.store(rows_scale + block * 2 + tl.arange(0, 1), scale)
-    tl.store(rows_scale + block * 2 + 1 + tl.arange(0, 1), zero)
+    tl.store(rows_scale + tl.arange(0, 1), scale)
+    tl.store(rows_scale + 1 + tl.arange(0, 1), zero)
     return scale.to(tl.float32), zero.to(tl.float32)
 
 
@@ -194,6 +202,12 @@ def page_bounds_kernel(
     page_table,  # [B, M]
     seq_lens,  # [B]
     positions,  # [B, T] or None
+    k_page,
+    k_head,
+    rows_page,
+    rows_head,
+    scale_page,
+    scale_head,
     tokens,
     num_pages,
     max_pages,
@@ -203,20 +217,20 @@ def page_bounds_kernel(
     PAGE: tl.constexpr,
 ):
     """Grid (B * Hkv * T)."""
-    head, block, live_tokens, mine = _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS, PAGE)
+    head, page, live_tokens, mine = _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS, PAGE)
     if mine:
         s = tl.arange(0, PAGE)
         d = tl.arange(0, DIM_PAD)
         in_dim = d < HEAD_DIM
         mask = (s < live_tokens)[:, None] & in_dim[None, :]
-        at = k_cache + (block * PAGE + s)[:, None] * HEAD_DIM + d[None, :]
+        at = (k_cache + page * k_page + head * k_head) + s[:, None] * HEAD_DIM + d[None, :]
         key = _key(at, mask, k_descale, k_shift, head, (head * HEAD_DIM + d)[None, :], in_dim[None, :])
         nan = tl.max((key != key).to(tl.int32), 0) > 0
         low = tl.where(nan, float("nan"), tl.min(tl.where(mask, key, INF), 0))
         high = tl.where(nan, float("nan"), tl.max(tl.where(mask, key, -INF), 0))
         low = tl.where(live_tokens > 0, low, 0.0)
         high = tl.where(live_tokens > 0, high, 0.0)
-        at = page_bounds + block * (2 * HEAD_DIM) + d
+        at = page_bounds + page * rows_page + head * rows_head + d
         if bounds_scale is None:
             tl.store(at, low.to(page_bounds.dtype.element_ty), mask=in_dim)
             tl.store(at + HEAD_DIM, high.to(page_bounds.dtype.element_ty), mask=in_dim)
@@ -224,7 +238,7 @@ def page_bounds_kernel(
             least = tl.min(tl.where(in_dim, tl.minimum(low, high), INF), 0, keep_dims=True)
             most = tl.max(tl.where(in_dim, tl.maximum(low, high), -INF), 0, keep_dims=True)
             broken = tl.max((nan & in_dim).to(tl.int32), 0, keep_dims=True) > 0
-            scale, zero = _stored_range(bounds_scale, block, least, most, broken, 255)
+            scale, zero = _stored_range(bounds_scale + page * scale_page + head * scale_head, least, most, broken, 255)
             tl.store(at, _codes(low, zero, scale, 255), mask=in_dim)
             tl.store(at + HEAD_DIM, _codes(high, zero, scale, 255), mask=in_dim)
 
@@ -241,6 +255,12 @@ def page_means_kernel(
     page_table,  # [B, M]
     seq_lens,  # [B]
     positions,  # [B, T] or None
+    k_page,
+    k_head,
+    rows_page,
+    rows_head,
+    scale_page,
+    scale_head,
     tokens,
     num_pages,
     max_pages,
@@ -250,7 +270,7 @@ def page_means_kernel(
     PAGE: tl.constexpr,
 ):
     """Grid (B * Hkv * T)."""
-    head, block, live_tokens, mine = _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS, PAGE)
+    head, page, live_tokens, mine = _touched_page(positions, seq_lens, page_table, tokens, num_pages, max_pages, KV_HEADS, PAGE)
     if mine:
         byte = tl.arange(0, HALF_PAD)
         in_row = byte < HEAD_DIM // 2
@@ -264,7 +284,7 @@ def page_means_kernel(
         live_tokens = tl.minimum(live_tokens, PAGE)
         # Slot by slot, as every backend adds them.
         for s in range(live_tokens):
-            row = k_cache + (block * PAGE + s) * HEAD_DIM
+            row = k_cache + page * k_page + head * k_head + s * HEAD_DIM
             even_mean += _key(row + even, in_row, k_descale, k_shift, head, head * HEAD_DIM + even, in_row)
             odd_mean += _key(row + odd, in_row, k_descale, k_shift, head, head * HEAD_DIM + odd, in_row)
         number = tl.full([HALF_PAD], 1.0, tl.float32) * tl.maximum(live_tokens, 1).to(tl.float32)
@@ -276,9 +296,9 @@ def page_means_kernel(
         low = tl.min(tl.where(in_row, tl.minimum(even_mean, odd_mean), INF), 0, keep_dims=True)
         high = tl.max(tl.where(in_row, tl.maximum(even_mean, odd_mean), -INF), 0, keep_dims=True)
         nan = tl.max(((even_mean != even_mean) | (odd_mean != odd_mean)).to(tl.int32), 0, keep_dims=True) > 0
-        scale, zero = _stored_range(means_scale, block, low, high, nan, 15)
+        scale, zero = _stored_range(means_scale + page * scale_page + head * scale_head, low, high, nan, 15)
         codes = _codes(even_mean, zero, scale, 15) | (_codes(odd_mean, zero, scale, 15) << 4)
-        tl.store(page_means + block * (HEAD_DIM // 2) + byte, codes, mask=in_row)
+        tl.store(page_means + page * rows_page + head * rows_head + byte, codes, mask=in_row)
 
 
 def append_kv(
@@ -310,6 +330,7 @@ def append_kv(
         positions,
         *k.stride()[:3],
         *v.stride()[:3],
+        *page_strides(*kv, *((None, None) if shadow is None else shadow[:2])),
         tokens,
         num_pages,
         max_pages,
@@ -326,6 +347,7 @@ def append_kv(
             *bounds,
             *paging,
             positions,
+            *page_strides(kv.k_cache, *bounds),
             tokens,
             num_pages,
             max_pages,
@@ -342,6 +364,7 @@ def append_kv(
             *((None, None) if shadow is None else (shadow.channel_order, shadow.k_center)),
             *paging,
             positions,
+            *page_strides(kv.k_cache, *means),
             tokens,
             num_pages,
             max_pages,

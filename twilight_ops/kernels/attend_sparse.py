@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Paging, Scales
+from ..arguments import KV, Candidates, HotRows, Paging, Scales
 from ..ops.attend_sparse import outputs
-from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, query_rows, stored_pages
+from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, page_strides, query_rows, stored_pages
 from ._tiles import INF, LOG2E, factor, from_e4m3, listed_slots, live_length, physical_page, slot_tokens
 
 # Keyed by padded head_dim.
@@ -67,11 +67,20 @@ def attend_kernel(
     partial_out,  # [programs + B * Hkv, T * G, D] fp32, not normalised
     partial_peak,  # [programs + B * Hkv, T * G] fp32
     partial_sum,
+    hot_keys,  # [N, Hkv, R, D] or None
+    hot_values,
+    hot_tokens,  # [N, Hkv, R]
+    hot_claims,
     stride_qb,
     stride_qt,
     stride_qh,
+    stride_kp,
+    stride_kh,
+    stride_vp,
+    stride_vh,
     sm_scale,
     rows,
+    hot_rows,
     num_pages,
     max_pages,
     capacity,
@@ -142,10 +151,25 @@ def attend_kernel(
             live = (token >= 0) & (token < length)
             token = tl.where(live, token, 0)
             page = physical_page(page_table, batch, token // PAGE, live, num_pages, max_pages)
-            place = ((page * KV_HEADS + head) * PAGE + token % PAGE) * HEAD_DIM
+            place = token % PAGE * HEAD_DIM
+            key_at = page * stride_kp + head.to(tl.int64) * stride_kh + place
+            value_at = page * stride_vp + head.to(tl.int64) * stride_vh + place
             mask = live[:, None] & in_dim[None, :]
-            key = tl.load(k_cache + place[:, None] + d[None, :], mask=mask, other=0)
-            value = tl.load(v_cache + place[:, None] + d[None, :], mask=mask, other=0)
+            key_rows = k_cache + key_at
+            value_rows = v_cache + value_at
+            if hot_keys is not None:
+                # A row comes from its copy, or over the bus and then becomes one if its token has claimed the place.
+                copy = row.to(tl.int64) * hot_rows + token % hot_rows
+                held = live & (tl.load(hot_tokens + copy, mask=live, other=-1) == token)
+                enters = live & (tl.load(hot_claims + copy, mask=live, other=-1) == token)
+                key_rows = tl.where(held, hot_keys + copy * HEAD_DIM, key_rows)
+                value_rows = tl.where(held, hot_values + copy * HEAD_DIM, value_rows)
+            key = tl.load(key_rows[:, None] + d[None, :], mask=mask, other=0)
+            value = tl.load(value_rows[:, None] + d[None, :], mask=mask, other=0)
+            if hot_keys is not None:
+                entry = copy[:, None] * HEAD_DIM + d[None, :]
+                tl.store(hot_keys + entry, key, mask=enters[:, None] & in_dim[None, :])
+                tl.store(hot_values + entry, value, mask=enters[:, None] & in_dim[None, :])
             if k_cache.dtype.element_ty == tl.uint8:
                 key = from_e4m3(key, query.dtype)
                 value = from_e4m3(value, query.dtype)
@@ -244,12 +268,13 @@ def run_attend(
     paging: Paging,
     candidates: Candidates,
     sm_scale: float,
-    scales: Scales | None,
     out: Tensor,
     lse: Tensor,
     dense_below: int = -1,
+    hot: HotRows | None = None,
+    scales: Scales | None = None,
 ) -> None:
-    """Fills `out` and `lse`; a sequence no longer than `dense_below` attends to everything."""
+    """Fills `out` and `lse`; a sequence no longer than `dense_below` attends to everything. Reads copies where `hot` holds any."""
     indices, counts, unit = candidates
     batch, query_tokens, heads, head_dim = q.shape
     num_pages, kv_heads, page_size, _ = kv.k_cache.shape
@@ -295,9 +320,12 @@ def run_attend(
         partial_out,
         partial_peak,
         partial_sum,
+        *(hot or (None,) * 4),
         *q.stride()[:3],
+        *page_strides(*kv),
         sm_scale,
         rows,
+        0 if hot is None else hot.hot_tokens.shape[2],
         num_pages,
         max_pages,
         capacity,
@@ -334,5 +362,5 @@ def attend_sparse(
     q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
 ) -> tuple[Tensor, Tensor]:
     out, lse = outputs(q)
-    run_attend(q, kv, paging, candidates, sm_scale, scales, out, lse)
+    run_attend(q, kv, paging, candidates, sm_scale, out, lse, scales=scales)
     return out, lse

@@ -14,7 +14,7 @@ from .attend_sparse import run_attend
 from .prune_top_p import thresholds, union
 
 
-def decode_attention(
+def decide(
     q: Tensor,
     kv: KV,
     paging: Paging,
@@ -25,11 +25,9 @@ def decode_attention(
     candidates: Candidates,
     observe: Observation,
     means: PageMeans | None,
-    out: Tensor | None = None,
-    scales: Scales | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The Triton stages; weights stay logits with their softmax statistics until the pruner has them, and lists carry no pads."""
-    attended, lse = outputs(q, out, scales)
+) -> tuple[Candidates, int]:
+    """What to attend to, and the length up to which a sequence attends to everything; weights stay logits with their softmax statistics
+    until the pruner has them, and lists carry no pads."""
     batch, query_tokens, heads, _ = q.shape
     _, kv_heads, page_size, _ = kv.k_cache.shape
     max_tokens = paging.page_table.shape[1] * page_size
@@ -44,7 +42,7 @@ def decode_attention(
         candidates = Candidates(*lists, page_size)
     elif policy.selector == "shadow_prefix":
         lists = empty_lists(q, batch, kv_heads, limits.token_capacity)
-        budget, levels = (limits, policy.budget.head_token_budget, sm_scale), (means, policy.page_fraction)
+        budget, levels = (limits, policy.budget.head_token_budget, sm_scale), (means, policy.level)
         select_tokens.propose(q, shadow, paging, *budget, *levels, *lists, dense_below, pad=False)
         candidates = Candidates(*lists)
     elif policy.selector == "streaming":
@@ -69,5 +67,24 @@ def decode_attention(
         union(keep, mass, *shape, observe, dense_below, fill_dense=asked, pad=asked)
     if policy.prunes:
         candidates = Candidates(observe.kept_indices, observe.kept_counts)
-    run_attend(q, kv, paging, candidates, sm_scale, scales, attended if out is None else out, lse, dense_below)
+    return candidates, dense_below
+
+
+def decode_attention(
+    q: Tensor,
+    kv: KV,
+    paging: Paging,
+    policy: Policy,
+    sm_scale: float,
+    shadow: Shadow | None,
+    bounds: PageBounds | None,
+    candidates: Candidates,
+    observe: Observation,
+    means: PageMeans | None,
+    out: Tensor | None = None,
+    scales: Scales | None = None,
+) -> tuple[Tensor, Tensor]:
+    attended, lse = outputs(q, out, scales)
+    candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
+    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below, scales=scales)
     return attended, lse

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import launch_plan, native_modules
+from .._ops import ops
 from ..ops._library import LIBRARY, Operator
 from ..ops.append_kv import OPERATOR as APPEND_KV
 from ..ops.decode_attention import OPERATOR as DECODE_ATTENTION
@@ -45,17 +46,16 @@ def serves_append(groups: Sequence) -> bool:
 
 
 def serves_decode(groups: Sequence) -> bool:
-    q, kv, paging, policy, _, _, bounds, *_ = groups
-    request = launch_plan.Request.of_call(q, kv, paging, policy, bounds, launch_plan.limits_of(q.get_device()))
+    q, kv, paging, policy, _, shadow, bounds, *_ = groups
+    request = launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, launch_plan.limits_of(q.get_device()))
     return launch_plan.plan_of(request).serves
 
 
-OPS = torch.ops.twilight
 # Operators with a native kernel, and which of their calls it serves.
 KERNELS = {
-    "append_kv": (native_first(APPEND_KV, append_kv, OPS._fused_append_kv, serves_append), "K and V of 16 bits"),
+    "append_kv": (native_first(APPEND_KV, append_kv, ops._fused_append_kv, serves_append), "K and V of 16 bits"),
     "decode_attention": (
-        native_first(DECODE_ATTENTION, decode_attention, OPS._fused_decode_attention, serves_decode),
+        native_first(DECODE_ATTENTION, decode_attention, ops._fused_decode_attention, serves_decode),
         "what twilight_ops.explain says",
     ),
 }

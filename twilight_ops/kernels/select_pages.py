@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import Always, Budget, PageBounds, PageMeans, Paging, Shadow
+from ..arguments import Always, Budget, PageBounds, PageLevel, PageMeans, Paging, Shadow
 from ..capacity import Limits
 from ..ops.select_pages import outputs
-from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, query_rows
+from ._launch import Launch, cdiv, chunk_size, next_power_of_2, padded_row, page_strides, query_rows
 from ._rank import rank
 from ._tiles import (
     INF,
@@ -49,6 +49,10 @@ def page_logits_kernel(
     stride_qb,
     stride_qt,
     stride_qh,
+    stride_rp,
+    stride_rh,
+    stride_sp,
+    stride_sh,
     sm_scale,
     num_pages,
     max_pages,
@@ -132,13 +136,14 @@ def page_logits_kernel(
     for start in range(first, last, BLOCK):
         page = start + local
         live = page < last
-        block = physical_page(page_table, batch, page, live, num_pages, max_pages) * KV_HEADS + head
+        physical = physical_page(page_table, batch, page, live, num_pages, max_pages)
+        row_at = physical * stride_rp + head.to(tl.int64) * stride_rh
         # A page behind the last reads some valid page.
         mask = in_dim[None, :]
         if MEANS:
-            low, high = unpack_nibbles(tl.load((page_rows + block * width)[:, None] + d[None, :], mask=mask, other=0), dtype)
+            low, high = unpack_nibbles(tl.load((page_rows + row_at)[:, None] + d[None, :], mask=mask, other=0), dtype)
         else:
-            at = (page_rows + block * (2 * HEAD_DIM))[:, None] + d[None, :]
+            at = (page_rows + row_at)[:, None] + d[None, :]
             low = tl.load(at, mask=mask, other=0)
             high = tl.load(at + HEAD_DIM, mask=mask, other=0)
             if rows_scale is not None:
@@ -147,7 +152,8 @@ def page_logits_kernel(
         dot = tl.dot(low, q_low, input_precision="ieee")
         dot = tl.dot(high, q_high, dot, input_precision="ieee")
         if rows_scale is not None:
-            scale, zero = scale_and_zero(tl.broadcast_to(tl.load(rows_scale + block)[:, None], [BLOCK, ROWS_PAD]))
+            word = tl.load(rows_scale + physical * stride_sp + head.to(tl.int64) * stride_sh)
+            scale, zero = scale_and_zero(tl.broadcast_to(word[:, None], [BLOCK, ROWS_PAD]))
             dot = dot * product_factor * scale + q_sum[None, :] * zero
         logit = rounded_to_level(dot * up[None, :])
         weighed = tl.where(live[:, None] & (logit < INF), logit, -INF)
@@ -183,11 +189,11 @@ def propose(
     counts: Tensor,
     dense_below: int = -1,
     pad: bool = True,
-    page_fraction: float = 0.0,
+    level: PageLevel | None = None,
 ) -> None:
     """Fills `indices` and `counts`, by means where they are given; sequences no longer than `dense_below` are left out.
 
-    With a `page_fraction` the leading channels of the means decide, and at least this share of the pages is taken.
+    With a `level` the leading channels of the means decide, and at least its pages are taken.
     """
     batch, query_tokens, heads, head_dim = q.shape
     page_rows, rows_scale = means or bounds
@@ -205,17 +211,19 @@ def propose(
     peaks = logits.new_empty((batch * query_tokens * heads, splits))
     sums = torch.empty_like(peaks)
     if rows * max_pages:
+        scale_words = None if rows_scale is None else rows_scale.view(torch.int32)
         page_logits_kernel[(rows, splits)](
             q,
             page_rows,
-            None if rows_scale is None else rows_scale.view(torch.int32),
+            scale_words,
             None if shadow is None else shadow.channel_order,
-            shadow.prefix_channels if page_fraction > 0.0 else None,
+            shadow.prefix_channels if level is not None else None,
             *paging,
             logits,
             peaks,
             sums,
             *q.stride()[:3],
+            *page_strides(page_rows, scale_words),
             sm_scale,
             num_pages,
             max_pages,
@@ -235,7 +243,7 @@ def propose(
             **launch.options,
         )
     lists = (paging.seq_lens, head_token_budget, indices, counts)
-    rank(logits, peaks, sums, chunk, max_pages, *lists, max_pages, page_size, page_size, limits, dense_below, pad, page_fraction)
+    rank(logits, peaks, sums, chunk, max_pages, *lists, max_pages, page_size, page_size, limits, dense_below, pad, level)
 
 
 def select_pages(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import Always, Budget, Candidates, PageMeans, Paging, Shadow
+from ..arguments import Always, Budget, Candidates, PageLevel, PageMeans, Paging, Shadow
 from ..capacity import Limits
 from ..ops._library import empty_lists
 from ..ops.select_tokens import outputs
@@ -20,7 +20,7 @@ def propose(
     head_token_budget: Tensor | None,
     sm_scale: float,
     means: PageMeans | None,
-    page_fraction: float,
+    level: PageLevel,
     indices: Tensor,
     counts: Tensor,
     dense_below: int = -1,
@@ -30,12 +30,10 @@ def propose(
     batch, kv_heads, _ = indices.shape
     page_size, max_pages = shadow.k_scale.shape[2], paging.page_table.shape[1]
     pages, slots = Candidates(), max_pages * page_size
-    if page_fraction < 1.0:
-        lists = empty_lists(q, batch, kv_heads, limits.kept_pages_capacity(page_size, page_fraction))
+    if level.applies(slots):
+        lists = empty_lists(q, batch, kv_heads, limits.kept_pages_capacity(page_size, level))
         budget = (limits, head_token_budget, sm_scale)
-        select_pages.propose(
-            q, None, means, shadow, paging, page_size, *budget, *lists, dense_below, pad=False, page_fraction=page_fraction
-        )
+        select_pages.propose(q, None, means, shadow, paging, page_size, *budget, *lists, dense_below, pad=False, level=level)
         pages, slots = Candidates(*lists, page_size), lists[0].shape[2] * page_size
     logits = q.new_empty((*q.shape[:3], slots), dtype=torch.float32)
     stats = shadow_logits(q, shadow, paging, pages, sm_scale, logits, prefix=True, dense_below=dense_below)
@@ -51,9 +49,9 @@ def select_tokens(
     sm_scale: float,
     always: Always,
     means: PageMeans | None,
-    page_fraction: float,
+    level: PageLevel,
 ) -> tuple[Tensor, Tensor]:
-    indices, counts = outputs(q, shadow, paging, budget, sm_scale, always, means, page_fraction)
+    indices, counts = outputs(q, shadow, paging, budget, sm_scale, always, means, level)
     limits = Limits.of(paging.page_table.shape[1] * shadow.k_scale.shape[2], q.shape[1], budget, always)
-    propose(q, shadow, paging, limits, budget.head_token_budget, sm_scale, means, page_fraction, indices, counts)
+    propose(q, shadow, paging, limits, budget.head_token_budget, sm_scale, means, level, indices, counts)
     return indices, counts

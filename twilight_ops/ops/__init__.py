@@ -5,6 +5,8 @@ import importlib
 from ._library import Operator
 
 OPS = ("append_kv", "select_pages", "select_tokens", "estimate_weights", "prune_top_p", "attend_sparse", "decode_attention")
+# Without a C++ kernel: the reference serves a CPU, Triton a GPU.
+STAGED_OPS = ("decode_attention_hot",)
 
 
 def operator(op: str) -> Operator:

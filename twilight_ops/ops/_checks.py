@@ -10,13 +10,30 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..arguments import FP8, KV, Always, Budget, Candidates, Observation, PageBounds, PageMeans, Paging, Pruning, Scales, Shadow
+from .._ops import add_op_namespace_prefix
+from ..arguments import (
+    FP8,
+    KV,
+    Always,
+    Budget,
+    Candidates,
+    Observation,
+    PageBounds,
+    PageLevel,
+    PageMeans,
+    Paging,
+    Pruning,
+    Scales,
+    Shadow,
+)
 from ..capacity import MAX_TABLE_TOKENS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
 MAX_QUERY_TOKENS = 8
+PAGE_ALIGNMENT = 16  # bytes: what vector loads need
+MAX_PAGE_STRIDE = 1 << 32  # bytes
 # Expected and got.
 NO_BACKWARD = ("a tensor that needs no gradient (there is no backward: call under torch.no_grad())", "requires_grad=True")
 
@@ -33,7 +50,7 @@ class Checker:
         self.differentiable: str | None = None  # the first argument that asks for a gradient
 
     def fail(self, argument: str, expected: str, got: object) -> NoReturn:
-        raise RuntimeError(f"twilight::{self.op}: {argument}: expected {expected}, got {got}")
+        raise RuntimeError(f"{add_op_namespace_prefix(self.op)}: {argument}: expected {expected}, got {got}")
 
     def require(self, ok: bool, argument: str, expected: str, got: object) -> None:
         if not ok:
@@ -45,9 +62,13 @@ class Checker:
         tensor: Tensor | None,
         dims: Sequence[str | int],
         dtypes: Sequence[torch.dtype] | torch.dtype,
-        contiguous: bool = True,
+        layout: str = "contiguous",
     ) -> None:
-        """Checks device, dtype, rank and sizes; a symbol seen for the first time is bound, later ones must agree."""
+        """Checks device, dtype, rank, sizes and strides; a symbol seen for the first time is bound, later ones must agree.
+
+        Args:
+            layout: "contiguous", "rows" (any strides but the last) or "paged" ([P, Hkv, ..] with any strides of pages and heads).
+        """
         if isinstance(dtypes, torch.dtype):
             dtypes = (dtypes,)
         if tensor is None:
@@ -65,10 +86,33 @@ class Checker:
                 self.require(size == known, argument, f"shape {shape} with {dim} = {known}", got)
             else:
                 self.require(size == dim, argument, f"shape {shape}", got)
-        if contiguous:
-            self.require(tensor.is_contiguous(), argument, "a contiguous tensor", f"strides {list(tensor.stride())}")
-        else:
+        if layout == "rows":
             self.require(tensor.stride(-1) == 1, argument, "stride 1 in the last dimension", f"strides {list(tensor.stride())}")
+        elif not tensor.is_contiguous():
+            self.require(layout == "paged", argument, "a contiguous tensor", f"strides {list(tensor.stride())}")
+            self._page_strides(argument, tensor)
+
+    def paged(self, argument: str, tensor: Tensor | None, dims: Sequence[str | int], dtypes: Sequence[torch.dtype] | torch.dtype) -> None:
+        """A tensor of the cache, [P, Hkv, ..]: contiguous in each (page, head); pages and heads lie any multiple of 16 bytes apart."""
+        self.tensor(argument, tensor, dims, dtypes, layout="paged")
+
+    def _page_strides(self, argument: str, tensor: Tensor) -> None:
+        sizes, strides, itemsize = tensor.shape, tensor.stride(), tensor.itemsize
+        size = 1  # elements of a (page, head)
+        for i in reversed(range(2, tensor.dim())):
+            fits = sizes[i] == 1 or strides[i] == size
+            self.require(fits, argument, "contiguous dimensions behind pages and heads", f"strides {list(strides)}")
+            size *= sizes[i]
+        for i in range(2):
+            stride = strides[i] * itemsize
+            self.require(
+                sizes[i] == 1 or (stride % PAGE_ALIGNMENT == 0 and size * itemsize <= stride < MAX_PAGE_STRIDE),
+                argument,
+                f"page and head strides that are multiples of 16 bytes, from {size * itemsize} bytes to 4 GiB",
+                f"strides {list(strides)} of {itemsize} bytes",
+            )
+        offset = tensor.storage_offset() * itemsize
+        self.require(offset % PAGE_ALIGNMENT == 0, argument, "a view that starts at a multiple of 16 bytes", f"byte {offset}")
 
     def watch(self, argument: str, tensor: Tensor) -> None:
         """Notes a tensor that asks for a gradient; `no_gradients` refuses it."""
@@ -102,7 +146,7 @@ class Checker:
             self.require(fits, "q", f"num_qo_heads a multiple of num_kv_heads = {kv_heads}", heads)
 
     def query(self, q: Tensor) -> None:
-        self.tensor("q", q, ("B", "T", "Hq", "D"), FLOAT_DTYPES, contiguous=False)
+        self.tensor("q", q, ("B", "T", "Hq", "D"), FLOAT_DTYPES, layout="rows")
         tokens = self.sizes["T"]
         self.require(1 <= tokens <= MAX_QUERY_TOKENS, "q", f"1 to {MAX_QUERY_TOKENS} query tokens", tokens)
 
@@ -117,8 +161,8 @@ class Checker:
             self.require(pages <= most, "page_table", f"at most {most} pages of {page_size} tokens", pages)
 
     def cache(self, kv: KV, dtype: torch.dtype) -> None:
-        self.tensor("k_cache", kv.k_cache, ("P", "Hkv", "S", "D"), (dtype, FP8))
-        self.tensor("v_cache", kv.v_cache, ("P", "Hkv", "S", "D"), kv.k_cache.dtype)
+        self.paged("k_cache", kv.k_cache, ("P", "Hkv", "S", "D"), (dtype, FP8))
+        self.paged("v_cache", kv.v_cache, ("P", "Hkv", "S", "D"), kv.k_cache.dtype)
 
     def scales(self, scales: Scales | None, kv: KV) -> None:
         dims: tuple[tuple[str | int, ...], ...] = (("Hkv",), ("Hkv",), ("Hkv", "D"))
@@ -134,10 +178,10 @@ class Checker:
             together = "a tensor (k_quant, k_scale, channel_order and prefix_channels come together)"
             self.require(getattr(shadow, name, None) is not None, name, together, None)
         assert shadow is not None
-        self.tensor("k_scale", shadow.k_scale, ("P", "Hkv", "S", 2), torch.bfloat16)
+        self.paged("k_scale", shadow.k_scale, ("P", "Hkv", "S", 2), torch.bfloat16)
         self.tensor("channel_order", shadow.channel_order, ("Hkv", "D"), torch.int32)
         self.tensor("prefix_channels", shadow.prefix_channels, ("Hkv",), torch.int32)
-        self.tensor("k_quant", shadow.k_quant, ("P", "Hkv", self.sizes["S"] * self.sizes["D"] // 2), torch.uint8)
+        self.paged("k_quant", shadow.k_quant, ("P", "Hkv", self.sizes["S"] * self.sizes["D"] // 2), torch.uint8)
         if shadow.k_center is not None:
             self.tensor("k_center", shadow.k_center, ("Hkv", "D"), torch.float32)
 
@@ -148,10 +192,10 @@ class Checker:
             self.require(needed is None, "page_bounds", str(needed), None)
             self.require(bounds_scale is None, "bounds_scale", "None, because page_bounds is None", "a tensor")
             return
-        self.tensor("page_bounds", page_bounds, ("P", "Hkv", 2, "D"), (dtype, torch.uint8))
+        self.paged("page_bounds", page_bounds, ("P", "Hkv", 2, "D"), (dtype, torch.uint8))
         if page_bounds.dtype == torch.uint8:
             self.require(bounds_scale is not None, "bounds_scale", "a tensor, because page_bounds is uint8", None)
-            self.tensor("bounds_scale", bounds_scale, ("P", "Hkv", 2), torch.bfloat16)
+            self.paged("bounds_scale", bounds_scale, ("P", "Hkv", 2), torch.bfloat16)
         else:
             self.require(
                 bounds_scale is None, "bounds_scale", f"None, because page_bounds is {str(dtype).removeprefix('torch.')}", "a tensor"
@@ -164,8 +208,8 @@ class Checker:
             self.require(needed is None, "page_means", str(needed), None)
             return
         self._together("means_scale", means_scale, "page_means", page_means)
-        self.tensor("means_scale", means_scale, ("P", "Hkv", 2), torch.bfloat16)
-        self.tensor("page_means", page_means, ("P", "Hkv", self.sizes["D"] // 2), torch.uint8)
+        self.paged("means_scale", means_scale, ("P", "Hkv", 2), torch.bfloat16)
+        self.paged("page_means", page_means, ("P", "Hkv", self.sizes["D"] // 2), torch.uint8)
 
     def candidates(self, candidates: Candidates, page_size: int | None) -> None:
         indices, counts, tokens_per_index = candidates
@@ -194,8 +238,9 @@ class Checker:
         if budget.head_token_budget is not None:
             self.tensor("head_token_budget", budget.head_token_budget, ("Hkv",), torch.int32)
 
-    def page_fraction(self, page_fraction: float) -> None:
-        self.require(0.0 < page_fraction <= 1.0, "page_fraction", "0 < page_fraction <= 1", page_fraction)
+    def level(self, level: PageLevel) -> None:
+        self.require(0.0 < level.page_fraction <= 1.0, "page_fraction", "0 < page_fraction <= 1", level.page_fraction)
+        self.at_least("min_scored_tokens", level.min_scored_tokens, 0)
 
     def always(self, always: Always) -> None:
         self.at_least("sink_tokens", always.sink_tokens, 0)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ._checks import NO_BACKWARD
 
-LIBRARY = torch.library.Library("twilight", "DEF")
+LIBRARY = torch.library.Library(ops.name, "DEF")
 
 # Inductor must hand over tensors with the strides that eager would have given them: q, k and v arrive as transposed
 # views of a projection and every kernel reads strides, so no copy is ever needed.
@@ -25,15 +26,15 @@ _TYPES = {Tensor: "Tensor", int: "int", float: "float", str: "str"}
 
 
 def define(schema: str, tags: Sequence[torch.Tag] = ()) -> None:
-    """Defines twilight::<schema>, where the native library has not done so.
+    """Defines an operator by its schema without the namespace, where the native library has not done so.
 
     Raises:
         RuntimeError: it has, and otherwise: it is of another version.
     """
-    known = getattr(torch.ops.twilight, schema.partition("(")[0], None)
+    known = getattr(ops, schema.partition("(")[0], None)
     if known is None:
         LIBRARY.define(schema, tags=tags)
-    elif (found := known.default._schema) != (wanted := torch._C.parse_schema(f"twilight::{schema}")):
+    elif (found := known.default._schema) != (wanted := torch._C.parse_schema(add_op_namespace_prefix(schema))):
         raise RuntimeError(f"twilight_ops: schema: expected {wanted}, got {found} from a native library of another version")
 
 
@@ -100,8 +101,8 @@ class Operator:
         self.widths = tuple(len(node.leaves) for node in self.nodes)
         self.arguments, self.returns = self._flat_arguments(mutates), returns
         define(f"{self.name}({self.arguments}) -> {returns}", _TAGS)
-        torch.library.register_fake(f"twilight::{self.name}", self.flat(self._fake), lib=LIBRARY)
-        self.overload = getattr(torch.ops.twilight, self.name).default
+        torch.library.register_fake(add_op_namespace_prefix(self.name), self.flat(self._fake), lib=LIBRARY)
+        self.overload = getattr(ops, self.name).default
 
     def _flat_arguments(self, mutates: Sequence[str]) -> str:
         """The argument list of the schema; only what nothing without a default follows may have one."""
@@ -128,10 +129,10 @@ class Operator:
         for leaf in self.leaves[len(values) :]:
             value = named.pop(leaf.name, leaf.default)
             if value is inspect.Parameter.empty:
-                raise TypeError(f"twilight::{self.name}: {leaf.name}: expected an argument, got none")
+                raise TypeError(f"{add_op_namespace_prefix(self.name)}: {leaf.name}: expected an argument, got none")
             values.append(value)
         if named:
-            raise TypeError(f"twilight::{self.name}: {next(iter(named))}: expected an argument of the operator, got another")
+            raise TypeError(f"{add_op_namespace_prefix(self.name)}: {next(iter(named))}: expected an argument of the operator, got another")
         return values
 
     def groups(self, values: Sequence[Any]) -> list[Any]:

@@ -58,8 +58,8 @@ def check(
     scales: Scales | None,
 ) -> None:
     c = Checker("append_kv", k)
-    c.tensor("k", k, ("B", "T", "Hkv", "D"), FLOAT_DTYPES, contiguous=False)
-    c.tensor("v", v, ("B", "T", "Hkv", "D"), k.dtype, contiguous=False)
+    c.tensor("k", k, ("B", "T", "Hkv", "D"), FLOAT_DTYPES, layout="rows")
+    c.tensor("v", v, ("B", "T", "Hkv", "D"), k.dtype, layout="rows")
     c.require(k.shape[1] >= 1, "k", "at least 1 token", k.shape[1])
     c.cache(kv, k.dtype)
     c.geometry()

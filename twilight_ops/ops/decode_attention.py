@@ -37,7 +37,7 @@ def decode_attention(
         q: [B, T, Hq, D], T 1..8, fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous.
         kv, shadow, bounds, means: as `append_kv` writes them, with the `scales` that it was given. The shadow may be None where nothing is
             pruned and the selector is not "shadow_prefix", the bounds where it is not "quest", the means where it is not "page_mean" and
-            `policy.page_fraction` is 1.
+            has one level.
         paging: a live entry of the table outside 0..P-1 reads some valid page.
         policy: its counts of tokens may be larger than the table and then mean all of it.
         sm_scale: factor on q . k, usually D ** -0.5.
@@ -82,9 +82,10 @@ def check(
     c.budget(policy.budget, policy.always)
     c.pruning(policy.pruning)
     c.at_least("dense_below", policy.dense_below, 0)
-    c.page_fraction(policy.page_fraction)
-    two_levels = policy.page_fraction < 1.0
-    c.require(not two_levels or selector == "shadow_prefix", "page_fraction", '1, unless selector is "shadow_prefix"', policy.page_fraction)
+    c.level(policy.level)
+    fraction = policy.level.page_fraction
+    two_levels = fraction < 1.0
+    c.require(not two_levels or selector == "shadow_prefix", "page_fraction", '1, unless selector is "shadow_prefix"', fraction)
     c.scale(sm_scale)
     if policy.prunes or selector == "shadow_prefix" or shadow is not None:
         c.shadow(shadow)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..arguments import Always, Budget, PageMeans, Paging, Shadow
+from ..arguments import Always, Budget, PageLevel, PageMeans, Paging, Shadow
 from ..capacity import Limits
 from ._checks import Checker
 from ._library import Operator, empty_lists
@@ -16,20 +16,20 @@ def select_tokens(
     sm_scale: float,
     always: Always = Always(),
     means: PageMeans | None = None,
-    page_fraction: float = 1.0,
+    level: PageLevel = PageLevel(),
 ) -> tuple[Tensor, Tensor]:
     """Selects tokens of the largest prefix scores, one ascending list a KV head.
 
     `score[token] = sum over the group's heads and query tokens of softmax over tokens(sm_scale * sum_{j < r} q_{o(j)} k'_{o(j)})`, where
     k' is the dequantised shadow, o = channel_order[h] and r = prefix_channels[h]: only the page's leading prefix block is read.
-    Before the softmax, logits are rounded to 1/256 of an octave, multiples of ln(2) / 256.
+    Before the softmax, logits are rounded to 1/128 of an octave, multiples of ln(2) / 128.
     `budget` tokens are taken: the tokens of `always` first, then by bins of scores from the highest down, and of the bin in which the
     budget ends the lowest positions. A score's bin is its fp32 pattern without the last 20 bits: eight bins an octave, each 7 to 12%
     wide; those below 2**-96 share one. A token whose score is NaN or +inf ranks above all others.
 
-    With a `page_fraction` below 1 pages are scored first, each as one token by the same leading channels of its mean, and of n pages
-    max(ceil(page_fraction n), ceil(budget / S)) are taken, chosen as `select_pages` chooses. Only their tokens are then scored and taken,
-    and a budget beyond them is all of them.
+    With a `level` whose page_fraction is below 1 pages are scored first, each as one token by the same leading channels of its mean, and
+    of n pages max(ceil(page_fraction n), ceil(min_scored_tokens / S), ceil(budget / S)) are taken, chosen as `select_pages` chooses. Only
+    their tokens are then scored and taken, and a budget beyond them is all of them.
 
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
@@ -39,7 +39,7 @@ def select_tokens(
         sm_scale: factor on q . k, usually D ** -0.5.
         always: the first and newest tokens, which are always among the candidates.
         means: of the shadow's keys, as `append_kv` writes them beside it; None with a page_fraction of 1.
-        page_fraction: 0 < page_fraction <= 1.
+        level: whose tokens are scored.
 
     Returns:
         indices [B, Hkv, capacity] int32 positions, ascending, unique, -1 pads; counts [B, Hkv] int32.
@@ -49,7 +49,7 @@ def select_tokens(
 
     Source: this package; heavy channels as in Double Sparsity, arXiv 2408.07092, read from the pruner's own shadow.
     """
-    return OPERATOR(q, shadow, paging, budget, sm_scale, always, means, page_fraction)
+    return OPERATOR(q, shadow, paging, budget, sm_scale, always, means, level)
 
 
 def check(
@@ -60,7 +60,7 @@ def check(
     sm_scale: float,
     always: Always,
     means: PageMeans | None,
-    page_fraction: float,
+    level: PageLevel,
 ) -> None:
     c = Checker("select_tokens", q)
     c.query(q)
@@ -69,8 +69,8 @@ def check(
     c.paging(paging)
     c.budget(budget, always)
     c.scale(sm_scale)
-    c.page_fraction(page_fraction)
-    c.means(means, "a tensor, because page_fraction is below 1" if page_fraction < 1.0 else None)
+    c.level(level)
+    c.means(means, "a tensor, because page_fraction is below 1" if level.page_fraction < 1.0 else None)
     c.no_gradients()
 
 
@@ -82,7 +82,7 @@ def outputs(
     sm_scale: float,
     always: Always,
     means: PageMeans | None,
-    page_fraction: float,
+    level: PageLevel,
 ) -> tuple[Tensor, Tensor]:
     limits = Limits.of(paging.page_table.shape[1] * shadow.k_scale.shape[2], q.shape[1], budget, always)
     return empty_lists(q, q.shape[0], shadow.k_scale.shape[1], limits.token_capacity)

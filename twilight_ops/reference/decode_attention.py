@@ -41,7 +41,7 @@ def decode_attention(
         lists = select_pages(q, pages[0], paging, page_size, policy.budget, sm_scale, policy.always, pages[1], shadow)
         candidates = Candidates(*lists, page_size)
     elif selector == "shadow_prefix":
-        settings = (policy.budget, sm_scale, policy.always, means, policy.page_fraction)
+        settings = (policy.budget, sm_scale, policy.always, means, policy.level)
         candidates = Candidates(*select_tokens(q, shadow, paging, *settings))
     elif selector == "streaming":
         candidates = Candidates(*sinks_and_window(seq_lens, kv_heads, limits, policy.budget.head_token_budget))

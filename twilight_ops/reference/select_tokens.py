@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import Always, Budget, PageMeans, Paging, Shadow
+from ..arguments import Always, Budget, PageLevel, PageMeans, Paging, Shadow
 from ..capacity import Limits
 from ._paging import all_tokens, compute_dtype, dequantise, gather_tokens, unpack_means, unpack_shadow
 from ._top_k import best_pages, group_scores, row_budget, take_best
@@ -17,7 +17,7 @@ def select_tokens(
     sm_scale: float,
     always: Always,
     means: PageMeans | None,
-    page_fraction: float,
+    level: PageLevel,
 ) -> tuple[Tensor, Tensor]:
     (k_quant, k_scale, channel_order, prefix_channels, _), (page_table, seq_lens) = shadow, paging
     batch, query_tokens, heads, head_dim = q.shape
@@ -39,14 +39,14 @@ def select_tokens(
 
     live = tokens < seq_lens[:, None, None]
     wanted = row_budget(seq_lens, kv_heads, limits, budget.head_token_budget)
-    if page_fraction < 1.0:
+    if level.page_fraction < 1.0:
         assert means is not None  # as checked
         rows = torch.where(leading, dequantise(unpack_means(means.page_means), means.means_scale, dtype), 0.0)
         rows = rows[page_table.long().clamp(0, num_pages - 1)]  # [B, M, Hkv, D]
         page_logits = torch.einsum("bthgd,bmhd->bthgm", grouped, rows) * sm_scale
-        share = (-(-seq_lens // page_size).double() * page_fraction).ceil().long()
+        share = (-(-seq_lens // page_size).double() * level.page_fraction).ceil().long().clamp(min=-(-level.min_scored_tokens // page_size))
         pages = torch.maximum(share[:, None], -(-wanted // page_size))
-        capacity = limits.kept_pages_capacity(page_size, page_fraction)
+        capacity = limits.kept_pages_capacity(page_size, level)
         listed, _ = best_pages(page_logits, seq_lens, page_size, limits, pages, capacity)
         kept = live.new_zeros(batch, kv_heads, max_pages + 1).scatter_(2, listed.long() % (max_pages + 1), True)
         live = live & kept[..., :max_pages].repeat_interleave(page_size, dim=-1)

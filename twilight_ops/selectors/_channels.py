@@ -31,15 +31,15 @@ def propose(q: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor
     """`Selector.select` with the layer's own prefix."""
     assert layer.shadow is not None
     policy, paging = layer.policy, Paging(page_table, seq_lens)
-    lists = select_tokens(q, layer.shadow, paging, policy.budget, sm_scale, policy.always, layer.means, policy.page_fraction)
+    lists = select_tokens(q, layer.shadow, paging, policy.budget, sm_scale, policy.always, layer.means, policy.level)
     return Candidates(*lists)
 
 
-def scan_bytes(layer: PagedKVLayer) -> list[float]:
+def scan_bytes(layer: PagedKVLayer, tokens: float) -> list[float]:
     """`Selector.scan_bytes`: the prefix and (scale, zero) of the pages that are kept, and the same of every page's mean."""
     assert layer.shadow is not None
-    pages = layer.policy.page_fraction
-    share = pages if pages == 1.0 else pages + 1 / layer.page_size
+    fraction, least = layer.policy.level
+    share = 1.0 if fraction == 1.0 or tokens <= least else max(fraction, least / tokens) + 1 / layer.page_size
     return [share * (channels / 2 + 2 * stored_bytes(layer.shadow.k_scale)) for channels in layer.shadow.prefix_channels.tolist()]
 
 

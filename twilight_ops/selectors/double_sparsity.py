@@ -38,7 +38,6 @@ class DoubleSparsity(Selector):
     calibration: str | None = None
 
     name: ClassVar[str] = "double_sparsity"
-    scores_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,9 +114,9 @@ class DoubleSparsity(Selector):
         live = live_tokens(seq_lens, labels.shape[1], labels.shape[2])
         return best_tokens(group_scores(logits, live), live, layer, page_table, seq_lens, q.shape[1])
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         if self.uses_shadow:
-            return _channels.scan_bytes(layer)
+            return _channels.scan_bytes(layer, tokens)
         state = layer.selector_state
         names = [name for name in ("labels", "label_scale") if name in state]
         return [float(sum(state[name].shape[3] * stored_bytes(state[name]) for name in names))] * layer.num_kv_heads

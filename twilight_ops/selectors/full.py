@@ -15,10 +15,10 @@ class Full(Selector):
 
     name: ClassVar[str] = "full"
     kernel: ClassVar[str] = "full"
-    scores_tokens: ClassVar[bool] = True
+    proposes_all: ClassVar[bool] = True
 
     def select(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Candidates:
         return Candidates()
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         return [0.0] * layer.num_kv_heads

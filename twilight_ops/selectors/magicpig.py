@@ -83,6 +83,6 @@ class MagicPig(Selector):
         scores = collisions.sum(dim=(1, 3)).float()
         return best_tokens(scores, hit, layer, page_table, seq_lens, q.shape[1])
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         # As implemented, a scan of all codes; real hash tables read only the buckets hit.
         return [float(self.tables * stored_bytes(layer.selector_state["codes"]))] * layer.num_kv_heads

@@ -38,7 +38,7 @@ class PageMean(Selector):
         )
         return Candidates(*lists, layer.page_size)
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         codes, scale = layer.means
         page_bytes = layer.head_dim / 2 * stored_bytes(codes) + 2 * stored_bytes(scale)
         return [page_bytes / layer.page_size] * layer.num_kv_heads

@@ -46,7 +46,7 @@ class Quest(Selector):
         lists = select_pages(q, layer.bounds, paging, layer.page_size, policy.budget, sm_scale, policy.always)
         return Candidates(*lists, layer.page_size)
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         bounds, scale = layer.bounds
         scale_bytes = 0 if scale is None else stored_bytes(scale)
         return [2 * (layer.head_dim * stored_bytes(bounds) + scale_bytes) / layer.page_size] * layer.num_kv_heads

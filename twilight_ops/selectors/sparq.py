@@ -53,6 +53,6 @@ class SparQ(Selector):
         live = live_tokens(seq_lens, kv_heads, keys.shape[2])
         return best_tokens(group_scores(logits, live), live, layer, page_table, seq_lens, q.shape[1])
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
         return [float(min(self.channels, head_dim) * stored_bytes(layer.kv.k_cache))] * kv_heads

@@ -42,5 +42,5 @@ class Streaming(Selector):
         limits, budget = layer.limits(page_table, q.shape[1]), layer.policy.budget
         return Candidates(*sinks_and_window(seq_lens, layer.num_kv_heads, limits, budget.head_token_budget))
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         return [0.0] * layer.num_kv_heads

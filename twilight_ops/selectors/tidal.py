@@ -68,7 +68,7 @@ class Tidal(Selector):
         flags[physical_pages(page_table, pages)] = by_page[..., None]
         return Candidates()
 
-    def scan_bytes(self, layer) -> list[float]:
+    def scan_bytes(self, layer, tokens) -> list[float]:
         kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
         # A selecting layer that is not pruned ranks with the logits its own attention needs anyway.
         scans = layer.index in self.selection_layers and layer.plan.prunes

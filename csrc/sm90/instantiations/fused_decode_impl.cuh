@@ -19,8 +19,7 @@ void launch_kernel(const FusedParams& p, int grid, int cluster_size, int shared_
 
 template <typename T, typename E, int D, int RP>
 void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const bool two_levels = p.selector == Selector::kShadowPrefix && p.page_fraction < 1.0;
-  const auto launcher = two_levels                           ? launch_kernel<T, E, D, RP, Selector::kShadowPrefix, true>
+  const auto launcher = p.two_levels                         ? launch_kernel<T, E, D, RP, Selector::kShadowPrefix, true>
                         : p.selector == Selector::kDense     ? launch_kernel<T, E, D, RP, Selector::kDense>
                         : p.selector == Selector::kQuest     ? launch_kernel<T, E, D, RP, Selector::kQuest>
                         : p.selector == Selector::kPageMean  ? launch_kernel<T, E, D, RP, Selector::kPageMean>
