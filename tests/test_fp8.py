@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comparisons import assert_attention_close
+from comparisons import assert_attention_close, assert_same_state
 from flat import reference
-from inputs import SHAPES, Shape, in_fp8, make_inputs, random_candidates
+from inputs import SHAPES, Shape, in_fp8, interleaved, make_inputs, random_candidates
 from test_append_kv import append, blank, left_aligned
 from test_decode_attention import Decoded
 
@@ -139,6 +139,19 @@ def test_decode_attention_attends_to_what_is_stored_of_the_kept_tokens(backend, 
     listed = {"indices": got.indices, "counts": got.counts}
     oracle = x.oracle("attend_sparse", **listed)
     assert_attention_close(x, (got.out, got.lse), oracle, want_in_fp32(x, listed))
+
+
+@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by tensor"])
+@pytest.mark.parametrize("selector", ["dense", "shadow_prefix"])
+def test_caches_whose_pages_and_heads_lie_apart_give_the_same_bits(backend, selector, by_head):
+    x = in_fp8(make_inputs(SHAPES[0], device=backend.device, bounds_dtype="uint8"))
+    blocks = interleaved(x, by_head)
+    options = {"selector": selector, "token_budget": 60, "top_p": 0.8}
+    got, want = Decoded(backend, blocks, **options), Decoded(backend, x, **options)
+    assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse) and torch.equal(got.indices, want.indices)
+    for y in (blocks, x):
+        backend.append_kv(**y.arguments("append_kv", k=x.keys.flip(1), v=x.values.flip(1)))
+    assert_same_state(blocks, x)
 
 
 BAD = [
