@@ -92,6 +92,7 @@ def twilight_config(method: str, context: int, head_dim: int, options: argparse.
         page_size=PAGE_SIZE,
         dense_layers=1 << 20 if method == "dense" else 0 if prompt else options.dense_layers,
         dense_below=options.dense_below,
+        kv_cache_dtype=options.kv_cache_dtype,
     )
 
 
@@ -355,15 +356,16 @@ def prefill_method(name: str, data: Decoding, options: argparse.Namespace) -> Me
     return Method(name, [], lambda: columns, sampled=sample)
 
 
-def cached_bytes(config: LlamaConfig, tokens: int) -> int:
-    """K and V of `tokens` tokens, 16 bits each."""
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+def cached_bytes(config: LlamaConfig, tokens: int, kv_cache_dtype: str = "auto") -> int:
+    """K and V of `tokens` tokens, 16 or 8 bits each."""
+    return 2 * (1 if kv_cache_dtype == "fp8" else 2) * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
 
 
-def largest_batch(config: LlamaConfig, context: int, weights: int, device: torch.device) -> int:
-    """Sequences whose K, V and 17% beside them fit what the device has left."""
+def largest_batch(config: LlamaConfig, context: int, weights: int, device: torch.device, kv_cache_dtype: str = "auto") -> int:
+    """Sequences whose K, V and what lies beside them, 17% of 16 bits, fit what the device has left."""
     total = torch.cuda.get_device_properties(device).total_memory
-    return max(1, int((total - weights - RESERVE_BYTES) / (cached_bytes(config, context) * (1 + EXTRA_OVER_KV))))
+    each = cached_bytes(config, context, kv_cache_dtype) + cached_bytes(config, context) * EXTRA_OVER_KV
+    return max(1, int((total - weights - RESERVE_BYTES) / each))
 
 
 @contextmanager
@@ -447,6 +449,7 @@ class ModelOp(Op):
         p.add_argument("--spread", type=float, default=SPREAD, metavar="STD", help="of the logits; default: 3.7")
         p.add_argument("--dense-layers", type=int, default=2, metavar="N", help="first layers that attend to everything; default: 2")
         p.add_argument("--dense-below", type=int, metavar="N", help="tokens up to which all attend to everything; default: as shipped")
+        p.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of our K and V; default: auto, the model's")
         p.add_argument("--warmup", type=int, default=8, metavar="N", help="steps before the timed ones; default: 8")
         p.add_argument("--steps", type=int, default=64, metavar="N", help="default: 64")
         p.add_argument("--join-linears", action="store_true", help="query, key and value in one product, gate and up in one")
@@ -482,8 +485,8 @@ class ModelOp(Op):
         self.release(options.device)
 
     def cells(self, options: argparse.Namespace) -> list[tuple[int, int]]:
-        config, device = self.model.config, self.model.device
-        return [(largest_batch(config, n, self.weight_bytes, device) if batch == "max" else int(batch), n) for batch, n in options.shapes]
+        room = (self.weight_bytes, self.model.device, options.kv_cache_dtype)
+        return [(largest_batch(self.model.config, n, *room) if batch == "max" else int(batch), n) for batch, n in options.shapes]
 
     def open(self, cell: tuple[int, int], options: argparse.Namespace, sets: int | None = None, memory_share: float = 1.0) -> Decoding:
         heads = self.model.config.num_key_value_heads // WORLD_SIZE
@@ -499,6 +502,7 @@ class ModelOp(Op):
         if self.kind == "prefill":
             return head | {"layers": min(layers, options.prefill_layers), "dense_layers": 0}
         head |= {"layers": layers, "dense_layers": options.dense_layers, "dense_below": options.dense_below}
+        head |= {} if options.kv_cache_dtype == "auto" else {"kv_cache_dtype": options.kv_cache_dtype}
         return head | {"joined": options.join_linears, "top_p": options.top_p, "spread": options.spread}
 
     def environment(self, options: argparse.Namespace) -> dict:
@@ -512,7 +516,8 @@ class ModelOp(Op):
         ms = timing.median_us / 1e3
         row: dict[str, object] = {"ms": ms, "p10_ms": timing.p10_us / 1e3, "p90_ms": timing.p90_us / 1e3}
         if self.kind == "decode":
-            cached = cached_bytes(self.model.config, cell[1]) * cell[0] // WORLD_SIZE
+            kind = "auto" if method.name == HF_STATIC else options.kv_cache_dtype
+            cached = cached_bytes(self.model.config, cell[1], kind) * cell[0] // WORLD_SIZE
             row["tokens_per_s"] = cell[0] / ms * 1e3
             row["floor_ms"] = (self.read_bytes + cached) / self.bandwidth * 1e3
             row["weights_floor_ms"] = self.read_bytes / self.bandwidth * 1e3

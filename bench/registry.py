@@ -83,6 +83,7 @@ class LayerOp(Op):
         p.add_argument("--page-size", type=int, default=16, metavar="S", help="default: 16")
         p.add_argument("--query-tokens", type=int, default=1, metavar="T", help="of a sequence; dense peers take 1")
         p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="default: 0.85")
+        p.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of our paged K and V; peers read --dtype")
         p.add_argument("--page-order", choices=workload.PAGE_ORDERS, default="shuffled", help="where a sequence's pages lie in the pool")
         p.add_argument("--data", choices=workload.DATA, help="default: qwen, the statistics of its heads, which have 128 channels")
         p.add_argument("--spread", type=float, metavar="STD", help="of the logits of Gaussian data; default: 3.7")
@@ -112,7 +113,8 @@ class LayerOp(Op):
         return workload.build(sizes, options.device, sets, **given)
 
     def head(self, sizes: Sizes, options: argparse.Namespace) -> dict:
-        return {"device": options.device, "shape": sizes.describe(), "dtype": str(sizes.dtype).removeprefix("torch.")}
+        head = {"device": options.device, "shape": sizes.describe(), "dtype": str(sizes.dtype).removeprefix("torch.")}
+        return head | ({} if sizes.kv_cache_dtype == "auto" else {"kv_cache_dtype": sizes.kv_cache_dtype})
 
     def environment(self, options: argparse.Namespace) -> dict:
         data = workload.data_of(options.data, options.head_dim)
@@ -145,7 +147,8 @@ class LayerOp(Op):
 
 def sizes_of(options: argparse.Namespace, batch: int, length: int, heads: str, dtype: str) -> Sizes:
     num_qo_heads, num_kv_heads = map(int, heads.split("/"))
-    return Sizes(batch, options.query_tokens, num_qo_heads, num_kv_heads, options.head_dim, options.page_size, length, DTYPES[dtype])
+    call = (batch, options.query_tokens, num_qo_heads, num_kv_heads, options.head_dim, options.page_size, length, DTYPES[dtype])
+    return Sizes(*call, options.kv_cache_dtype)
 
 
 def ratios(name: str, row: dict, medians: dict[str, float]) -> dict:
@@ -228,7 +231,7 @@ def twilight_method(family: str, name: str, data: Workload, options: argparse.Na
         candidates, kept = workload.budget_means(layers)
         _, lse = calls[0]()
         columns = {
-            "bytes": sizes.kv_bytes if dense else workload.decode_bytes(sizes, layers[0], candidates, kept),
+            "bytes": sizes.stored_bytes if dense else workload.decode_bytes(sizes, layers[0], candidates, kept),
             "candidates": round(candidates, 1),
             "kept_tokens": round(kept, 1),
             "captured_mass": round(captured_mass(lse, data.expected[1]), 5),
@@ -364,7 +367,7 @@ def stage_bytes(stage: str, data: Workload, selector: str, found: workload.Pipel
         "prune": sizes.lists * found.candidates * sizes.num_qo_heads // sizes.num_kv_heads * torch.float32.itemsize,
         "attend": sizes.lists * found.kept * sizes.token_bytes,
     }
-    return round(sizes.kv_bytes if stage == "attend to all" else read.get(stage, sum(read.values())))
+    return round(sizes.stored_bytes if stage == "attend to all" else read.get(stage, sum(read.values())))
 
 
 @functools.cache

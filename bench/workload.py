@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twilight_ops import Always, Explanation, PagedKVCache, PagedKVLayer, Paging, Quest, ShadowPrefix, TwilightConfig, decode_step, explain
+from twilight_ops.arguments import Scales
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
 from twilight_ops.ops import operator as twilight_operator
 from twilight_ops.selectors._paged import allocate_means
@@ -77,6 +78,7 @@ class Sizes:
     page_size: int
     length: int  # live tokens a sequence, this step's included
     dtype: torch.dtype
+    kv_cache_dtype: str = "auto"  # of the paged cache
 
     @property
     def lists(self) -> int:
@@ -85,13 +87,18 @@ class Sizes:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of K and V of all live tokens: what dense attention reads."""
+        """Bytes of K and V of all live tokens in `dtype`: what dense peers read."""
+        return self.lists * self.length * 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of K and V of all live tokens in the paged cache: what our dense attention reads."""
         return self.lists * self.length * self.token_bytes
 
     @property
     def token_bytes(self) -> int:
-        """K and V of one token of one KV head."""
-        return 2 * self.head_dim * self.dtype.itemsize
+        """K and V of one token of one KV head in the paged cache."""
+        return 2 * self.head_dim * (1 if self.kv_cache_dtype == "fp8" else self.dtype.itemsize)
 
     @property
     def shadow_token_bytes(self) -> int:
@@ -119,7 +126,7 @@ class Sizes:
         quest, prefix = (self.lists * candidate_budget(name, self.length) for name in ("quest", "shadow_prefix"))
         by_page = self.bounds_bytes() + quest * self.shadow_token_bytes
         by_token = self.prefix_bytes(self.head_dim // 4) + prefix * (self.head_dim - self.head_dim // 4) // 2
-        return min(self.kv_bytes, by_page, by_token)
+        return min(self.stored_bytes, by_page, by_token)
 
     def describe(self) -> dict[str, int]:
         return {
@@ -135,6 +142,7 @@ class Sizes:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         heads = f"{self.num_qo_heads}/{self.num_kv_heads}"
+        dtype += "" if self.kv_cache_dtype == "auto" else f", K and V {self.kv_cache_dtype}"
         return f"B{self.batch} T{self.query_tokens} heads {heads} D{self.head_dim} S{self.page_size} L{self.length} {dtype}"
 
 
@@ -268,7 +276,7 @@ def call_arguments(op: str, data: Workload, index: int, layer: PagedKVLayer | No
     policy = layer.policy
     # select_pages is timed with bounds, append_kv without means.
     pages = (layer.bounds, layer.means) if op in ("decode_attention", "select_tokens") else (layer.bounds,)
-    groups = (layer.kv, layer.shadow, *pages, data.paging, policy.budget, policy.pruning, Always())
+    groups = (layer.kv, layer.shadow, *pages, data.paging, policy.budget, policy.pruning, Always(), layer.scales or Scales())
     known = {name: value for group in groups for name, value in group._asdict().items()} | {
         "q": data.queries[index],
         "page_size": data.sizes.page_size,
@@ -377,7 +385,7 @@ def build(
     for value in values:
         value.copy_(torch.randn(value.shape, generator=rng, device=device))
 
-    config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_layers=0, dense_below=0)
+    config = TwilightConfig(selector=Quest(), page_size=sizes.page_size, dense_below=0, kv_cache_dtype=sizes.kv_cache_dtype)
     cache = PagedKVCache(config, sets, sizes.num_qo_heads, kv_heads, dim, batch, length, sizes.dtype, device)
     if page_order == "shuffled":
         cache.page_table.copy_(torch.randperm(cache.page_table.numel(), generator=rng, device=device).view_as(cache.page_table))
@@ -389,6 +397,11 @@ def build(
         stop = min(length, start + FILL_CHUNK)
         cache.seq_lens.fill_(stop)
         decode_step.append(keys[:, start:stop], values[:, start:stop], first, cache.page_table, cache.seq_lens)
+    if first.scales is not None:  # peers and checks are given what is stored
+        for b, table in enumerate(cache.page_table.long()):
+            read = (first.scales.keys, first.scales.values)
+            for rows, pages, widen in zip((keys[b], values[b]), first.kv, read, strict=True):
+                rows.copy_(widen(pages[table], sizes.dtype).transpose(1, 2).flatten(0, 1)[:length])
     for layer in cache.layers[1:]:
         for target, source in zip(layer.tensors(), first.tensors(), strict=True):
             target.copy_(source)

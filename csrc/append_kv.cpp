@@ -31,7 +31,9 @@ struct AppendCall {
   Region<char> k_cache, v_cache;
   Region<char> k_quant, k_scale;  // null: no shadow
   const int32_t *channel_order, *prefix_channels;
-  const float* k_center;                   // null: zeros
+  const float* k_center;  // null: zeros
+  bool is_fp8;            // what is stored, else the element type of k and v
+  const float *k_descale, *v_descale, *k_shift;
   Region<char> page_bounds, bounds_scale;  // null: no bounds; scale null unless the bounds are 8-bit codes
   Region<char> page_means, means_scale;    // null: no means
   const int32_t* seq_lens;
@@ -131,27 +133,57 @@ void write_shadow(const AppendCall& call, const TouchedPage& page, int64_t h, in
   call.k_scale.at<uint32_t>(page.physical, h)[s] = pair;
 }
 
+// A row of k or v, as the cache holds it.
+template <class E>
+void store_row(const AppendCall& call, const char* from, const float* shift, float descale, char* to) {
+  if (!call.is_fp8) {
+    std::memcpy(to, from, call.head_dim * sizeof(E));
+    return;
+  }
+  for (int64_t d = 0; d < call.head_dim; d += kLanes) {
+    const VecF x = load_float(reinterpret_cast<const E*>(from) + d);
+    store_float8(reinterpret_cast<Float8*>(to) + d, (shift == nullptr ? x : x - load(shift + d)) / descale);
+  }
+}
+
+// The keys of one page and head as they are stored, one register of channels at a time.
+template <class E>
+struct PageKeys {
+  const AppendCall& call;
+  const char* rows;
+  float descale;
+  const float* shift;
+
+  VecF at(int64_t s, int64_t d) const {
+    const int64_t i = s * call.head_dim + d;
+    if (!call.is_fp8) return load_float(reinterpret_cast<const E*>(rows) + i);
+    const VecF x = load_float(reinterpret_cast<const Float8*>(rows) + i) * descale;
+    return shift == nullptr ? x : x + load(shift + d);
+  }
+};
+
 // Sums every channel in the order of the slots, as all backends do.
 template <class E>
-void write_mean(const AppendCall& call, int64_t page, int64_t h, const E* keys, int64_t live, const int32_t* order) {
+void write_mean(const AppendCall& call, int64_t page, int64_t h, const PageKeys<E>& keys, int64_t live,
+                const int32_t* order) {
   const int64_t dim = call.head_dim;
   float mean[256];
   for (int64_t d = 0; d < dim; d += kLanes) {
     VecF sum = {};
-    for (int64_t s = 0; s < live; ++s) sum += load_float(keys + s * dim + d);
+    for (int64_t s = 0; s < live; ++s) sum += keys.at(s, d);
     store(mean + d, sum / splat(static_cast<float>(std::max<int64_t>(live, 1))));
   }
   *call.means_scale.at<uint32_t>(page, h) = pack_row(call, h, mean, order, call.page_means.at<uint8_t>(page, h));
 }
 
 template <class E>
-void write_bounds(const AppendCall& call, int64_t page, int64_t h, const E* keys, int64_t live) {
+void write_bounds(const AppendCall& call, int64_t page, int64_t h, const PageKeys<E>& keys, int64_t live) {
   const int64_t dim = call.head_dim;
   float bounds[512];
   Extent all;
   for (int64_t d = 0; d < dim; d += kLanes) {
     Extent column;
-    for (int64_t s = 0; s < live; ++s) column.add(load_float(keys + s * dim + d));
+    for (int64_t s = 0; s < live; ++s) column.add(keys.at(s, d));
     const VecF none = column.nan ? splat(NAN) : VecF{};
     const VecI empty = splat(static_cast<int32_t>(live == 0 ? -1 : 0));
     const VecF low = column.nan | empty ? none : column.low, high = column.nan | empty ? none : column.high;
@@ -176,6 +208,9 @@ template <class E>
 void write_page(const AppendCall& call, const TouchedPage& page, int64_t h) {
   const int64_t size = call.page_size, row_bytes = call.head_dim * call.element_size;
   char *keys_to = call.k_cache.at<char>(page.physical, h), *values_to = call.v_cache.at<char>(page.physical, h);
+  const float* shift = call.k_shift == nullptr ? nullptr : call.k_shift + h * call.head_dim;
+  const float k_descale = call.k_descale == nullptr ? 1 : call.k_descale[h];
+  const float v_descale = call.v_descale == nullptr ? 1 : call.v_descale[h];
   int32_t order[256];
   for (int64_t j = 0; j < call.head_dim; ++j) {
     const int64_t channel = call.channel_order == nullptr ? j : call.channel_order[h * call.head_dim + j];
@@ -185,12 +220,12 @@ void write_page(const AppendCall& call, const TouchedPage& page, int64_t h) {
     const int64_t t = page.token_at(s);
     if (t < 0) continue;
     const char* key = call.k.row(page.b, t, h);
-    std::memcpy(keys_to + s * row_bytes, key, row_bytes);
-    std::memcpy(values_to + s * row_bytes, call.v.row(page.b, t, h), row_bytes);
+    store_row<E>(call, key, shift, k_descale, keys_to + s * row_bytes);
+    store_row<E>(call, call.v.row(page.b, t, h), nullptr, v_descale, values_to + s * row_bytes);
     if (call.k_quant.data != nullptr) write_shadow<E>(call, page, h, s, key, order);
   }
   const int64_t live = std::min<int64_t>(std::max<int64_t>(call.seq_lens[page.b] - page.logical * size, 0), size);
-  const E* keys = reinterpret_cast<const E*>(keys_to);
+  const PageKeys<E> keys{call, keys_to, k_descale, shift};
   if (call.page_bounds.data != nullptr) write_bounds(call, page.physical, h, keys, live);
   if (call.page_means.data != nullptr) write_mean(call, page.physical, h, keys, live, order);
 }
@@ -255,10 +290,15 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
     check.absent("bounds_scale", bounds_scale, "None, because page_bounds is None");
   }
   check.means(page_means, means_scale);
+  check.scales(k_descale, v_descale, k_shift, k_cache.scalar_type());
   if (positions.has_value()) check.tensor("positions", *positions, {"B", "T"}, {ScalarType::Int});
   check.no_gradients();
 
   const int64_t element_size = element_kernels(dtype).element_size, batch = k.size(0), tokens = k.size(1);
+  const bool is_fp8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  const auto floats = [](const OptionalTensor& tensor) {
+    return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
+  };
   const Paging paging(page_table, seq_lens, k_cache.size(0), k_cache.size(2));
   const AppendCall call{Strided(k, element_size),
                         Strided(v, element_size),
@@ -268,7 +308,11 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
                         written_region_or_null(k_scale),
                         channel_order.has_value() ? channel_order->const_data_ptr<int32_t>() : nullptr,
                         prefix_channels.has_value() ? prefix_channels->const_data_ptr<int32_t>() : nullptr,
-                        k_center.has_value() ? k_center->const_data_ptr<float>() : nullptr,
+                        floats(k_center),
+                        is_fp8,
+                        floats(k_descale),
+                        floats(v_descale),
+                        floats(k_shift),
                         written_region_or_null(page_bounds),
                         written_region_or_null(bounds_scale),
                         written_region_or_null(page_means),
@@ -277,7 +321,7 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
                         k_cache.size(1),
                         paging.page_size,
                         k_cache.size(3),
-                        element_size};
+                        is_fp8 ? 1 : element_size};
 
   Arena& arena = Arena::mine();
   Arena::Scope scope(arena);

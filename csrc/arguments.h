@@ -8,7 +8,8 @@
   const Tensor &k, const Tensor &v, Tensor k_cache, Tensor v_cache, const Tensor &page_table, const Tensor &seq_lens, \
       const OptionalTensor &positions, OptionalTensor k_quant, OptionalTensor k_scale,                                \
       const OptionalTensor &channel_order, const OptionalTensor &prefix_channels, const OptionalTensor &k_center,     \
-      OptionalTensor page_bounds, OptionalTensor bounds_scale, OptionalTensor page_means, OptionalTensor means_scale
+      OptionalTensor page_bounds, OptionalTensor bounds_scale, OptionalTensor page_means, OptionalTensor means_scale, \
+      const OptionalTensor &k_descale, const OptionalTensor &v_descale, const OptionalTensor &k_shift
 
 #define TWILIGHT_DECODE_ATTENTION_ARGUMENTS                                                                         \
   const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &page_table, const Tensor &seq_lens,  \
@@ -20,4 +21,5 @@
       const OptionalTensor &bounds_scale, const OptionalTensor &indices, const OptionalTensor &counts,              \
       int64_t tokens_per_index, OptionalTensor budget_counters, OptionalTensor kept_indices,                        \
       OptionalTensor kept_counts, const OptionalTensor &page_means, const OptionalTensor &means_scale,              \
-      OptionalTensor out
+      OptionalTensor out, const OptionalTensor &k_descale, const OptionalTensor &v_descale,                         \
+      const OptionalTensor &k_shift

@@ -23,7 +23,16 @@ void AttendRow::start(const KVCache& cache, const Paging& paging, const Query& q
   states_ = arena.take<State>(parts * padded_rows_);
   partial_ = arena.take<float>(parts * padded_rows_ * query.head_dim);
   std::fill(q_, q_ + padded_rows_ * query.head_dim, 0.0f);
-  for (int64_t r = 0; r < query.rows; ++r) query.load(b, h, r, q_ + r * query.head_dim);
+  shifts_ = arena.take<float>(query.rows);
+  for (int64_t r = 0; r < query.rows; ++r) {
+    float* q = q_ + r * query.head_dim;
+    query.load(b, h, r, q);
+    VecF shift = {};
+    for (int64_t d = 0; d < query.head_dim && cache.k_shift != nullptr; d += kLanes)
+      shift += load(q + d) * load(cache.k_shift + h * query.head_dim + d);
+    shifts_[r] = reduce_add(shift);
+    for (int64_t d = 0; d < query.head_dim && cache.k_descale != nullptr; ++d) q[d] *= cache.k_descale[h];
+  }
 }
 
 void AttendRow::attend(int64_t part) {
@@ -114,11 +123,12 @@ void AttendRow::merge() {
       const float* from = partial_ + (part * padded_rows_ + r) * dim;
       for (int64_t d = 0; d < dim; ++d) sum[d] += factor * from[d];
     }
-    const float inverse = total == 0 ? 0.0f : 1.0f / total;
+    const float inverse = total == 0 ? 0.0f : (cache_->v_descale == nullptr ? 1.0f : cache_->v_descale[h_]) / total;
     for (int64_t d = 0; d < dim; ++d) sum[d] = total == 0 ? 0.0f : sum[d] * inverse;
     const int64_t row = query_->out_row(b_, h_, r);
-    cache_->kernels->narrow(sum, dim, static_cast<char*>(out_) + row * dim * cache_->kernels->element_size);
-    lse_[row] = peak == kInf && !has_nan ? kInf : peak + std::log(total);
+    const ElementKernels& kernels = element_kernels(query_->dtype);
+    kernels.narrow(sum, dim, static_cast<char*>(out_) + row * dim * kernels.element_size);
+    lse_[row] = peak == kInf && !has_nan ? kInf : peak + std::log(total) + shifts_[r];
   }
 }
 
@@ -153,7 +163,8 @@ class AttendOpRow : public AttendRow {
 std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                          const Tensor& page_table, const Tensor& seq_lens,
                                          const OptionalTensor& indices, const OptionalTensor& counts,
-                                         int64_t tokens_per_index, double sm_scale) {
+                                         int64_t tokens_per_index, double sm_scale, const OptionalTensor& k_descale,
+                                         const OptionalTensor& v_descale, const OptionalTensor& k_shift) {
   Checker check("attend_sparse", q);
   check.query(q);
   check.cache(k_cache, v_cache);
@@ -161,9 +172,10 @@ std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache,
   check.paging(page_table, seq_lens);
   check.candidates(indices, counts, tokens_per_index, k_cache.size(2));
   check.scale(sm_scale);
+  check.scales(k_descale, v_descale, k_shift, k_cache.scalar_type());
   check.no_gradients();
 
-  const KVCache cache(k_cache, v_cache);
+  const KVCache cache(k_cache, v_cache, k_descale, v_descale, k_shift);
   const Query query(q, cache.kv_heads, sm_scale);
   const Paging paging(page_table, seq_lens, cache.num_pages, cache.page_size);
   const GivenCandidates candidates(indices, counts, tokens_per_index);

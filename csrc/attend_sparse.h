@@ -8,13 +8,19 @@
 namespace twilight {
 
 struct KVCache {
-  ReadRegion k, v;  // [P, Hkv, S, D]
+  ReadRegion k, v;                     // [P, Hkv, S, D]
+  const float *k_descale, *v_descale;  // [Hkv]; null: 1
+  const float* k_shift;                // [Hkv, D]; null: 0
   int64_t num_pages, kv_heads, page_size, head_dim;
   const ElementKernels* kernels;
 
-  KVCache(const Tensor& k_cache, const Tensor& v_cache)
+  KVCache(const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_descale,
+          const OptionalTensor& v_descale, const OptionalTensor& k_shift)
       : k(region_of(k_cache)),
         v(region_of(v_cache)),
+        k_descale(k_descale.has_value() ? k_descale->const_data_ptr<float>() : nullptr),
+        v_descale(v_descale.has_value() ? v_descale->const_data_ptr<float>() : nullptr),
+        k_shift(k_shift.has_value() ? k_shift->const_data_ptr<float>() : nullptr),
         num_pages(k_cache.size(0)),
         kv_heads(k_cache.size(1)),
         page_size(k_cache.size(2)),
@@ -57,7 +63,8 @@ class AttendRow {
   int64_t b_, h_, length_, padded_rows_;
   const int32_t* positions_ = nullptr;
   int64_t count_ = 0;
-  float* q_;        // [padded rows, D]
+  float* q_;        // [padded rows, D], times k_descale
+  float* shifts_;   // [rows]: q . k_shift, which every logit lacks
   State* states_;   // [parts, padded rows]
   float* partial_;  // [parts, padded rows, D]
   void* out_;

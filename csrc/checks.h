@@ -32,11 +32,17 @@ constexpr int64_t kMaxQueryTokens = 8;
 constexpr int64_t kPageAlignment = 16, kMaxPageStride = int64_t{1} << 32;  // bytes
 
 inline std::string dtype_name(ScalarType dtype) {
-  constexpr std::pair<ScalarType, const char*> kNames[] = {
-      {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"},    {ScalarType::Half, "float16"},
-      {ScalarType::Byte, "uint8"},    {ScalarType::BFloat16, "bfloat16"}, {ScalarType::Char, "int8"},
-      {ScalarType::Short, "int16"},   {ScalarType::Int, "int32"},         {ScalarType::Long, "int64"},
-      {ScalarType::Bool, "bool"}};
+  constexpr std::pair<ScalarType, const char*> kNames[] = {{ScalarType::Float, "float32"},
+                                                           {ScalarType::Double, "float64"},
+                                                           {ScalarType::Half, "float16"},
+                                                           {ScalarType::Byte, "uint8"},
+                                                           {ScalarType::BFloat16, "bfloat16"},
+                                                           {ScalarType::Char, "int8"},
+                                                           {ScalarType::Short, "int16"},
+                                                           {ScalarType::Int, "int32"},
+                                                           {ScalarType::Long, "int64"},
+                                                           {ScalarType::Bool, "bool"},
+                                                           {ScalarType::Float8_e4m3fn, "float8_e4m3fn"}};
   for (const auto& [known, name] : kNames)
     if (known == dtype) return name;
   return torch::headeronly::toString(dtype);
@@ -217,8 +223,21 @@ class Checker {
   }
 
   void cache(const Tensor& k_cache, const Tensor& v_cache) {
-    paged("k_cache", k_cache, {"P", "Hkv", "S", "D"}, {dtype_});
-    paged("v_cache", v_cache, {"P", "Hkv", "S", "D"}, {dtype_});
+    paged("k_cache", k_cache, {"P", "Hkv", "S", "D"}, {dtype_, ScalarType::Float8_e4m3fn});
+    paged("v_cache", v_cache, {"P", "Hkv", "S", "D"}, {k_cache.scalar_type()});
+  }
+
+  void scales(const OptionalTensor& k_descale, const OptionalTensor& v_descale, const OptionalTensor& k_shift,
+              ScalarType stored) {
+    if (stored != ScalarType::Float8_e4m3fn) {
+      const std::string expected = "None, because k_cache is " + dtype_name(stored);
+      absent("k_descale", k_descale, expected);
+      absent("v_descale", v_descale, expected);
+      absent("k_shift", k_shift, expected);
+    }
+    if (k_descale.has_value()) tensor("k_descale", *k_descale, {"Hkv"}, {ScalarType::Float});
+    if (v_descale.has_value()) tensor("v_descale", *v_descale, {"Hkv"}, {ScalarType::Float});
+    if (k_shift.has_value()) tensor("k_shift", *k_shift, {"Hkv", "D"}, {ScalarType::Float});
   }
 
   void shadow(const OptionalTensor& k_quant, const OptionalTensor& k_scale, const OptionalTensor& channel_order,

@@ -262,10 +262,11 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
     check.tensor("kept_indices", *kept_indices, {"B", "Hkv", k_cache.size(2) * page_table.size(1)}, {ScalarType::Int});
     check.tensor("kept_counts", *kept_counts, {"B", "Hkv"}, {ScalarType::Int});
   }
+  check.scales(k_descale, v_descale, k_shift, k_cache.scalar_type());
   if (out.has_value()) check.tensor("out", *out, {"B", "T", "Hq", "D"}, {q.scalar_type()});
   check.no_gradients();
 
-  const KVCache cache(k_cache, v_cache);
+  const KVCache cache(k_cache, v_cache, k_descale, v_descale, k_shift);
   const Query query(q, cache.kv_heads, sm_scale);
   const Paging paging(page_table, seq_lens, cache.num_pages, cache.page_size);
   std::optional<Shadow> shadow;

@@ -113,6 +113,7 @@ constexpr ElementKernels kernels_of() {
 
 const ElementKernels& element_kernels(ScalarType dtype) {
   static const ElementKernels fp32 = kernels_of<float>(), bf16 = kernels_of<BFloat16>(), fp16 = kernels_of<Half>(),
+                              fp8 = {&dot<Float8>, &accumulate<Float8>, nullptr, 1},
                               codes = {&dot<uint8_t>, nullptr, nullptr, 1};
   switch (dtype) {
     case ScalarType::Float:
@@ -121,6 +122,8 @@ const ElementKernels& element_kernels(ScalarType dtype) {
       return bf16;
     case ScalarType::Half:
       return fp16;
+    case ScalarType::Float8_e4m3fn:
+      return fp8;
     default:
       return codes;
   }

@@ -82,15 +82,6 @@ inline VecU widen(const uint16_t* from) {
 #endif
 }
 inline VecF load_float(const BFloat16* from) { return (VecF)(widen(&from->x) << 16); }
-inline VecF load_float(const uint8_t* from) {
-#if defined(TWILIGHT_AVX512)
-  return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(TWILIGHT_AVX2)
-  return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-  return __builtin_convertvector(__builtin_convertvector(load<VectorOf<uint8_t, kLanes>::type>(from), VecI), VecF);
-#endif
-}
 inline VecF load_float(const Half* from) {
 #if defined(TWILIGHT_AVX512)
   return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -103,6 +94,40 @@ inline VecF load_float(const Half* from) {
   const VecF size = (VecF)((h & 0x7fff) << 13) * 0x1p112f;
   return (VecF)((VecU)size | special | ((h & 0x8000) << 16));
 #endif
+}
+
+// One element of float8_e4m3fn: sign, four bits of exponent with a bias of 7, three of mantissa; all ones is NaN.
+struct Float8 {
+  uint8_t x;
+};
+constexpr float kFloat8Max = 448;
+
+inline VecU widen(const uint8_t* from) {
+#if defined(TWILIGHT_AVX512)
+  return (VecU)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(TWILIGHT_AVX2)
+  return (VecU)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  return __builtin_convertvector(load<VectorOf<uint8_t, kLanes>::type>(from), VecU);
+#endif
+}
+inline VecF load_float(const uint8_t* from) { return __builtin_convertvector((VecI)widen(from), VecF); }
+// Exponent and mantissa move to their fp32 places; 2^120 corrects the bias, subnormals included.
+inline VecF load_float(const Float8* from) {
+  const VecU bits = widen(&from->x), size = bits & 0x7f;
+  const VecU nan = (VecU)(size == 0x7f) & 0x7fc00000;
+  return (VecF)((VecU)((VecF)(size << 20) * 0x1p120f) | nan | (bits & 0x80) << 24);
+}
+// The nearest numbers, ties to even; what is too large becomes the largest.
+inline void store_float8(Float8* to, VecF x) {
+  const VecU size = (VecU)x & 0x7fffffff;
+  const VecF wide = (VecF)size, capped = wide > kFloat8Max ? splat(kFloat8Max) : wide;
+  // Below the smallest normal number adding 2^14 leaves units of 2^-9.
+  const VecU small = (VecU)(capped + 16384.0f) - 0x46800000;
+  const VecU at = (VecU)capped, normal = (at - (120u << 23) + 0x7ffff + (at >> 20 & 1)) >> 20;
+  const VecU code = (VecU)(capped < 0.015625f) & small, rest = (VecU)(capped >= 0.015625f) & normal;
+  const VecU nan = (VecU)(x != x) & 0x7f;
+  store(to, __builtin_convertvector(code | rest | nan | ((VecU)x >> 24 & 0x80), VectorOf<uint8_t, kLanes>::type));
 }
 
 // Bit i is set where lane i of a comparison's result is.

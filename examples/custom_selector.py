@@ -114,7 +114,10 @@ class PageBalls(Selector):
     def allocate(self, layer, previous):
         k_cache = layer.kv.k_cache
         rows = (k_cache.shape[0] + 1, layer.num_kv_heads)  # the last page takes what belongs nowhere, so that shapes are fixed
-        return {"centers": k_cache.new_zeros(*rows, layer.head_dim), "radii": k_cache.new_zeros(rows, dtype=torch.float32)}
+        return {
+            "centers": k_cache.new_zeros(*rows, layer.head_dim, dtype=layer.dtype),
+            "radii": k_cache.new_zeros(rows, dtype=torch.float32),
+        }
 
     def append(self, k, layer, page_table, seq_lens, positions):
         # append_kv has stored the new rows: only the newest pages of each sequence, which hold them, have changed.
@@ -125,8 +128,9 @@ class PageBalls(Selector):
         physical = torch.where((pages >= 0) & (physical >= 0), physical, spare).long()
         slots = pages[..., None] * size + torch.arange(size, device=k.device)
         live = (slots < seq_lens[:, None, None])[:, :, None, :, None]
-        keys = k_cache[physical.clamp(max=spare - 1)].float()  # [B, N, Hkv, S, D]
-        centers = (keys.where(live, 0.0).sum(3) / live.sum(3).clamp(min=1)).to(k_cache.dtype)
+        stored = k_cache[physical.clamp(max=spare - 1)]  # [B, N, Hkv, S, D]
+        keys = stored.float() if layer.scales is None else layer.scales.keys(stored, torch.float32)
+        centers = (keys.where(live, 0.0).sum(3) / live.sum(3).clamp(min=1)).to(layer.dtype)
         distances = (keys - centers[..., None, :].float()).norm(dim=-1).where(live[..., 0], 0.0)
         layer.selector_state["centers"][physical] = centers
         layer.selector_state["radii"][physical] = distances.amax(-1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from inputs import CACHE_TENSORS, DecodeInputs, mean_keys, shadow_keys
+from inputs import CACHE_TENSORS, DecodeInputs, mean_keys, paged_rows, shadow_keys
 from torch import Tensor
 
+from twilight_ops.arguments import FP8
 from twilight_ops.capacity import HISTOGRAM_BINS, LOGIT_LEVELS
 
 # A kernel may be this many times worse than the straightforward PyTorch computation in the same dtype: both errors are maxima of a few
@@ -43,7 +44,9 @@ def assert_close_to_oracle(got: Tensor, oracle: Tensor, plain: Tensor, what: str
 def assert_same_state(got: DecodeInputs, want: DecodeInputs) -> None:
     """Every cache tensor is equal, bit for bit but for the payload of a NaN."""
     for name in CACHE_TENSORS:
-        g, w = getattr(got, name), getattr(want, name)
+        g, w = (
+            tensor.float() if tensor is not None and tensor.dtype == FP8 else tensor for tensor in (getattr(got, name), getattr(want, name))
+        )
         assert (g is None) == (w is None)
         if g is not None:
             torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
@@ -185,15 +188,6 @@ def plain_weights(x: DecodeInputs, dtype: torch.dtype, member: Tensor | None = N
     """Softmax [B, T, Hq, N] over the shadow's keys, computed the obvious way in `dtype`."""
     logits = plain_logits(x, paged_rows(x, shadow_keys(x, dtype)), dtype)
     return logits.masked_fill(~visible_mask(x, member), -torch.inf).softmax(-1).nan_to_num(0.0)
-
-
-def paged_rows(x: DecodeInputs, pages: Tensor) -> Tensor:
-    """Live rows of `pages` [P, Hkv, S, D], left-aligned: [B, max(seq_lens), Hkv, D]."""
-    rows = torch.zeros(x.keys.shape, dtype=pages.dtype, device=pages.device)
-    for b, length in enumerate(x.seq_lens.tolist()):
-        owned = x.page_table[b, : -(-length // x.page_size)].long()
-        rows[b, :length] = pages[owned].transpose(1, 2).flatten(0, 1)[:length]
-    return rows
 
 
 def group_sum_of_softmax(x: DecodeInputs, logits: Tensor, live: Tensor, rounded: bool = True) -> Tensor:

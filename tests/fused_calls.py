@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from flat import reference
-from inputs import DecodeInputs, Shape, make_inputs, on_device
+from inputs import DecodeInputs, Shape, in_fp8, make_inputs, on_device
 from torch import Tensor
 
 from twilight_ops import backends, capacity, launch_plan
@@ -52,7 +53,11 @@ def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: 
     return launch_plan.plan_of(launch_plan.Request(**(call | settings)))
 
 
-def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[DecodeInputs, dict, int]:
+# Of caches in float8 the emulator has but one dtype of queries a head dimension.
+FP8_DTYPES = {64: torch.float16, 128: torch.bfloat16}
+
+
+def random_call(seed: int, longest: int = 1500, device: str = "cpu", fp8: bool = False) -> tuple[DecodeInputs, dict, int]:
     """A ragged call of random geometry, selector and pruner: (inputs, overrides, cluster size)."""
     rng = random.Random(seed)
     page_size = rng.choice([16, 16, 32, 64])
@@ -71,7 +76,9 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu") -> tuple[De
         query_tokens,
         rng.choice([torch.bfloat16, torch.float16]),
     )
+    shape = replace(shape, dtype=FP8_DTYPES[shape.head_dim]) if fp8 else shape
     inputs = make_inputs(shape, seed=seed, spread=rng.choice([3.7, 1.0, 8.0, 40.0]), bounds_dtype="uint8")
+    inputs = in_fp8(inputs) if fp8 else inputs
     if device != "cpu":
         inputs = on_device(inputs, device)
     overrides = {

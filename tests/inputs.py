@@ -10,6 +10,8 @@ import torch
 from flat import reference
 from torch import Tensor
 
+from twilight_ops.arguments import FP8, Scales
+
 # What every selector and pruner argument is unless a test says otherwise.
 DEFAULTS = {
     "token_budget": 64,
@@ -92,6 +94,9 @@ class DecodeInputs:
     values: Tensor  # [B, N, Hkv, D]
     page_means: Tensor | None = None  # [P, Hkv, D / 2] uint8
     means_scale: Tensor | None = None  # [P, Hkv, 2] bf16
+    k_descale: Tensor | None = None  # [Hkv] fp32
+    v_descale: Tensor | None = None  # [Hkv] fp32
+    k_shift: Tensor | None = None  # [Hkv, D] fp32
 
     @property
     def page_size(self) -> int:
@@ -135,6 +140,10 @@ class DecodeInputs:
         """The same numbers in fp64: what makes a reference the oracle."""
         floats = ("q", "k_cache", "v_cache", "keys", "values")
         wide = {name: getattr(self, name).double() for name in floats}
+        if self.k_cache.dtype == FP8:
+            scales = Scales(self.k_descale, self.v_descale, self.k_shift)
+            wide |= {"k_cache": scales.keys(self.k_cache, torch.float64), "v_cache": scales.values(self.v_cache, torch.float64)}
+            wide |= dict.fromkeys(Scales._fields)
         if self.bounds_scale is None:
             wide["page_bounds"] = self.page_bounds.double()
         return replace(self, **wide)
@@ -273,6 +282,33 @@ def _host_inputs(shape: Shape, seed: int, spread: float, bounds_dtype: str, spar
         positions = torch.arange(longest, dtype=torch.int32).expand(batch, -1).masked_fill(beyond, -1)
         reference.append_kv(**host.arguments("append_kv", k=keys, v=values, positions=positions))
     return host
+
+
+def in_fp8(x: DecodeInputs) -> DecodeInputs:
+    """The same call on K and V in float8_e4m3fn, by scales that differ from head to head; keys and values become what is stored then."""
+    rng = torch.Generator().manual_seed(1)
+    kv_heads, dim = x.num_kv_heads, x.q.shape[-1]
+    k_descale, v_descale = (2.0 ** torch.randint(-6, 2, (kv_heads,), generator=rng).float() for _ in range(2))
+    scales = Scales(k_descale, v_descale, 3 * torch.randn(kv_heads, dim, generator=rng))._asdict()
+    scales = {name: tensor.to(x.q.device) for name, tensor in scales.items()}
+    pages = {name: getattr(x, name).to(FP8) for name in ("k_cache", "v_cache")}  # NaN
+    y = replace(x.clone(), **pages, **scales)
+    position = torch.arange(x.keys.shape[1], dtype=torch.int32, device=x.q.device).expand(len(x.seq_lens), -1)
+    position = torch.where(position < x.seq_lens[:, None], position, -1)
+    reference.append_kv(**y.arguments("append_kv", k=x.keys, v=x.values, positions=position))
+    wide = y.upcast()
+    return replace(
+        y, **{name: paged_rows(x, getattr(wide, page)).to(x.q.dtype) for name, page in (("keys", "k_cache"), ("values", "v_cache"))}
+    )
+
+
+def paged_rows(x: DecodeInputs, pages: Tensor) -> Tensor:
+    """Live rows of `pages` [P, Hkv, S, D], left-aligned: [B, max(seq_lens), Hkv, D]."""
+    rows = torch.zeros(x.keys.shape, dtype=pages.dtype, device=pages.device)
+    for b, length in enumerate(x.seq_lens.tolist()):
+        owned = x.page_table[b, : -(-length // x.page_size)].long()
+        rows[b, :length] = pages[owned].transpose(1, 2).flatten(0, 1)[:length]
+    return rows
 
 
 def on_device(x: DecodeInputs, device: torch.device | str) -> DecodeInputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import twilight_ops  # noqa: E402
 from bench import base, checks, fit, heads, peers, phases, registry, rows, run, speed_of_light, timing, workload  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.workload import Sizes, buffer_sets  # noqa: E402
-from twilight_ops import Quest, ShadowPrefix, TwilightConfig, kernels  # noqa: E402
+from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, kernels  # noqa: E402
 
 SMALL = Sizes(2, 1, 8, 2, 128, 16, 1024, torch.float32)
 GIB = 2**30
@@ -232,6 +233,15 @@ def test_wrong_results_are_refused(data):
     assert "not finite" in check((torch.full_like(exact, torch.nan), lse))
     assert "exceeds" in check((exact, lse + 0.1))
     assert "captures only" in check((exact, lse - 1.0))
+
+
+def test_a_cache_in_fp8_is_timed_on_what_it_stores_and_counts_its_bytes():
+    sizes = replace(SMALL, kv_cache_dtype="fp8")
+    assert sizes.stored_bytes * 4 == sizes.kv_bytes == SMALL.kv_bytes and "K and V fp8" in str(sizes)
+    data = workload.build(sizes, "cpu", 1)
+    layer = data.layers(TwilightConfig(Full(), dense_layers=1))[0]
+    out, _ = workload.operator("decode_attention")(**workload.call_arguments("decode_attention", data, 0, layer))
+    torch.testing.assert_close(out, data.expected[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["64:32k", "64:32k:32", "a:32k:32/8", "64:32k:32/5", "0:1k:32/8", "::", "every"])

@@ -156,6 +156,7 @@ def test_fields_of_the_configuration_in_a_selector_are_honoured_and_may_not_cont
         Quest(), page_size=64, recent_tokens=9, dense_below=7
     )
     assert config("--selector", "quest:page_size=64", "--page-size", 64).page_size == 64
+    assert config("--kv-cache-dtype", "fp8") == TwilightConfig(kv_cache_dtype="fp8")
     for option, value, other in (("page_size", 64, 32), ("dense_layers", 1, 2), ("dense_below", 10, 0)):
         flag = "--" + option.replace("_", "-")
         with pytest.raises(ValueError, match=f"{flag[2:]}: expected {value} as in --selector quest:{option}={value}, got {other}"):

@@ -54,6 +54,7 @@ FIELDS = {
             (None, [LayerOverride()], {-1: LayerOverride()}, {"0": LayerOverride()}, {True: LayerOverride()}, {0: Quest()}),
         ),
         "calibration": ((None, "a file"), ("", 3, b"a")),
+        "kv_cache_dtype": (("auto", "fp8"), ("fp4", "float8_e4m3fn", None, 8, torch.float8_e4m3fn)),
         "offload": ((True, False, np.bool_(True), "a directory"), ("", 1, None, b"a")),
         "hot_tokens": ((0, 1, np.int64(8192)), NOT_A_COUNT),
     },

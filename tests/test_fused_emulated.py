@@ -13,11 +13,12 @@ import pytest
 import torch
 from comparisons import assert_same_state
 from flat import reference
-from fused_calls import assert_as_reference, extreme_call, needs_plan, observed, random_call, request_of
-from inputs import CACHE_TENSORS, Shape, interleaved, make_inputs, strided
+from fused_calls import FP8_DTYPES, assert_as_reference, extreme_call, needs_plan, observed, random_call, request_of
+from inputs import CACHE_TENSORS, Shape, in_fp8, interleaved, make_inputs, strided
 from test_strides import check_append
 
 from twilight_ops import launch_plan
+from twilight_ops.arguments import FP8, Scales
 
 SOURCE = Path(__file__).parent / "emulator" / "fused_decode.cpp"
 COMPILER = shutil.which("g++")
@@ -29,7 +30,7 @@ OPTIONAL = ("budget_counters", "kept_indices", "kept_counts", "page_means", "mea
 
 APPENDED = (
     "k_cache v_cache k_quant k_scale page_bounds bounds_scale channel_order prefix_channels k_center page_table seq_lens positions "
-    "page_means means_scale"
+    "page_means means_scale k_descale v_descale k_shift"
 ).split()
 
 
@@ -63,7 +64,7 @@ class FusedTensors(ctypes.Structure):
         *kinds(TENSORS),
         ("top_p_stride_batch", ctypes.c_int),
         ("top_p_stride_head", ctypes.c_int),
-        *kinds((*OPTIONAL, "out", "lse")),
+        *kinds((*OPTIONAL, "out", "lse", *Scales._fields)),
         ("top_p", ctypes.c_double),
         ("sm_scale", ctypes.c_float),
     ]
@@ -102,13 +103,15 @@ def emulate(emulator, a: dict, cluster_size: int, seed: int) -> tuple[torch.Tens
     lse = torch.full(q.shape[:-1], float("nan"))
     p = FusedTensors(q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), top_p=a["top_p"], sm_scale=a["sm_scale"])
     p.q_stride_batch, p.q_stride_token, p.q_stride_head = q.stride()[:3]
-    point(p, (*TENSORS, *OPTIONAL), a)
+    point(p, (*TENSORS, *OPTIONAL, *Scales._fields), a)
     per_head = a.get("head_top_p")
     if per_head is not None:
         p.top_p_stride_batch, p.top_p_stride_head = (0 if n == 1 else s for n, s in zip(per_head.shape, per_head.stride(), strict=True))
     request = request_of(a)._replace(cluster_size=cluster_size)
     structure = launch_plan.PlanLibrary(emulator).structure(request)
-    shared = emulator.emulate_fused_decode(ctypes.byref(p), ctypes.byref(structure), q.dtype == torch.float16, seed)
+    shared = emulator.emulate_fused_decode(
+        ctypes.byref(p), ctypes.byref(structure), q.dtype == torch.float16, a["k_cache"].dtype == FP8, seed
+    )
     assert shared > 0, "the plan refuses the call"
     return out, lse
 
@@ -120,15 +123,17 @@ def emulate_append(emulator, a: dict, seed: int) -> None:
     p.k_strides[:], p.v_strides[:] = k.stride()[:3], v.stride()[:3]
     point(p, APPENDED, a)
     p.page_size, p.max_pages, p.num_pages = a["k_cache"].shape[2], a["page_table"].shape[1], a["k_cache"].shape[0]
-    emulator.emulate_fused_append(ctypes.byref(p), k.shape[0], k.shape[3], k.dtype == torch.float16, seed)
+    emulator.emulate_fused_append(ctypes.byref(p), k.shape[0], k.shape[3], k.dtype == torch.float16, a["k_cache"].dtype == FP8, seed)
 
 
 @pytest.mark.parametrize("with_positions", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 150])
 @pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (96, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16)])
 @pytest.mark.parametrize("bounds_dtype", ["uint8", "model"])
-def test_fused_append_writes_what_the_reference_writes(emulator, bounds_dtype, head_dim, dtype, tokens, with_positions):
+@pytest.mark.parametrize("stored", ["model", "fp8"])
+def test_fused_append_writes_what_the_reference_writes(emulator, stored, bounds_dtype, head_dim, dtype, tokens, with_positions):
     inputs = make_inputs(Shape((300, 129, 71), 4, 2, head_dim, 16, 1, dtype), bounds_dtype=bounds_dtype)
+    inputs = in_fp8(inputs) if stored == "fp8" else inputs
     values = torch.randn(3, tokens, 2, 2, head_dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     k, v = strided(values[:, :, 0]), strided(values[:, :, 1])
     k[1, 0, 1, 3] = math.nan
@@ -161,6 +166,21 @@ def check(emulator, inputs, overrides: dict, cluster_size: int, seed: int) -> No
 def test_fused_kernel_keeps_the_reference_sets_and_values(emulator, seed):
     inputs, overrides, cluster_size = random_call(seed)
     check(emulator, inputs, overrides, cluster_size, seed)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_fused_kernel_on_float8_keeps_the_reference_sets_and_values(emulator, seed):
+    inputs, overrides, cluster_size = random_call(seed, fp8=True)
+    check(emulator, inputs, overrides, cluster_size, seed)
+
+
+@pytest.mark.parametrize("head_dim, dtype", FP8_DTYPES.items())
+@pytest.mark.parametrize("cluster_size", [1, 4])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_dense_rows_of_float8_are_streamed_as_the_reference_reads_them(emulator, group, cluster_size, head_dim, dtype):
+    """More tiles than a warp holds at a time, and rows that end inside one."""
+    inputs = in_fp8(make_inputs(Shape((1900, 37), group * 2, 2, head_dim, 32, 1, dtype), bounds_dtype="uint8"))
+    check(emulator, inputs, {"selector": "dense"}, cluster_size, seed=group)
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comparisons import assert_same_state
 from flat import reference
 from fused_calls import assert_as_reference, extreme_call, observed, planned, random_call, request_of
-from inputs import SHAPES, Shape, interleaved, make_inputs, on_device
+from inputs import SHAPES, Shape, in_fp8, interleaved, make_inputs, on_device
 from test_strides import check_append, check_reads
 
 from twilight_ops import backends, launch_plan
@@ -46,6 +47,13 @@ def test_calls_with_the_largest_integers_are_as_the_reference(seed):
     assert_as_reference(inputs, overrides, run_with(cluster_size))
 
 
+@pytest.mark.parametrize("block", range(2))
+def test_calls_on_caches_in_float8_are_as_the_reference(block):
+    for seed in range(100 * block, 100 + 100 * block):
+        inputs, overrides, cluster_size = random_call(seed, longest=5000, device="cuda", fp8=True)
+        assert_as_reference(inputs, overrides, run_with(cluster_size))
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_a_thousand_ragged_calls_are_as_the_reference(block):
     for seed in range(1000 + 100 * block, 1100 + 100 * block):
@@ -76,12 +84,14 @@ def fits(selector: str, tokens: int, cluster_size: int) -> bool:
     return planned(selector, 3, tokens, 8, 2, cluster_size=cluster_size, token_budget=2048).serves
 
 
+@pytest.mark.parametrize("stored", ["model", "fp8"])
 @pytest.mark.parametrize("cluster_size", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("selector", ["dense", "full", "quest", "page_mean", "shadow_prefix", "streaming"])
-def test_every_cluster_size_gives_the_reference_set_twice_alike(selector, cluster_size):
+def test_every_cluster_size_gives_the_reference_set_twice_alike(selector, cluster_size, stored):
     longest = next(n for n in (20000, 9000) if fits(selector, n, cluster_size))
     shape = Shape((longest, 31, 4097), 8, 2, 128, 16, 1, torch.bfloat16)
-    inputs = on_device(make_inputs(shape, bounds_dtype="uint8"), "cuda")
+    inputs = make_inputs(shape, bounds_dtype="uint8")
+    inputs = on_device(in_fp8(inputs) if stored == "fp8" else inputs, "cuda")
     overrides = {"selector": selector, "token_budget": 2048, "top_p": 0.9}
     assert_as_reference(inputs, overrides, run_with(cluster_size))
     repeats = []
@@ -97,15 +107,16 @@ def test_every_cluster_size_gives_the_reference_set_twice_alike(selector, cluste
 @pytest.mark.parametrize("bounds_dtype", ["uint8", "model"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_append_kv_writes_what_the_reference_writes(dtype, head_dim, bounds_dtype, tokens):
-    inputs = on_device(make_inputs(Shape((300, 129, 71), 4, 2, head_dim, 16, 1, dtype), bounds_dtype=bounds_dtype), "cuda")
+@pytest.mark.parametrize("stored", ["model", "fp8"])
+def test_append_kv_writes_what_the_reference_writes(stored, dtype, head_dim, bounds_dtype, tokens):
+    inputs = make_inputs(Shape((300, 129, 71), 4, 2, head_dim, 16, 1, dtype), bounds_dtype=bounds_dtype)
+    inputs = on_device(in_fp8(inputs) if stored == "fp8" else inputs, "cuda")
     k = torch.randn(3, tokens, 2, head_dim, device="cuda").to(dtype)
     got, want = inputs.clone(), inputs.clone()
     arguments = got.arguments("append_kv", k=k, v=k.neg())
     torch.ops.twilight._fused_append_kv(**arguments)
     reference.append_kv(**want.arguments("append_kv", k=k, v=k.neg()))
-    for name, tensor in want.tensors().items():
-        torch.testing.assert_close(getattr(got, name), tensor, rtol=0, atol=0, equal_nan=True)
+    assert_same_state(got, want)
 
 
 @pytest.mark.parametrize(

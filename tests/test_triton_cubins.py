@@ -36,7 +36,7 @@ from twilight_ops import (
     Shadow,
     kernels,
 )
-from twilight_ops.arguments import HotRows
+from twilight_ops.arguments import FP8, HotRows, Scales
 from twilight_ops.capacity import COUNTER_COLUMNS
 from twilight_ops.kernels import _launch
 from twilight_ops.kernels.append_kv import append_kv
@@ -107,10 +107,12 @@ def decode(
     page_fraction: float = 1.0,
     head_top_p: torch.Tensor | None = None,
     hot_rows: int = 0,
+    fp8: bool = False,
 ):
     """One append and one staged decode step of nothing: only launches are made, and those are recorded."""
     batch, kv_heads, pages, ints = 2, 2, 3, torch.int32
-    cache = KV(*(empty(pages, kv_heads, page, dim, dtype=dtype) for _ in range(2)))
+    cache = KV(*(empty(pages, kv_heads, page, dim, dtype=FP8 if fp8 else dtype) for _ in range(2)))
+    scales = Scales(empty(kv_heads), empty(kv_heads), empty(kv_heads, dim)) if fp8 else None
     codes = (empty(pages, kv_heads, page * dim // 2, dtype=torch.uint8), empty(pages, kv_heads, page, 2, dtype=torch.bfloat16))
     shadow = Shadow(*codes, empty(kv_heads, dim, dtype=ints), empty(kv_heads, dtype=ints))
     bounds = PageBounds(empty(pages, kv_heads, 2, dim, dtype=torch.uint8), empty(pages, kv_heads, 2, dtype=torch.bfloat16))
@@ -122,11 +124,11 @@ def decode(
     if selector == "given":
         candidates = Candidates(empty(batch, kv_heads, 40, dtype=ints), empty(batch, kv_heads, dtype=ints))
     new = [empty(batch, query_tokens, kv_heads, dim, dtype=dtype) for _ in range(2)]
-    append_kv(*new, cache, paging, None, shadow, bounds, means)
+    append_kv(*new, cache, paging, None, shadow, bounds, means, scales)
     q = empty(batch, query_tokens, kv_heads * group, dim, dtype=dtype)
     counters = torch.empty(kv_heads, COUNTER_COLUMNS, dtype=torch.int64)
     policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p), level=PageLevel(page_fraction))
-    decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means)
+    decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means, None, scales)
     if hot_rows:
         copies = (empty(batch, kv_heads, hot_rows, dim, dtype=dtype) for _ in range(2))
         hot = HotRows(*copies, *(empty(batch, kv_heads, hot_rows, dtype=ints) for _ in range(2)))
@@ -148,6 +150,8 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     decode("dense", half, 256, 16, 64, group=1)
     decode("quest", half, 256, 32, 64, group=8, model_bounds=True)
     decode("shadow_prefix", torch.float32, 64, 16, 32, group=2)
+    decode("quest", brain, 128, 16, 64, fp8=True)
+    decode("page_mean", half, 96, 32, 64, query_tokens=2, fp8=True)
     decode("quest", torch.float32, 64, 16, 32, group=1)
     # Short rows and few of them: the smallest tiles.
     decode("shadow_prefix", half, 96, 32, 4, query_tokens=2, group=3)

@@ -27,13 +27,14 @@ if INTERPRETED:
     import test_decode_attention_hot
     import test_estimate_weights
     import test_extreme_integers
+    import test_fp8
     import test_prune_top_p
     import test_strides
     import triton_interpreter
     from comparisons import assert_same_state, page_mean_scores, page_scores, plain_weights, token_scores
     from custom_selector import launch, page_scores_kernel
     from flat import reference
-    from inputs import BY_MEANS, Shape, make_inputs, random_candidates
+    from inputs import BY_MEANS, Shape, in_fp8, make_inputs, random_candidates
     from selection import Ranking
     from test_append_kv import blank, left_aligned
 
@@ -85,8 +86,10 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @interpreted
 @every_shape
 @pytest.mark.parametrize("bounds_dtype", ["model", "uint8"])
-def test_append_kv_writes_what_the_reference_writes(shape, bounds_dtype):
+@pytest.mark.parametrize("stored", ["model", "fp8"])
+def test_append_kv_writes_what_the_reference_writes(shape, stored, bounds_dtype):
     x = make_inputs(shape, bounds_dtype=bounds_dtype)
+    x = in_fp8(x) if stored == "fp8" else x
     rng = torch.Generator().manual_seed(1)
     size = (len(shape.seq_lens), shape.query_tokens, shape.num_kv_heads, shape.head_dim)
     rows = [torch.randn(size, generator=rng).to(shape.dtype) for _ in range(2)]
@@ -145,6 +148,18 @@ def test_estimate_weights_and_attend_sparse_match_the_oracle(shape):
         got = STAGES.estimate_weights(**x.arguments("estimate_weights", **listed))
         plain = test_estimate_weights.plain_slots(x, indices, counts, unit)
         test_estimate_weights.check(x, got, x.oracle("estimate_weights", **listed), plain)
+
+
+@interpreted
+@every_shape
+def test_attend_sparse_reads_caches_in_float8_as_the_reference_does(shape):
+    for by_token in (False, True):
+        test_fp8.test_attend_sparse_matches_the_oracle_on_what_is_stored(STAGES, shape, by_token)
+
+
+@interpreted
+def test_append_kv_rounds_to_float8_as_pytorch_does():
+    test_fp8.test_append_kv_rounds_every_number_to_the_nearest_ties_to_even_and_keeps_nan(STAGES, torch.float16)
 
 
 @interpreted

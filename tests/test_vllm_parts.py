@@ -164,6 +164,10 @@ def test_settings_come_from_json_with_the_names_of_the_configuration(tmp_path):
     [
         ({"top_q": 1}, 'vLLM: additional_config["twilight"]: expected one of selector, top_p, dense_layers, dense_below, sink_tokens, '),
         ([1], 'vLLM: additional_config["twilight"]: expected a mapping from names to values, got [1]'),
+        (
+            {"kv_cache_dtype": "fp8"},
+            'vLLM: kv_cache_dtype: expected "auto" (scales of float8 come from prompts, and sequences share pages), got',
+        ),
         ({"page_size": 16}, "vLLM: page_size: expected none, because vLLM's block_size is the page size, got 16"),
         ({"selector": "full", "top_p": 2}, "TwilightConfig: top_p: expected 0 < top_p <= 1, got 2"),
         (

@@ -14,6 +14,7 @@ from .arguments import (
     Paging,
     Policy,
     Pruning,
+    Scales,
     Shadow,
 )
 from .config import LayerOverride, TwilightConfig
@@ -58,6 +59,7 @@ __all__ = [
     "Policy",
     "Pruning",
     "Quest",
+    "Scales",
     "Selector",
     "Shadow",
     "ShadowPrefix",

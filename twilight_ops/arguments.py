@@ -10,14 +10,51 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 
 
 class KV(NamedTuple):
-    """Paged K and V, [P, Hkv, S, D] each."""
+    """Paged K and V, [P, Hkv, S, D] each, in the model's dtype or both in float8_e4m3fn."""
 
     k_cache: Tensor
     v_cache: Tensor
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.k_cache.dtype == FP8
+
+
+class Scales(NamedTuple):
+    """What K and V in float8_e4m3fn stand for: `k = k_cache * k_descale + k_shift` and `v = v_cache * v_descale`.
+
+    Attention weights do not change when every key moves by the same vector, and e4m3 keeps sixteenths of a number: it keeps more of what
+    the shift leaves.
+
+    Args:
+        k_descale, v_descale: [Hkv] fp32, powers of two, so that every backend rounds alike; None stands for 1.
+        k_shift: [Hkv, D] fp32, finite; None stands for 0.
+    """
+
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+    k_shift: Tensor | None = None
+
+    def keys(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [..., Hkv, N, D] of k_cache as the keys they stand for, in `dtype`."""
+        rows = _times(rows.to(dtype), self.k_descale)
+        return rows if self.k_shift is None else rows + self.k_shift.to(dtype)[:, None]
+
+    def values(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [..., Hkv, N, D] of v_cache as the values they stand for, in `dtype`."""
+        return _times(rows.to(dtype), self.v_descale)
+
+
+def _times(rows: Tensor, descale: Tensor | None) -> Tensor:
+    return rows if descale is None else rows * descale.to(rows.dtype)[:, None, None]
 
 
 class HotRows(NamedTuple):

@@ -103,6 +103,8 @@ class TwilightConfig:
         overrides: what single layers do differently, by layer index.
         calibration: path of a file of `python -m twilight_ops calibrate` for every layer that has a shadow; a selector's own comes first.
             None takes centre and channels from the prompts that first fill the cache, of all sequences together.
+        kv_cache_dtype: "auto" stores K and V in the model's dtype, "fp8" in float8_e4m3fn, which takes half the memory of 16 bits; the
+            scales come from the prompts that first fill the cache. Selection and p read what they read without it.
         offload: whether K and V lie outside the GPU, in pinned host memory of which a step reads what it keeps. On a CPU they lie in a file
             without a name, which goes with the process, in the directory for temporary files or in the one given instead of True.
         hot_tokens: of an offloaded cache, rows of K and V of which the device has copies, a KV head of each sequence and layer; a step
@@ -123,6 +125,7 @@ class TwilightConfig:
     recent_tokens: int | None = None
     overrides: Mapping[int, LayerOverride] = field(default_factory=dict)
     calibration: str | None = None
+    kv_cache_dtype: str = "auto"
     offload: bool | str = False
     hot_tokens: int = 0
 
@@ -138,9 +141,12 @@ class TwilightConfig:
             recent_tokens=optional(tokens(0)),
             overrides=_overrides,
             calibration=optional(path),
+            kv_cache_dtype=one_of("auto", "fp8"),
             offload=_offload,
             hot_tokens=integer(0),
         )
+        if self.hot_tokens and self.kv_cache_dtype == "fp8":
+            refuse("TwilightConfig", "hot_tokens", '0 with kv_cache_dtype "fp8", of which no copies are kept', self.hot_tokens)
 
     def check_layers(self, num_layers: int) -> None:
         """Refuses overrides of layers that a model of `num_layers` does not have (ValueError)."""
@@ -172,6 +178,7 @@ class TwilightConfig:
             head_token_budget=override.head_token_budget,
             head_top_p=override.head_top_p,
             calibration=getattr(selector, "calibration", None) or self.calibration,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
 
     def never_sparse(self, num_layers: int, max_cache_len: int, device_type: str, kv_rows: int) -> str | None:

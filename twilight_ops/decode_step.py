@@ -5,7 +5,7 @@ A model calls `decode_step`: two operators a layer. `decode_step_by_stage` compu
 
 from torch import Tensor
 
-from .arguments import Candidates, Observation, Paging
+from .arguments import Candidates, Observation, PageLevel, Paging
 from .layer import PagedKVLayer
 from .ops.append_kv import append_kv
 from .ops.attend_sparse import attend_sparse
@@ -21,7 +21,7 @@ def append(k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_le
         # Copies of rows that are written again; a sequence gets at most T tokens.
         tokens = layer.hot.hot_tokens[: k.shape[0]]
         tokens.masked_fill_(tokens >= (seq_lens - k.shape[1])[:, None, None], -1)
-    append_kv(k, v, layer.kv, Paging(page_table, seq_lens), positions, layer.shadow, layer.bounds, layer.means)
+    append_kv(k, v, layer.kv, Paging(page_table, seq_lens), positions, layer.shadow, layer.bounds, layer.means, layer.scales)
     if layer.plan.selector is not None:
         layer.plan.selector.append(k, layer, page_table, seq_lens, positions)
 
@@ -43,7 +43,7 @@ def attend(
     """
     selector, policy, candidates = layer.plan.selector, layer.policy, Candidates()
     if dense:
-        policy = policy._replace(selector="dense")
+        policy = policy._replace(selector="dense", level=PageLevel())
     elif selector is not None and policy.selector == "given":
         candidates = selector.select(q, layer, page_table, seq_lens, sm_scale)
         if candidates.indices is None:
@@ -52,7 +52,7 @@ def attend(
     paging, others = Paging(page_table, seq_lens), (layer.shadow, layer.bounds, candidates, observe, layer.means, out)
     if layer.hot is not None and not dense:
         return decode_attention_hot(q, layer.kv, paging, policy, sm_scale, layer.hot, *others)
-    return decode_attention(q, layer.kv, paging, policy, sm_scale, *others)
+    return decode_attention(q, layer.kv, paging, policy, sm_scale, *others, layer.scales)
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
@@ -74,5 +74,5 @@ def decode_step_by_stage(
         weights = estimate_weights(q, layer.shadow, paging, candidates, sm_scale)
         indices, counts, _ = prune_top_p(weights, seq_lens, candidates, layer.num_kv_heads, policy.pruning, policy.always)
         candidates = Candidates(indices, counts)
-    out, _ = attend_sparse(q, layer.kv, paging, candidates, sm_scale)
+    out, _ = attend_sparse(q, layer.kv, paging, candidates, sm_scale, layer.scales)
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, launch_plan
-from .arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
+from .arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Scales, Shadow
 from .ops.decode_attention import OPERATOR
 
 NATIVE, FUSED, STAGES, REFERENCE, NONE = "native CPU kernel", "fused CUDA kernel", "Triton stages", "PyTorch reference", "none"
@@ -53,13 +53,14 @@ def explain(
     observe: Observation = Observation(),
     means: PageMeans | None = None,
     out: Tensor | None = None,
+    scales: Scales | None = None,
     device: str | torch.device | None = None,
 ) -> Explanation:
     """Which kernel serves a call of `decode_attention`, and why. Nothing is read but shapes, dtypes and settings, and nothing runs.
 
     Args:
-        q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out: what `decode_attention` takes. Its tensors may be
-            on the meta device.
+        q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales: what `decode_attention` takes. Its tensors
+            may be on the meta device.
         device: "cpu", "cuda" or "cuda:N"; by default the device of q. "cuda" where there is no CUDA device stands for an H200 on which
             `_C_cuda` was built: 132 multiprocessors, 227 KB of shared memory a block.
 
@@ -75,7 +76,7 @@ def explain(
         fused CUDA kernel (no CUDA device is here: as if on an H200 with _C_cuda)
           selector quest, 128 blocks, 2 a KV head of a sequence, 112,128 bytes of shared memory each
     """
-    OPERATOR.check(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out)
+    OPERATOR.check(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales)
     place = torch.device(q.device if device is None else device)
     if place.type == "cpu":
         if backends.serving("decode_attention", "cpu") == "native":

@@ -111,7 +111,8 @@ class PagedKVCache:
         pages = self.max_batch_size * self.max_pages
         plan = self.config.layer_plan(index, device.type, self.max_batch_size * num_kv_heads)
         if self.config.offload:
-            self._reserve(HostMemory.bytes_of((pages, num_kv_heads, self.config.page_size, head_dim), dtype), device)
+            stored = plan.stored_dtype(dtype)
+            self._reserve(HostMemory.bytes_of((pages, num_kv_heads, self.config.page_size, head_dim), stored), device)
         layer = allocate_layer(
             plan,
             pages,

@@ -18,26 +18,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-template <typename T, int D>
+template <typename T, typename E, int D>
 void launch(const AppendParams& p, int batch, cudaStream_t stream) {
   const dim3 grid(blocks_of(kChunkTokens, p.tokens), p.kv_heads, batch);
   const auto start = [&](void (*kernel)(AppendParams)) { launch_early(kernel, grid, 1, 0, stream, p); };
   if (p.page_bounds.data == nullptr && p.page_means.data == nullptr) {
-    start(append_kernel<T, D, true, false>);
+    start(append_kernel<T, E, D, true, false>);
   } else if (grid.x == 1) {
-    start(append_kernel<T, D, true, true>);
+    start(append_kernel<T, E, D, true, true>);
   } else {
-    start(append_kernel<T, D, true, false>);
-    start(append_kernel<T, D, false, true>);
+    start(append_kernel<T, E, D, true, false>);
+    start(append_kernel<T, E, D, false, true>);
   }
 }
 
-template <typename T>
+template <typename T, typename E>
 void launch_for(int head_dim, const AppendParams& p, int batch, cudaStream_t stream) {
-  if (head_dim == 64) return launch<T, 64>(p, batch, stream);
-  if (head_dim == 96) return launch<T, 96>(p, batch, stream);
-  if (head_dim == 128) return launch<T, 128>(p, batch, stream);
-  launch<T, 256>(p, batch, stream);
+  if (head_dim == 64) return launch<T, E, 64>(p, batch, stream);
+  if (head_dim == 96) return launch<T, E, 96>(p, batch, stream);
+  if (head_dim == 128) return launch<T, E, 128>(p, batch, stream);
+  launch<T, E, 256>(p, batch, stream);
 }
 
 template <typename V>
@@ -71,6 +71,9 @@ void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   p.page_table = static_cast<const int*>(page_table.const_data_ptr());
   p.seq_lens = static_cast<const int*>(seq_lens.const_data_ptr());
   p.positions = data_or_null<int>(positions);
+  p.k_descale = data_or_null<float>(k_descale);
+  p.v_descale = data_or_null<float>(v_descale);
+  p.k_shift = data_or_null<float>(k_shift);
   p.tokens = k.size(1);
   p.kv_heads = k.size(2);
   p.page_size = k_cache.size(2);
@@ -78,7 +81,9 @@ void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   p.num_pages = k_cache.size(0);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const auto launcher = k.scalar_type() == ScalarType::Half ? launch_for<__half> : launch_for<__nv_bfloat16>;
+  const bool is_half = k.scalar_type() == ScalarType::Half, is_float8 = k_cache.element_size() == 1;
+  const auto launcher = is_float8 ? (is_half ? launch_for<__half, Float8> : launch_for<__nv_bfloat16, Float8>)
+                                  : (is_half ? launch_for<__half, __half> : launch_for<__nv_bfloat16, __nv_bfloat16>);
   launcher(k.size(3), p, batch, static_cast<cudaStream_t>(stream));
 }
 

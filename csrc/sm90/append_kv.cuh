@@ -28,6 +28,9 @@ struct AppendParams {
   const int* seq_lens;
   const int* positions;
   Region<char> page_means, means_scale;
+  const float* k_descale;  // of Float8 alone; null: 1
+  const float* v_descale;
+  const float* k_shift;  // null: 0
   int tokens, kv_heads, page_size, max_pages, num_pages;
 };
 
@@ -64,8 +67,10 @@ struct Quantiser {
   }
 };
 
-template <typename T, int D>
+// T is what comes, E what the caches hold.
+template <typename T, typename E, int D>
 struct Appender {
+  static constexpr bool kIsFloat8 = sizeof(E) == 1;
   static constexpr int kPerLane = D / 32;
   const AppendParams& p;
   const int head = blockIdx.y, sequence = blockIdx.z;
@@ -96,20 +101,38 @@ struct Appender {
   }
   __device__ __forceinline__ float centred(const T* k, int d) const { return to_float(k[d]) - center(d); }
 
+  __device__ __forceinline__ float descale(const float* by_head) const {
+    return kIsFloat8 && by_head != nullptr ? by_head[head] : 1.0f;
+  }
+  __device__ __forceinline__ float shift(int d) const {
+    return kIsFloat8 && p.k_shift != nullptr ? p.k_shift[head * D + d] : 0.0f;
+  }
+  __device__ static __forceinline__ void store_element(E* to, T x, float shift, float descale) {
+    if constexpr (kIsFloat8) {
+      store(to, (to_float(x) - shift) / descale);
+    } else {
+      *to = x;
+    }
+  }
+  __device__ __forceinline__ float stored_key(E x, int d, float descale) const {
+    return kIsFloat8 ? to_float(x) * descale + shift(d) : to_float(x);
+  }
+
   __device__ void write_row(int token) const {
     const int position = position_of(token), page = page_of(position), lane = threadIdx.x & 31;
     if (page < 0) return;
     const int slot = position % p.page_size;
-    T* key_to = at<T>(p.k_cache, page) + slot * D;
-    T* value_to = at<T>(p.v_cache, page) + slot * D;
+    E* key_to = at<E>(p.k_cache, page) + slot * D;
+    E* value_to = at<E>(p.v_cache, page) + slot * D;
     const T* k = source(p.k, p.k_strides, token);
     const T* v = source(p.v, p.v_strides, token);
+    const float k_descale = descale(p.k_descale), v_descale = descale(p.v_descale);
     float low = infinity(), high = -infinity();
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int d = lane + 32 * i;
-      key_to[d] = k[d];
-      value_to[d] = v[d];
+      store_element(key_to + d, k[d], shift(d), k_descale);
+      store_element(value_to + d, v[d], 0.0f, v_descale);
       const float x = centred(k, d);
       low = lower(low, x);
       high = higher(high, x);
@@ -141,7 +164,8 @@ struct Appender {
       if (before >= 0 && before / p.page_size == logical) return;
     }
     const int live = min(p.seq_lens[sequence] - logical * p.page_size, p.page_size);
-    const T* keys = at<T>(p.k_cache, page);
+    const E* keys = at<E>(p.k_cache, page);
+    const float k_descale = descale(p.k_descale);
     float low[kPerLane], high[kPerLane], sum[kPerLane] = {};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) low[i] = infinity(), high[i] = -infinity();
@@ -149,7 +173,7 @@ struct Appender {
     for (int slot = 0; slot < live; ++slot) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        const float x = to_float(keys[slot * D + lane + 32 * i]);
+        const float x = stored_key(keys[slot * D + lane + 32 * i], lane + 32 * i, k_descale);
         low[i] = lower(low[i], x);
         high[i] = higher(high[i], x);
         sum[i] += x;  // slot by slot, as every backend adds them
@@ -221,10 +245,10 @@ struct Appender {
   }
 };
 
-template <typename T, int D, bool kRows, bool kStatistics>
+template <typename T, typename E, int D, bool kRows, bool kStatistics>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
   await_earlier_kernels();
-  const Appender<T, D> appender{p};
+  const Appender<T, E, D> appender{p};
   const int first = blockIdx.x * kChunkTokens, end = min(first + kChunkTokens, p.tokens);
   if (kRows) {
     for (int token = first + threadIdx.x / 32; token < end; token += kWarps) appender.write_row(token);

@@ -10,25 +10,33 @@ namespace {
 // next two on their way while one is used.
 template <class C>
 struct TileStream {
-  using T = typename C::T;
+  using E = typename C::E;
   static constexpr bool kStreams = true;
-  static constexpr int D = C::D;
+  static constexpr int D = C::D, kPiece = 16 / sizeof(E), kRowChunks = D / kPiece;  // of 16 bytes
+  static constexpr int kSlots = kStreamSlots * 2 / sizeof(E);                       // in the same memory
   const C& c;
   const Share share;
-  const View<T> tiles;
+  const View<uint4> tiles;
   const int count;          // tokens
   uint32_t first_rows = 0;  // of 32 of the warp's tiles, a lane each
   int started = 0;          // tiles of keys and of values
   int slot = 0;             // of the one that comes next
 
   // 16 bytes of a tile. Their place in a row is permuted by row, so that no two of the eight threads that read at a
-  // time meet in a bank, whether they read two rows of keys or four of values.
-  __device__ __forceinline__ T* place(int slot, int row, int chunk) const {
-    const int swizzled = chunk ^ (row & 6) ^ (row & 1) << 2;
-    return tiles + ((slot * kWarps + c.warp) * kTileTokens + row) * D + swizzled * 8;
+  // time meet in a bank, whether they read two rows of keys or four of values; of Float8, 16 threads and twice the
+  // rows.
+  __device__ __forceinline__ uint4* place(int slot, int row, int chunk) const {
+    const int swizzled = (row * kRowChunks & ~7) + (chunk ^ (row & 6) ^ (row & 1) << 2);
+    return tiles + (slot * kWarps + c.warp) * kTileTokens * kRowChunks + swizzled;
+  }
+  // Channels 8 i to 8 i + 7 of a row of the tile in use.
+  __device__ __forceinline__ Channels<E> at(int row, int i) const {
+    using Loaded = Channels<E>;
+    constexpr int kParts = 16 / sizeof(Loaded);
+    return reinterpret_cast<const Loaded*>(place(slot, row, i / kParts))[i % kParts];
   }
   __device__ __forceinline__ void start_next(int into) {
-    constexpr int kStep = kWarps * kTileTokens, kRowChunks = D / 8;
+    constexpr int kStep = kWarps * kTileTokens;
     const int tile = started / 2, token = c.warp * kTileTokens + tile * kStep;  // of this block's
     if (token < share.owned) {
       if (started % 64 == 0) {
@@ -38,7 +46,7 @@ struct TileStream {
       const int row = c.lane / kRowChunks, chunk = c.lane % kRowChunks;
       const ReadRegion& cache = started % 2 == 0 ? c.p.k_cache : c.p.v_cache;
       const uint32_t first = c.chunk_of(cache, __shfl_sync(~0u, first_rows, tile % 32));
-      const T* from = c.row_at(cache, first) + row * D + chunk * 8;
+      const E* from = c.row_at(cache, first) + row * D + chunk * kPiece;
 #pragma unroll
       for (int i = 0; i < kTileTokens; i += 32 / kRowChunks) {
         start_copy(place(into, row + i, chunk), from + i * D, share.first + token + row + i < c.live);
@@ -49,23 +57,33 @@ struct TileStream {
   }
   __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int i = 0; i < kStreamSlots; ++i) start_next(i);
+    for (int i = 0; i < kSlots; ++i) start_next(i);
   }
   // Once every lane has read what it needs of a tile, another takes its place.
   __device__ __forceinline__ void pass() {
     __syncwarp();
     start_next(slot);
-    slot = slot + 1 == kStreamSlots ? 0 : slot + 1;
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
   }
   __device__ __forceinline__ void wait() const {
-    wait_copies<kStreamSlots - 1>();
+    wait_copies<kSlots - 1>();
     __syncwarp();
   }
 };
 
+// What every logit of row `warp` lacks, because keys are stored less a shift.
 template <class C>
-__device__ __forceinline__ void write_lse(const C& c, int row, float top, float z) {
-  const float lse = top == infinity() ? top : (top + log2f(z)) * kLn2;
+__device__ __forceinline__ float missing_logit(const C& c, const Queries<C::D, C::RP>& q) {
+  if (!C::kIsFloat8 || c.p.k_shift == nullptr) return 0.0f;
+  const auto* row = reinterpret_cast<const typename C::T*>(q.rows[c.warp]);
+  float sum = 0.0f;
+  for (int d = c.lane; d < C::D; d += 32) sum += to_float(row[d]) * c.p.k_shift[c.head * C::D + d];
+  return warp_sum(sum) * c.p.sm_scale;
+}
+
+template <class C>
+__device__ __forceinline__ void write_lse(const C& c, int row, float top, float z, float missing) {
+  const float lse = top == infinity() ? top : (top + log2f(z)) * kLn2 + missing;
   if (row < c.rows) c.p.lse[c.out_row(row)] = z == 0.0f ? -infinity() : lse;
 }
 
@@ -82,17 +100,19 @@ template <class C, class From>
 __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, View<float> warp_rows, Sums<C::RP>& sums,
                        OutputState<C::D, C::RP>& output) {
   using T = typename C::T;
+  using E = typename C::E;
   constexpr bool kStreams = From::kStreams;
   constexpr int D = C::D, RP = C::RP;
   constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
   constexpr int kHalves = D / 64;    // and of a value
   constexpr int kProducts = D / 16;
+  const float log2_scale = c.log2_scale() * c.k_descale();
   float peak[2] = {kEmptyPeak, kEmptyPeak}, z[2] = {};
   float o[kProducts][4] = {};
 #pragma unroll 1
   for (int base = c.warp * kTileTokens; base < from.count; base += kWarps * kTileTokens) {
     // Keys of tokens g and g + 8, values of 2t, 2t + 1, 2t + 8 and 2t + 9.
-    uint4 keys[2][kQuarters], values[4][kHalves];
+    Channels<E> keys[2][kQuarters], stored[4][kHalves];
     int position[2];
     uint2 mine = make_uint2(0, INT32_MAX);  // (row, position) of the tile's token `lane`
     uint32_t key_at = 0, value_at = 0;      // chunks of that row
@@ -103,7 +123,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
         position[i] = from.share.first + base + c.g + 8 * i;
 #pragma unroll
         for (int j = 0; j < kQuarters; ++j) {
-          keys[i][j] = *reinterpret_cast<const uint4*>(from.place(from.slot, c.g + 8 * i, 4 * j + c.t));
+          keys[i][j] = from.at(c.g + 8 * i, 4 * j + c.t);
         }
       }
       from.pass();
@@ -114,28 +134,29 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         position[i] = static_cast<int>(__shfl_sync(~0u, mine.y, c.g + 8 * i));
-        const T* key = c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i));
+        const E* key = c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i));
 #pragma unroll
-        for (int j = 0; j < kQuarters; ++j) keys[i][j] = load_stream(key + 32 * j + 8 * c.t);
+        for (int j = 0; j < kQuarters; ++j) keys[i][j] = Channels<E>::load(key + 32 * j + 8 * c.t);
       }
     }
     float acc[4] = {};
 #pragma unroll
     for (int j = 0; j < kQuarters; ++j) {
       const uint4 queries = c.g < RP ? q.rows[c.g % RP][4 * j + c.t] : make_uint4(0, 0, 0, 0);
-      mma(acc, keys[0][j].x, keys[1][j].x, keys[0][j].y, keys[1][j].y, queries.x, queries.y, T());
-      mma(acc, keys[0][j].z, keys[1][j].z, keys[0][j].w, keys[1][j].w, queries.z, queries.w, T());
+      const uint4 one = keys[0][j].widen(T()), other = keys[1][j].widen(T());
+      mma(acc, one.x, other.x, one.y, other.y, queries.x, queries.y, T());
+      mma(acc, one.z, other.z, one.w, other.w, queries.z, queries.w, T());
     }
     // There are no registers for keys and values at a time.
     if (!kStreams) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
-        const T* value = c.row_at(c.p.v_cache, __shfl_sync(~0u, value_at, token));
+        const E* value = c.row_at(c.p.v_cache, __shfl_sync(~0u, value_at, token));
         const bool there = static_cast<int>(__shfl_sync(~0u, mine.y, token)) < c.live;
 #pragma unroll
         for (int j = 0; j < kHalves; ++j) {
-          values[i][j] = there ? load_stream(value + 64 * j + 8 * c.g) : make_uint4(0, 0, 0, 0);
+          stored[i][j] = there ? Channels<E>::load(value + 64 * j + 8 * c.g) : Channels<E>{};
         }
       }
     }
@@ -147,7 +168,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
       float logit[2], top = peak[k];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        logit[i] = position[i] <= horizon ? acc[2 * i + k] * c.log2_scale() : -infinity();
+        logit[i] = position[i] <= horizon ? acc[2 * i + k] * log2_scale : -infinity();
         top = fmaxf(top, logit[i]);
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
@@ -175,10 +196,16 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
         for (int j = 0; j < kHalves; ++j) {
           const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
-          values[i][j] = *reinterpret_cast<const uint4*>(from.place(from.slot, token, 8 * j + c.g));
+          stored[i][j] = from.at(token, 8 * j + c.g);
         }
       }
       from.pass();
+    }
+    uint4 values[4][kHalves];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < kHalves; ++j) values[i][j] = stored[i][j].widen(T());
     }
 #pragma unroll
     for (int j = 0; j < kProducts; ++j) {
@@ -219,9 +246,12 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
   if (c.warp < RP) {
     const float2 own = part_of(c, sums.of_warps, kWarps);
     const SoftmaxSum all = publish_row_sum(c, own, sums);
-    const float share = !writes_alone(c) ? 1.0f : all.z == 0.0f ? 0.0f : 1.0f / all.z;
+    const float share = c.v_descale() * (!writes_alone(c) ? 1.0f : all.z == 0.0f ? 0.0f : 1.0f / all.z);
     if (c.lane < kWarps) output.rescale[c.lane][c.warp] = exp2_fast(own.x - all.peak) * share;
-    if (writes_alone(c) && c.lane == 0) write_lse(c, c.warp, all.peak, all.z);
+    if (writes_alone(c)) {
+      const float missing = missing_logit(c, q);
+      if (c.lane == 0) write_lse(c, c.warp, all.peak, all.z, missing);
+    }
   }
   sync_block("factors known");
   const int slice = RP * D / c.cluster.size;

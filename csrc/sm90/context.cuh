@@ -7,10 +7,14 @@
 namespace twilight {
 namespace {
 
-// Made once the length is known, and the same from then on. D channels, RP query rows padded to 1, 4 or 8.
-template <typename Value, int kHeadDim, int kPaddedRows, Selector kChosen, bool kTokensOfPages = false>
+// Made once the length is known, and the same from then on. D channels, RP query rows padded to 1, 4 or 8; Element is
+// what the caches hold.
+template <typename Value, int kHeadDim, int kPaddedRows, Selector kChosen, bool kTokensOfPages = false,
+          typename Element = Value>
 struct Context {
   using T = Value;
+  using E = Element;
+  static constexpr bool kIsFloat8 = sizeof(E) == 1;
   static constexpr int D = kHeadDim, RP = kPaddedRows;
   static constexpr Selector kSelector = kChosen;
   static constexpr bool kByPage = selects_pages(kSelector);
@@ -45,6 +49,13 @@ struct Context {
   __device__ __forceinline__ int page_size() const { return 1 << p.log2_page_size; }
   __device__ __forceinline__ int row_of_column(int k) const { return (2 * t + k) % RP; }
   __device__ __forceinline__ float log2_scale() const { return p.sm_scale * kLog2e; }
+  // What a stored key, or a stored value, is multiplied by.
+  __device__ __forceinline__ float k_descale() const {
+    return kIsFloat8 && p.k_descale != nullptr ? p.k_descale[head] : 1.0f;
+  }
+  __device__ __forceinline__ float v_descale() const {
+    return kIsFloat8 && p.v_descale != nullptr ? p.v_descale[head] : 1.0f;
+  }
   __device__ __forceinline__ uint32_t slot_in_page(uint32_t row) const { return row & (page_size() - 1); }
   // Physical page.
   __device__ __forceinline__ uint32_t page_of(int logical) const {
@@ -65,10 +76,10 @@ struct Context {
     return reinterpret_cast<const V*>(head_of<char>(region) + static_cast<uint64_t>(region.page_stride) * page);
   }
   __device__ __forceinline__ uint32_t chunk_of(const ReadRegion& region, uint32_t row) const {
-    return (row >> p.log2_page_size) * (region.page_stride / 16) + slot_in_page(row) * (D * sizeof(T) / 16);
+    return (row >> p.log2_page_size) * (region.page_stride / 16) + slot_in_page(row) * (D * sizeof(E) / 16);
   }
-  __device__ __forceinline__ const T* row_at(const ReadRegion& region, uint32_t chunk) const {
-    return reinterpret_cast<const T*>(head_of<uint4>(region) + chunk);
+  __device__ __forceinline__ const E* row_at(const ReadRegion& region, uint32_t chunk) const {
+    return reinterpret_cast<const E*>(head_of<uint4>(region) + chunk);
   }
   __device__ __forceinline__ int64_t out_row(int row) const {
     const int token = row / p.group_size, group = row % p.group_size;

@@ -23,10 +23,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 using Launcher = void (*)(const FusedParams&, int grid, int cluster_size, int shared_bytes, cudaStream_t stream);
 
-Launcher launcher_of(ScalarType dtype, int head_dim) {
-  if (dtype == ScalarType::Half)
-    return head_dim == 64 ? launch_fused_decode<__half, 64> : launch_fused_decode<__half, 128>;
-  return head_dim == 64 ? launch_fused_decode<__nv_bfloat16, 64> : launch_fused_decode<__nv_bfloat16, 128>;
+template <typename T>
+Launcher launcher_of(bool is_float8, int head_dim) {
+  if (is_float8) return head_dim == 64 ? launch_fused_decode<T, Float8, 64> : launch_fused_decode<T, Float8, 128>;
+  return head_dim == 64 ? launch_fused_decode<T, T, 64> : launch_fused_decode<T, T, 128>;
 }
 
 template <typename V>
@@ -83,6 +83,9 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   }
   p.out = out.has_value() ? out->mutable_data_ptr() : attended.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.k_descale = data_or_null<float>(k_descale);
+  p.v_descale = data_or_null<float>(v_descale);
+  p.k_shift = data_or_null<float>(k_shift);
   p.top_p = top_p;
   p.sm_scale = static_cast<float>(sm_scale);
 
@@ -115,8 +118,9 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  launcher_of(q.scalar_type(), head_dim)(fused_params(p, request, plan), plan.grid, plan.cluster_size,
-                                         plan.shared_bytes, static_cast<cudaStream_t>(stream));
+  const auto choose = q.scalar_type() == ScalarType::Half ? launcher_of<__half> : launcher_of<__nv_bfloat16>;
+  choose(k_cache.element_size() == 1, head_dim)(fused_params(p, request, plan), plan.grid, plan.cluster_size,
+                                                plan.shared_bytes, static_cast<cudaStream_t>(stream));
   return {attended, lse};
 }
 

@@ -34,9 +34,9 @@ __device__ Run list_window(const C& c, int wanted, View<uint2> candidates) {
   return own;
 }
 
-template <typename T, int D, int RP, Selector kSelector, bool kTwoLevels = false>
+template <typename T, typename E, int D, int RP, Selector kSelector, bool kTwoLevels = false>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(const __grid_constant__ FusedParams p) {
-  using C = Context<T, D, RP, kSelector, kTwoLevels>;
+  using C = Context<T, D, RP, kSelector, kTwoLevels, E>;
   static_assert(sizeof(FusedShared<D, RP>) == fused_shared_bytes(D, RP), "what the host plans with");
   TWILIGHT_PHASE("start");
   const Cluster cluster = Cluster::current();
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
     attend(c, entries, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
   }
   TWILIGHT_PHASE("attended");
-  write_output(c, fixed.sums, fixed.output, shared.warp_rows());
+  write_output(c, fixed.queries, fixed.sums, fixed.output, shared.warp_rows());
   TWILIGHT_PHASE("written");
 
   if (entries.list == Listed::kOwnSurvivors) {

@@ -32,9 +32,9 @@ void launch_early(void (*kernel)(Params), dim3 grid, int cluster_size, int share
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
 }
 
-// Launches the kernel of p.selector for rows of type T with D channels. instantiations/ compiles it: who includes this
-// compiles no kernel.
-template <typename T, int D>
+// Launches the kernel of p.selector for rows of type T with D channels and caches of type E. instantiations/ compiles
+// it: who includes this compiles no kernel.
+template <typename T, typename E, int D>
 void launch_fused_decode(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream);
 
 }  // namespace twilight

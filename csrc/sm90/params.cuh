@@ -31,6 +31,9 @@ struct FusedTensors {
   ReadRegion page_means, means_scale;  // (scale, zero) as one 32-bit word a page
   void* out;
   float* lse;
+  const float* k_descale;  // of Float8 alone; null: 1
+  const float* v_descale;
+  const float* k_shift;  // null: 0
   double top_p;
   float sm_scale;
 };

@@ -67,6 +67,38 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
 
+// One element of float8_e4m3fn.
+struct Float8 {
+  uint8_t bits;
+};
+
+__device__ __forceinline__ float to_float(Float8 x) { return from_e4m3x2(x.bits).x; }
+__device__ __forceinline__ void store(Float8* p, float x) { p->bits = to_e4m3(x); }
+
+// Eight channels of a row, as the caches hold them and as operands of the type T.
+template <typename E>
+struct Channels {
+  uint4 packed;
+  __device__ static __forceinline__ Channels load(const E* p) { return {load_stream(p)}; }
+  template <typename T>
+  __device__ __forceinline__ uint4 widen(T) const {
+    return packed;
+  }
+};
+template <>
+struct Channels<Float8> {
+  uint2 packed;
+  __device__ static __forceinline__ Channels load(const Float8* p) { return {load_stream8(p)}; }
+  template <typename T>
+  __device__ __forceinline__ uint4 widen(T type) const {
+    const auto pair = [&](uint32_t codes) {
+      const float2 x = from_e4m3x2(static_cast<uint16_t>(codes));
+      return pack2(x.x, x.y, type);
+    };
+    return make_uint4(pair(packed.x), pair(packed.x >> 16), pair(packed.y), pair(packed.y >> 16));
+  }
+};
+
 // The blocks that share one (sequence, KV head).
 struct Cluster {
   int size;

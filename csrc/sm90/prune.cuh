@@ -311,7 +311,7 @@ __device__ void find_thresholds(const C& c, const Candidates<C>& candidates, int
 template <class C>
 __device__ __forceinline__ void prefetch_row(const C& c, uint32_t row) {
 #pragma unroll
-  for (int d = 0; d < C::D; d += 64) {
+  for (int d = 0; d < C::D; d += 128 / sizeof(typename C::E)) {
     prefetch_line(c.row_at(c.p.k_cache, c.chunk_of(c.p.k_cache, row)) + d);
     prefetch_line(c.row_at(c.p.v_cache, c.chunk_of(c.p.v_cache, row)) + d);
   }

@@ -141,7 +141,7 @@ struct Storage {
   __device__ __forceinline__ View<float> scores() const { return {p.state_at}; }
   __device__ __forceinline__ View<float> estimates() const { return {p.state_at}; }  // [RP][slot_capacity] logits
   __device__ __forceinline__ View<int> survivors() const { return {p.state_at}; }    // slots
-  __device__ __forceinline__ View<T> streamed_tiles() const { return {p.scratch_at}; }
+  __device__ __forceinline__ View<uint4> streamed_tiles() const { return {p.scratch_at}; }
   __device__ __forceinline__ View<float> warp_rows() const { return {p.scratch_at}; }  // [kWarps][RP][D]
   __device__ __forceinline__ TopKStorage<RP> top_k() const {
     return {fixed().top_k, fixed().scan_totals, {p.scratch_at}};

@@ -100,7 +100,7 @@ def _attend_paged(
     sequences, paged = layer.sequences, layer.paged
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if forward.calibrates and not stored:
-        paged.calibrate(q, k, forward.slots, scores.scale)
+        paged.calibrate(q, k, forward.slots, scores.scale, v)
     if not stored:
         append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
     if forward.exact:
@@ -257,7 +257,7 @@ def _check_width(attention_mask: Tensor, tokens: int, seen: int | Tensor) -> Non
 def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores) -> Tensor:
     """Exact causal attention of a prompt chunk, sequence by sequence, on itself and on what is cached before it."""
     if forward.rows is None:
-        return _attend_traced(query, paged, forward, scores)
+        return _attend_traced(query, paged, forward, scores, (key, value))
     scale = scores.scale
     batch, heads, tokens, head_dim = query.shape
     group = heads // key.shape[1]
@@ -282,8 +282,9 @@ def _attend_exactly(query: Tensor, key: Tensor, value: Tensor, paged: PagedKVLay
         if row.start == 0:
             k, v = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
         else:
-            k = _paged_rows(paged.kv.k_cache, forward.page_table[b : b + 1], row.end)
-            v = _paged_rows(paged.kv.v_cache, forward.page_table[b : b + 1], row.end)
+            k, v = cached_rows(paged, forward.page_table[b : b + 1], row.end)
+            if paged.scales is not None:  # of itself a chunk sees what no cache has rounded
+                k[:, :, row.start :], v[:, :, row.start :] = key[b : b + 1, :, row.columns], value[b : b + 1, :, row.columns]
         if not scores.plain:
             out[b : b + 1, row.columns] = attend_run(q, k, v, row.start, scores).transpose(1, 2)
             continue
@@ -297,16 +298,20 @@ def _past_blocks(paged: PagedKVLayer, page_table: Tensor, tokens: int, group: in
     """K and V of the first `tokens` of one sequence in blocks [1, Hq, N, D]; page_table [1, M]."""
     for begin in range(0, tokens, BLOCK_TOKENS):
         table, length = page_table[:, begin // paged.page_size :], min(BLOCK_TOKENS, tokens - begin)
-        keys, values = (_repeat(_paged_rows(pages, table, length), group) for pages in paged.kv)
+        keys, values = (_repeat(rows, group) for rows in cached_rows(paged, table, length))
         yield keys, values
 
 
-def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores) -> Tensor:
-    """The same in fixed shapes, for a traced prompt and for steps with soft-capping: every slot of the cache, masked by position."""
+def _attend_traced(
+    query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores, prompt: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The same in fixed shapes, for a traced `prompt` (K and V) and for steps with soft-capping: every slot of the cache, masked by
+    position."""
     group = query.shape[1] // paged.num_kv_heads
     max_cache_len = forward.page_table.shape[1] * paged.page_size
-    k = _paged_rows(paged.kv.k_cache, forward.page_table, max_cache_len)
-    v = _paged_rows(paged.kv.v_cache, forward.page_table, max_cache_len)
+    k, v = cached_rows(paged, forward.page_table, max_cache_len)
+    if prompt is not None and paged.scales is not None:
+        k, v = (_placed(rows, new, forward.positions()) for rows, new in zip((k, v), prompt, strict=True))
     slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < forward.seq_lens[:, None])[:, None, :, None], v, 0.0)
     # A padding column sees slot 0, so that no row is empty; nobody reads its output.
@@ -315,6 +320,19 @@ def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores:
         return attend_masked(query, k, v, mask[:, None], scores).transpose(1, 2)
     out = scaled_dot_product_attention(query, _repeat(k, group), _repeat(v, group), mask[:, None], scale=scores.scale)
     return out.transpose(1, 2)
+
+
+def cached_rows(paged: PagedKVLayer, page_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """K and V of the first `length` tokens of each sequence, [B, Hkv, length, D] each."""
+    k, v = (_paged_rows(pages, page_table, length) for pages in paged.kv)
+    return (k, v) if paged.scales is None else (paged.scales.keys(k, paged.dtype), paged.scales.values(v, paged.dtype))
+
+
+def _placed(rows: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """Rows [B, Hkv, L, D] with the new ones [B, Hkv, T, D] at slots [B, T]; -1 is nowhere."""
+    spare = rows.shape[2]
+    at = torch.where(slots < 0, spare, slots).long()[:, None, :, None].expand(new.shape)
+    return torch.nn.functional.pad(rows, (0, 0, 0, 1)).scatter(2, at, new)[:, :, :spare]
 
 
 def _paged_rows(pages: Tensor, page_table: Tensor, length: int) -> Tensor:

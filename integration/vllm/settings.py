@@ -63,6 +63,8 @@ def parse(additional_config: object) -> Settings:
     values = dict(given)
     if "page_size" in values:
         refuse(WHERE, "page_size", "none, because vLLM's block_size is the page size", values["page_size"])
+    if values.get("kv_cache_dtype", "auto") != "auto":
+        refuse(WHERE, "kv_cache_dtype", '"auto" (scales of float8 come from prompts, and sequences share pages)', values["kv_cache_dtype"])
     others = ("page_size", "offload", "hot_tokens")  # pages and their memory are vLLM's
     _known("", values, [f.name for f in fields(TwilightConfig) if f.name not in others] + ["log_every"])
     log_every = integer(0)(WHERE, "log_every", values.pop("log_every", 1000))

@@ -381,6 +381,28 @@ inline uint4 load_stream(const void* p) {
   return v;
 }
 
+inline uint2 load_stream8(const void* p) {
+  uint2 v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline float from_e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const float size = (code & 0x7f) == 0x7f ? NAN
+                     : exponent == 0       ? std::ldexp(mantissa, -9)
+                                           : std::ldexp(8 + mantissa, exponent - 10);
+  return code & 0x80 ? -size : size;
+}
+inline float2 from_e4m3x2(uint16_t codes) { return {from_e4m3(codes & 0xff), from_e4m3(codes >> 8)}; }
+inline uint8_t to_e4m3(float x) {
+  if (std::isnan(x)) return 0x7f;
+  const float size = std::min(std::abs(x), 448.0f);
+  const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));  // 16 is the next exponent's 8
+  return static_cast<uint8_t>((exponent + 6) * 8 + steps + (std::signbit(x) ? 0x80 : 0));
+}
+
 template <typename T>
 inline uint32_t pack2(float low, float high, T) {
   return T(low).bits | static_cast<uint32_t>(T(high).bits) << 16;

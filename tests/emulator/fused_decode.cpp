@@ -5,6 +5,7 @@
 
 namespace {
 
+using twilight::Float8;
 using twilight::FusedParams;
 using twilight::Selector;
 
@@ -17,34 +18,34 @@ void run_cluster(const int* length, emulated::Index first, int blocks, int share
   twilight::await_earlier_kernels();  // blocks without work may not have
 }
 
-template <typename T, int D, int RP>
+template <typename T, typename E, int D, int RP>
 void run_selector(const FusedParams& p) {
   switch (p.selector) {
     case Selector::kDense:
-      return twilight::fused_decode_kernel<T, D, RP, Selector::kDense>(p);
+      return twilight::fused_decode_kernel<T, E, D, RP, Selector::kDense>(p);
     case Selector::kQuest:
-      return twilight::fused_decode_kernel<T, D, RP, Selector::kQuest>(p);
+      return twilight::fused_decode_kernel<T, E, D, RP, Selector::kQuest>(p);
     case Selector::kPageMean:
-      return twilight::fused_decode_kernel<T, D, RP, Selector::kPageMean>(p);
+      return twilight::fused_decode_kernel<T, E, D, RP, Selector::kPageMean>(p);
     case Selector::kStreaming:
-      return twilight::fused_decode_kernel<T, D, RP, Selector::kStreaming>(p);
+      return twilight::fused_decode_kernel<T, E, D, RP, Selector::kStreaming>(p);
     case Selector::kShadowPrefix:
-      if (p.two_levels) return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix, true>(p);
-      return twilight::fused_decode_kernel<T, D, RP, Selector::kShadowPrefix>(p);
+      if (p.two_levels) return twilight::fused_decode_kernel<T, E, D, RP, Selector::kShadowPrefix, true>(p);
+      return twilight::fused_decode_kernel<T, E, D, RP, Selector::kShadowPrefix>(p);
     default:
-      return twilight::fused_decode_kernel<T, D, RP, Selector::kFull>(p);
+      return twilight::fused_decode_kernel<T, E, D, RP, Selector::kFull>(p);
   }
 }
 
-template <typename T, int D>
+template <typename T, typename E, int D>
 void run_rows(const FusedParams& p) {
   const int rows = p.query_tokens * p.group_size;
-  if (rows == 1) return run_selector<T, D, 1>(p);
-  if (rows <= 4) return run_selector<T, D, 4>(p);
-  run_selector<T, D, 8>(p);
+  if (rows == 1) return run_selector<T, E, D, 1>(p);
+  if (rows <= 4) return run_selector<T, E, D, 4>(p);
+  run_selector<T, E, D, 8>(p);
 }
 
-template <typename T, int D>
+template <typename T, typename E, int D>
 void run_append(const twilight::AppendParams& p, emulated::Index grid, unsigned seed) {
   const auto launch = [&](const std::function<void()>& kernel) {
     for (int z = 0; z < grid.z; ++z) {
@@ -54,17 +55,17 @@ void run_append(const twilight::AppendParams& p, emulated::Index grid, unsigned 
     }
   };
   const bool statistics = p.page_bounds.data != nullptr || p.page_means.data != nullptr;
-  if (statistics && grid.x == 1) return launch([&] { twilight::append_kernel<T, D, true, true>(p); });
-  launch([&] { twilight::append_kernel<T, D, true, false>(p); });
-  if (statistics) launch([&] { twilight::append_kernel<T, D, false, true>(p); });
+  if (statistics && grid.x == 1) return launch([&] { twilight::append_kernel<T, E, D, true, true>(p); });
+  launch([&] { twilight::append_kernel<T, E, D, true, false>(p); });
+  if (statistics) launch([&] { twilight::append_kernel<T, E, D, false, true>(p); });
 }
 
-template <typename T>
+template <typename T, typename E>
 void run_append_dim(int head_dim, const twilight::AppendParams& p, emulated::Index grid, unsigned seed) {
-  if (head_dim == 64) return run_append<T, 64>(p, grid, seed);
-  if (head_dim == 96) return run_append<T, 96>(p, grid, seed);
-  if (head_dim == 128) return run_append<T, 128>(p, grid, seed);
-  run_append<T, 256>(p, grid, seed);
+  if (head_dim == 64) return run_append<T, E, 64>(p, grid, seed);
+  if (head_dim == 96) return run_append<T, E, 96>(p, grid, seed);
+  if (head_dim == 128) return run_append<T, E, 128>(p, grid, seed);
+  run_append<T, E, 256>(p, grid, seed);
 }
 
 }  // namespace
@@ -72,26 +73,32 @@ void run_append_dim(int head_dim, const twilight::AppendParams& p, emulated::Ind
 extern "C" int append_params_bytes() { return sizeof(twilight::AppendParams); }
 
 extern "C" void emulate_fused_append(const twilight::AppendParams* p, int batch, int head_dim, int is_half,
-                                     unsigned seed) {
+                                     int is_float8, unsigned seed) {
   const emulated::Index grid = {twilight::blocks_of(twilight::kChunkTokens, p->tokens), p->kv_heads, batch};
-  is_half ? run_append_dim<__half>(head_dim, *p, grid, seed) : run_append_dim<__nv_bfloat16>(head_dim, *p, grid, seed);
+  const auto run = is_float8
+                       ? (is_half ? run_append_dim<__half, Float8> : run_append_dim<__nv_bfloat16, Float8>)
+                       : (is_half ? run_append_dim<__half, __half> : run_append_dim<__nv_bfloat16, __nv_bfloat16>);
+  run(head_dim, *p, grid, seed);
 }
 
 extern "C" int fused_tensors_bytes() { return sizeof(twilight::FusedTensors); }
 
-// Returns the bytes of shared memory a block took, 0 where the plan refuses the call.
+// Returns the bytes of shared memory a block took, 0 where the plan refuses the call. Of caches in Float8, to halve
+// what there is to compile, only those behind fp16 with 64 channels and behind bf16 with 128.
 extern "C" int emulate_fused_decode(const twilight::FusedTensors* tensors, const twilight::PlanRequest* request,
-                                    int is_half, unsigned seed) {
+                                    int is_half, int is_float8, unsigned seed) {
   const twilight::Plan plan = twilight::plan_fused_decode(*request);
-  if (*plan.reason != 0) return 0;
+  if (*plan.reason != 0 || (is_float8 && is_half != (request->head_dim == 64))) return 0;
   const FusedParams p = twilight::fused_params(*tensors, *request, plan);
   for (int unit = 0; unit < request->units(); ++unit) {
     const int* length = p.seq_lens + unit / p.kv_heads;
     run_cluster(length, {unit * plan.cluster_size, 0, 0}, plan.cluster_size, plan.shared_bytes, seed + unit, [&] {
-      if (request->head_dim == 64) {
-        is_half ? run_rows<__half, 64>(p) : run_rows<__nv_bfloat16, 64>(p);
+      if (is_float8) {
+        request->head_dim == 64 ? run_rows<__half, Float8, 64>(p) : run_rows<__nv_bfloat16, Float8, 128>(p);
+      } else if (request->head_dim == 64) {
+        is_half ? run_rows<__half, __half, 64>(p) : run_rows<__nv_bfloat16, __nv_bfloat16, 64>(p);
       } else {
-        is_half ? run_rows<__half, 128>(p) : run_rows<__nv_bfloat16, 128>(p);
+        is_half ? run_rows<__half, __half, 128>(p) : run_rows<__nv_bfloat16, __nv_bfloat16, 128>(p);
       }
     });
   }

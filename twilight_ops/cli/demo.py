@@ -92,7 +92,8 @@ def make_contenders(model, config, max_cache_len: int) -> list[Contender]:
     static = StaticCache(config=model.config, max_cache_len=max_cache_len)
     head_dim = model.get_decoder().layers[0].self_attn.head_dim
     static.early_initialization(1, model.config.num_key_value_heads, head_dim, model.dtype, model.device)
-    dense = TwilightConfig(dense_layers=model.config.num_hidden_layers, page_size=config.page_size)
+    stored = {"page_size": config.page_size, "kv_cache_dtype": config.kv_cache_dtype}
+    dense = TwilightConfig(dense_layers=model.config.num_hidden_layers, **stored)
     return [
         Contender("dense, transformers sdpa", "sdpa", Decoder(model, static)),
         Contender("dense, twilight_ops", "twilight", Decoder(model, twilight_cache(dense))),
@@ -103,20 +104,21 @@ def make_contenders(model, config, max_cache_len: int) -> list[Contender]:
 def copy_prompt(source, target, tokens: int) -> None:
     """Gives `target`, a StaticCache or a dense TwilightCache, the K and V of the `tokens` tokens in `source`."""
     from ..integration import TwilightCache
+    from ..integration.hf.attention import cached_rows
 
     target.reset()
     pairs = zip(source.layers, target.layers, strict=True)
     if isinstance(target, TwilightCache):
         target.sequences.begin(1, tokens)
         for ours, theirs in pairs:
-            for pages, copy in zip(ours.paged.kv, theirs.paged.kv, strict=True):
-                copy.copy_(pages)
+            pairs_of = zip((*ours.paged.kv, *(ours.paged.scales or ())), (*theirs.paged.kv, *(theirs.paged.scales or ())), strict=True)
+            for held, copy in pairs_of:
+                copy.copy_(held)
         target.sequences.commit()
         return
     for ours, theirs in pairs:
-        for pages, rows in zip(ours.paged.kv, (theirs.keys, theirs.values), strict=True):
-            # One sequence: its pages lie one after the other.
-            rows[0, :, :tokens] = pages.transpose(0, 1).flatten(1, 2)[:, :tokens]
+        for cached, rows in zip(cached_rows(ours.paged, source.live_page_table, tokens), (theirs.keys, theirs.values), strict=True):
+            rows[0, :, :tokens] = cached[0]
         theirs.cumulative_length.fill_(tokens)
 
 

@@ -99,6 +99,7 @@ def add_twilight_arguments(parser: argparse.ArgumentParser, dense_below: int | N
     shown = "the device's break-even" if dense_below is None else dense_below
     parser.add_argument("--dense-below", type=int, help=f"lengths up to this attend to everything (default: {shown})")
     parser.add_argument("--page-size", type=int, help="16, 32 or 64 tokens (default 16)")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), help="fp8 halves the memory of K and V (default auto: the model's)")
     parser.add_argument(
         "--offload", nargs="?", const=True, default=False, metavar="DIR", help="keep K and V in host memory, on a CPU in a file in DIR"
     )
@@ -126,7 +127,7 @@ def twilight_config(args: argparse.Namespace):
     method = parse_method(args.selector, "selector")
     method.check_files("selector")
     settings = dict(method.settings)
-    for name in ("dense_layers", "dense_below", "page_size"):
+    for name in ("dense_layers", "dense_below", "page_size", "kv_cache_dtype"):
         given = getattr(args, name)
         if given is not None and settings.setdefault(name, given) != given:
             raise ValueError(f"{name.replace('_', '-')}: expected {settings[name]} as in --selector {args.selector}, got {given}")

@@ -18,7 +18,15 @@ from .ceiling import ExactTopP
 ALL_LAYERS = 1 << 20  # of any model
 _DECIMAL = re.compile(r"\d*\.\d+")  # p: budgets are whole numbers
 # Fields of TwilightConfig that a method may set beside those of its selector.
-CONFIG_FIELDS = {"page_size": int, "dense_layers": int, "dense_below": int, "sink_tokens": int, "recent_tokens": int, "calibration": str}
+CONFIG_FIELDS = {
+    "page_size": int,
+    "dense_layers": int,
+    "dense_below": int,
+    "sink_tokens": int,
+    "recent_tokens": int,
+    "calibration": str,
+    "kv_cache_dtype": str,
+}
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def cache_of(
         v = torch.cat([_left_pad(record.v, longest) for record in records])
         # Older queries are zeros: calibration takes none but the newest.
         q = torch.cat([_left_pad(record.q, longest) for record in records])
-        layer.paged.calibrate(q, k, forward.slots, records[0].sm_scale)
+        layer.paged.calibrate(q, k, forward.slots, records[0].sm_scale, v)
         append(k, v, layer.paged, forward.page_table, forward.seq_lens, forward.slots)
     cache.sequences.commit()
     return cache

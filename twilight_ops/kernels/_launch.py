@@ -6,6 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..arguments import KV
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -63,3 +65,8 @@ def chunk_size(rows: int, capacity: int, like: Tensor, block: int, waves: int) -
 def query_rows(query_tokens: int, group: int, minimum: int) -> int:
     """Query rows of a group, padded to what a matrix instruction takes."""
     return max(next_power_of_2(query_tokens * group), minimum)
+
+
+def stored_pages(kv: KV) -> tuple[Tensor, Tensor]:
+    """The caches as kernels take them: float8_e4m3fn as bytes, which every GPU and the interpreter know."""
+    return (kv.k_cache.view(torch.uint8), kv.v_cache.view(torch.uint8)) if kv.is_fp8 else (kv.k_cache, kv.v_cache)

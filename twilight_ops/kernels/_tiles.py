@@ -62,6 +62,35 @@ def unpack_bytes(packed, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def from_e4m3(code, DTYPE: tl.constexpr):
+    """Numbers of float8_e4m3fn, given as uint8, in DTYPE; with masks and an exact product, because GPUs before sm_89 convert none."""
+    wide = code.to(tl.int16)
+    half = ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half).to(DTYPE)
+
+
+@triton.jit
+def to_e4m3(x):
+    """The nearest numbers of float8_e4m3fn as uint8, ties to even; what is too large becomes the largest, NaN stays NaN."""
+    size = tl.minimum(tl.abs(x), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    # Below the smallest normal number adding 2**14 leaves units of 2**-9.
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    normal = (bits - (120 << 23) + 0x7FFFF + (bits >> 20 & 1)) >> 20
+    code = tl.where(x == x, tl.where(size < 0.015625, small, normal), 0x7F)
+    return (code | (x.to(tl.int32, bitcast=True) >> 24 & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def factor(descale, head):
+    """Of a head; 1 where there is none."""
+    if descale is None:
+        return 1.0
+    else:
+        return tl.load(descale + head)
+
+
+@triton.jit
 def code_scales(DTYPE: tl.constexpr):
     """Factors on queries that meet low and high codes, and on their product: the largest query becomes 2**12 to 2**13."""
     if NATIVE and DTYPE == tl.float16:

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import KV, PageBounds, PageMeans, Paging, Shadow
-from ._launch import Launch, cdiv, next_power_of_2, page_strides
-from ._tiles import INF
+from ..arguments import KV, PageBounds, PageMeans, Paging, Scales, Shadow
+from ._launch import Launch, cdiv, next_power_of_2, page_strides, stored_pages
+from ._tiles import INF, factor, from_e4m3, to_e4m3
 
 # A decode step writes one token a sequence; a prompt fills tiles.
 WRITE = {1: Launch(1, 1, 1, "one row is 2 * D values"), 16: Launch(16, 4, 1, "16 rows of 2 * D values keep four warps loading")}
@@ -32,6 +32,29 @@ def _centred(key, k_center, channel, mask):
     if k_center is not None:
         wide -= tl.load(k_center + channel, mask=mask, other=0.0)[None, :]
     return wide
+
+
+@triton.jit
+def _stored(row, descale, shift, head, channel, mask, FP8: tl.constexpr):
+    """Rows [tokens, channels] of k or v as the cache holds them."""
+    if FP8:
+        wide = _centred(row, shift, channel, mask)
+        return to_e4m3(tl.div_rn(wide, tl.full(wide.shape, 1.0, tl.float32) * factor(descale, head)))
+    else:
+        return row
+
+
+@triton.jit
+def _key(at, mask, descale, shift, head, channel, in_dim):
+    """Stored keys in fp32; `channel` and `in_dim` are of the last dimension, `mask` of all of them."""
+    row = tl.load(at, mask=mask, other=0)
+    if at.dtype.element_ty == tl.uint8:
+        key = from_e4m3(row, tl.float32) * factor(descale, head)
+        if shift is not None:
+            key += tl.load(shift + channel, mask=in_dim, other=0.0)
+        return key
+    else:
+        return row.to(tl.float32)
 
 
 @triton.jit
@@ -63,6 +86,9 @@ def write_tokens_kernel(
     channel_order,  # [Hkv, D]
     prefix_channels,  # [Hkv]
     k_center,  # [Hkv, D] or None
+    k_descale,  # [Hkv] or None
+    v_descale,
+    k_shift,  # [Hkv, D] or None
     page_table,  # [B, M]
     seq_lens,  # [B]
     positions,  # [B, T] or None
@@ -104,9 +130,12 @@ def write_tokens_kernel(
     k_row = k + batch.to(tl.int64) * stride_kb + token.to(tl.int64) * stride_kt + head * stride_kh
     v_row = v + batch.to(tl.int64) * stride_vb + token.to(tl.int64) * stride_vt + head * stride_vh
     key = tl.load(k_row[:, None] + d[None, :], mask=mask, other=0.0)
-    tl.store(k_cache + (page * k_page + head * k_head + place * HEAD_DIM)[:, None] + d[None, :], key, mask=mask)
+    fp8: tl.constexpr = k_cache.dtype.element_ty == tl.uint8
+    stored = _stored(key, k_descale, k_shift, head, head * HEAD_DIM + d, d < HEAD_DIM, fp8)
+    tl.store(k_cache + (page * k_page + head * k_head + place * HEAD_DIM)[:, None] + d[None, :], stored, mask=mask)
     value = tl.load(v_row[:, None] + d[None, :], mask=mask, other=0.0)
-    tl.store(v_cache + (page * v_page + head * v_head + place * HEAD_DIM)[:, None] + d[None, :], value, mask=mask)
+    stored = _stored(value, v_descale, None, head, d, d < HEAD_DIM, fp8)
+    tl.store(v_cache + (page * v_page + head * v_head + place * HEAD_DIM)[:, None] + d[None, :], stored, mask=mask)
 
     if k_quant is not None:
         wide = _centred(key, k_center, head * HEAD_DIM + d, d < HEAD_DIM)
@@ -166,6 +195,8 @@ def _stored_range(rows_scale, low, high, nan, LEVELS: tl.constexpr):
 @triton.jit
 def page_bounds_kernel(
     k_cache,  # [P, Hkv, S, D]
+    k_descale,  # [Hkv] or None
+    k_shift,  # [Hkv, D] or None
     page_bounds,  # [P, Hkv, 2, D]
     bounds_scale,  # [P, Hkv, 2] or None
     page_table,  # [B, M]
@@ -192,7 +223,8 @@ def page_bounds_kernel(
         d = tl.arange(0, DIM_PAD)
         in_dim = d < HEAD_DIM
         mask = (s < live_tokens)[:, None] & in_dim[None, :]
-        key = tl.load((k_cache + page * k_page + head * k_head) + s[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = (k_cache + page * k_page + head * k_head) + s[:, None] * HEAD_DIM + d[None, :]
+        key = _key(at, mask, k_descale, k_shift, head, (head * HEAD_DIM + d)[None, :], in_dim[None, :])
         nan = tl.max((key != key).to(tl.int32), 0) > 0
         low = tl.where(nan, float("nan"), tl.min(tl.where(mask, key, INF), 0))
         high = tl.where(nan, float("nan"), tl.max(tl.where(mask, key, -INF), 0))
@@ -214,6 +246,8 @@ def page_bounds_kernel(
 @triton.jit
 def page_means_kernel(
     k_cache,  # [P, Hkv, S, D]
+    k_descale,  # [Hkv] or None
+    k_shift,  # [Hkv, D] or None
     page_means,  # [P, Hkv, D / 2]
     means_scale,  # [P, Hkv, 2]
     channel_order,  # [Hkv, D] or None
@@ -251,8 +285,8 @@ def page_means_kernel(
         # Slot by slot, as every backend adds them.
         for s in range(live_tokens):
             row = k_cache + page * k_page + head * k_head + s * HEAD_DIM
-            even_mean += tl.load(row + even, mask=in_row, other=0.0).to(tl.float32)
-            odd_mean += tl.load(row + odd, mask=in_row, other=0.0).to(tl.float32)
+            even_mean += _key(row + even, in_row, k_descale, k_shift, head, head * HEAD_DIM + even, in_row)
+            odd_mean += _key(row + odd, in_row, k_descale, k_shift, head, head * HEAD_DIM + odd, in_row)
         number = tl.full([HALF_PAD], 1.0, tl.float32) * tl.maximum(live_tokens, 1).to(tl.float32)
         even_mean = tl.div_rn(even_mean, number)
         odd_mean = tl.div_rn(odd_mean, number)
@@ -276,6 +310,7 @@ def append_kv(
     shadow: Shadow | None,
     bounds: PageBounds | None,
     means: PageMeans | None,
+    scales: Scales | None = None,
 ) -> None:
     batch, tokens = k.shape[:2]
     num_pages, kv_heads, page_size, head_dim = kv.k_cache.shape
@@ -283,11 +318,14 @@ def append_kv(
     if batch * max_pages * num_pages == 0:
         return
     launch = WRITE[1 if tokens == 1 else 16]
+    pages, scales = stored_pages(kv), scales or Scales()
+    keys = (pages[0], scales.k_descale, scales.k_shift)
     write_tokens_kernel[(batch * kv_heads, cdiv(tokens, launch.block))](
         k,
         v,
-        *kv,
+        *pages,
         *(shadow or (None,) * len(Shadow._fields)),
+        *scales,
         *paging,
         positions,
         *k.stride()[:3],
@@ -305,7 +343,7 @@ def append_kv(
     )
     if bounds is not None:
         page_bounds_kernel[(batch * kv_heads * tokens,)](
-            kv.k_cache,
+            *keys,
             *bounds,
             *paging,
             positions,
@@ -321,7 +359,7 @@ def append_kv(
         )
     if means is not None:
         page_means_kernel[(batch * kv_heads * tokens,)](
-            kv.k_cache,
+            *keys,
             *means,
             *((None, None) if shadow is None else (shadow.channel_order, shadow.k_center)),
             *paging,

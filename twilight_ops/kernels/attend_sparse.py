@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import KV, Candidates, HotRows, Paging
+from ..arguments import KV, Candidates, HotRows, Paging, Scales
 from ..ops.attend_sparse import outputs
-from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, page_strides, query_rows
-from ._tiles import INF, LOG2E, listed_slots, live_length, physical_page, slot_tokens
+from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, page_strides, query_rows, stored_pages
+from ._tiles import INF, LOG2E, factor, from_e4m3, listed_slots, live_length, physical_page, slot_tokens
 
 # Keyed by padded head_dim.
 LAUNCHES = {
@@ -58,6 +58,7 @@ def attend_kernel(
     q,  # [B, T, Hq, D]
     k_cache,  # [P, Hkv, S, D]
     v_cache,
+    k_descale,  # [Hkv] or None
     page_table,  # [B, M]
     seq_lens,  # [B]
     indices,  # [B, Hkv, stride] or None
@@ -163,13 +164,16 @@ def attend_kernel(
                 enters = live & (tl.load(hot_claims + copy, mask=live, other=-1) == token)
                 key_rows = tl.where(held, hot_keys + copy * HEAD_DIM, key_rows)
                 value_rows = tl.where(held, hot_values + copy * HEAD_DIM, value_rows)
-            key = tl.load(key_rows[:, None] + d[None, :], mask=mask, other=0.0)
-            value = tl.load(value_rows[:, None] + d[None, :], mask=mask, other=0.0)
+            key = tl.load(key_rows[:, None] + d[None, :], mask=mask, other=0)
+            value = tl.load(value_rows[:, None] + d[None, :], mask=mask, other=0)
             if hot_keys is not None:
                 entry = copy[:, None] * HEAD_DIM + d[None, :]
                 tl.store(hot_keys + entry, key, mask=enters[:, None] & in_dim[None, :])
                 tl.store(hot_values + entry, value, mask=enters[:, None] & in_dim[None, :])
-            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * sm_scale
+            if k_cache.dtype.element_ty == tl.uint8:
+                key = from_e4m3(key, query.dtype)
+                value = from_e4m3(value, query.dtype)
+            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * (sm_scale * factor(k_descale, head))
             seen = live[None, :] & (token[None, :] <= horizon[:, None])
             logit = tl.where(seen, logit, -INF)
             new_peak = tl.maximum(peak, tl.max(logit, 1))
@@ -203,6 +207,13 @@ def merge_kernel(
     partial_sum,
     out,  # [B, T, Hq, D]
     lse,  # [B, T, Hq]
+    q,  # [B, T, Hq, D], read only with k_shift
+    v_descale,  # [Hkv] or None
+    k_shift,  # [Hkv, D] or None
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    sm_scale,
     rows,
     programs,
     KV_HEADS: tl.constexpr,
@@ -242,8 +253,12 @@ def merge_kernel(
             peak = new_peak
     query_head = row % KV_HEADS * GROUP + r % GROUP
     at = ((row // KV_HEADS) * QUERY_TOKENS + r // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    result = sum_ / tl.where(total == 0.0, 1.0, total)
+    result = sum_ / tl.where(total == 0.0, 1.0, total) * factor(v_descale, row % KV_HEADS)
     tl.store(out + at * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=in_dim)
+    if k_shift is not None:
+        q_row = (row // KV_HEADS).to(tl.int64) * stride_qb + r // GROUP * stride_qt + query_head.to(tl.int64) * stride_qh
+        query = tl.load(q + q_row + d, mask=in_dim, other=0.0).to(tl.float32)
+        peak += tl.sum(query * tl.load(k_shift + row % KV_HEADS * HEAD_DIM + d, mask=in_dim, other=0.0), 0) * sm_scale
     tl.store(lse + at, tl.where(total == 0.0, -INF, peak + tl.log(total)))
 
 
@@ -257,6 +272,7 @@ def run_attend(
     lse: Tensor,
     dense_below: int = -1,
     hot: HotRows | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Fills `out` and `lse`; a sequence no longer than `dense_below` attends to everything. Reads copies where `hot` holds any."""
     indices, counts, unit = candidates
@@ -266,6 +282,7 @@ def run_attend(
     rows, group = batch * kv_heads, heads // kv_heads
     if rows == 0:
         return
+    scales = scales or Scales()
     capacity = max_pages * page_size if indices is None else indices.shape[2] * unit
     dim_pad = next_power_of_2(head_dim)
     launch = LAUNCHES[dim_pad]
@@ -294,7 +311,8 @@ def run_attend(
     )
     attend_kernel[(programs,)](
         q,
-        *kv,
+        *stored_pages(kv),
+        scales.k_descale,
         *paging,
         indices,
         counts,
@@ -327,6 +345,11 @@ def run_attend(
         partial_sum,
         out,
         lse,
+        q,
+        scales.v_descale,
+        scales.k_shift,
+        *q.stride()[:3],
+        sm_scale,
         rows,
         programs,
         **shape,
@@ -335,7 +358,9 @@ def run_attend(
     )
 
 
-def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float) -> tuple[Tensor, Tensor]:
+def attend_sparse(
+    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
+) -> tuple[Tensor, Tensor]:
     out, lse = outputs(q)
-    run_attend(q, kv, paging, candidates, sm_scale, out, lse)
+    run_attend(q, kv, paging, candidates, sm_scale, out, lse, scales=scales)
     return out, lse

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
+from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Scales, Shadow
 from ..capacity import Limits
 from ..ops._library import empty_lists
 from ..ops.decode_attention import outputs
@@ -82,8 +82,9 @@ def decode_attention(
     observe: Observation,
     means: PageMeans | None,
     out: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor]:
-    attended, lse = outputs(q, out)
+    attended, lse = outputs(q, out, scales)
     candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
-    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below)
+    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below, scales=scales)
     return attended, lse

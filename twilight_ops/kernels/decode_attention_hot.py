@@ -70,7 +70,7 @@ def decode_attention_hot(
     means: PageMeans | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    attended, lse = outputs(q, out)
+    attended, lse = outputs(q, out, None)
     candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
     batch = q.shape[0]
     _, kv_heads, page_size, _ = kv.k_cache.shape

@@ -11,7 +11,21 @@ import torch
 from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
-from ..arguments import KV, Always, Budget, Candidates, Observation, PageBounds, PageLevel, PageMeans, Paging, Pruning, Shadow
+from ..arguments import (
+    FP8,
+    KV,
+    Always,
+    Budget,
+    Candidates,
+    Observation,
+    PageBounds,
+    PageLevel,
+    PageMeans,
+    Paging,
+    Pruning,
+    Scales,
+    Shadow,
+)
 from ..capacity import MAX_TABLE_TOKENS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,8 +161,16 @@ class Checker:
             self.require(pages <= most, "page_table", f"at most {most} pages of {page_size} tokens", pages)
 
     def cache(self, kv: KV, dtype: torch.dtype) -> None:
-        self.paged("k_cache", kv.k_cache, ("P", "Hkv", "S", "D"), dtype)
-        self.paged("v_cache", kv.v_cache, ("P", "Hkv", "S", "D"), dtype)
+        self.paged("k_cache", kv.k_cache, ("P", "Hkv", "S", "D"), (dtype, FP8))
+        self.paged("v_cache", kv.v_cache, ("P", "Hkv", "S", "D"), kv.k_cache.dtype)
+
+    def scales(self, scales: Scales | None, kv: KV) -> None:
+        dims: tuple[tuple[str | int, ...], ...] = (("Hkv",), ("Hkv",), ("Hkv", "D"))
+        stored = str(kv.k_cache.dtype).removeprefix("torch.")
+        for name, tensor, shape in zip(Scales._fields, scales or Scales(), dims, strict=True):
+            if tensor is not None:
+                self.require(kv.is_fp8, name, f"None, because k_cache is {stored}", "a tensor")
+                self.tensor(name, tensor, shape, torch.float32)
 
     def shadow(self, shadow: Shadow | None) -> None:
         """All of a shadow but its centre comes together; `S` and `D` must already be bound or are taken from k_scale."""

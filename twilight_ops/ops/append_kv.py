@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import KV, PageBounds, PageMeans, Paging, Shadow
+from ..arguments import KV, PageBounds, PageMeans, Paging, Scales, Shadow
 from ._checks import FLOAT_DTYPES, Checker
 from ._library import Operator
 
@@ -17,6 +17,7 @@ def append_kv(
     shadow: Shadow | None = None,
     bounds: PageBounds | None = None,
     means: PageMeans | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Appends T tokens a sequence to the paged cache, its 4-bit K shadow, its page bounds and its page means, in place.
 
@@ -28,9 +29,11 @@ def append_kv(
 
     Args:
         k, v: [B, T, Hkv, D], fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous. Any T >= 1.
-        kv: of k's dtype. paging: `seq_lens` counts what is valid once this call is done; a page of -1 is none.
+        kv: of k's dtype or float8_e4m3fn. paging: `seq_lens` counts what is valid once this call is done; a page of -1 is none.
         positions: [B, T] int32 or None; -1 skips the row.
         shadow: None where nothing is pruned. bounds: None where Quest is not used. means: None where PageMean is not used.
+        scales: of a cache in float8_e4m3fn, which stores `(k - k_shift) / k_descale` and `v / v_descale`, rounded to the nearest of its
+            numbers: what is larger than 448 becomes 448, NaN stays NaN. The shadow is of k as given, bounds and means of what is stored.
 
     Rows whose position lies beyond M * S, or whose page is not in 0..P-1, are skipped.
 
@@ -40,7 +43,7 @@ def append_kv(
 
     Source: Twilight, arXiv 2502.02770, section 4.2 (INT4 K cache); Quest, arXiv 2406.10774 (page bounds).
     """
-    OPERATOR(k, v, kv, paging, positions, shadow, bounds, means)
+    OPERATOR(k, v, kv, paging, positions, shadow, bounds, means, scales)
 
 
 def check(
@@ -52,6 +55,7 @@ def check(
     shadow: Shadow | None,
     bounds: PageBounds | None,
     means: PageMeans | None,
+    scales: Scales | None,
 ) -> None:
     c = Checker("append_kv", k)
     c.tensor("k", k, ("B", "T", "Hkv", "D"), FLOAT_DTYPES, layout="rows")
@@ -64,6 +68,7 @@ def check(
         c.shadow(shadow)
     c.bounds(bounds, k.dtype)
     c.means(means)
+    c.scales(scales, kv)
     if positions is not None:
         c.tensor("positions", positions, ("B", "T"), torch.int32)
     c.no_gradients()

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Paging
+from ..arguments import KV, Candidates, Paging, Scales
 from ._checks import Checker
 from ._library import Operator
 
 
-def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float) -> tuple[Tensor, Tensor]:
+def attend_sparse(
+    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
+) -> tuple[Tensor, Tensor]:
     """`softmax(sm_scale * q . K[I]) V[I]` with the log-sum-exp, so that partial results can be merged.
 
     Query token t of sequence b stands at position `seq_lens[b] - T + t` and sees no newer token. Listed tokens at or beyond
@@ -16,10 +18,11 @@ def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_
 
     Args:
         q: [B, T, Hq, D], T 1..8, any strides, last dimension contiguous.
-        kv: in q's dtype.
+        kv: in q's dtype or float8_e4m3fn.
         paging: a live entry of the table outside 0..P-1 reads some valid page.
         candidates: tokens or pages to attend to, or every token (dense).
         sm_scale: factor on q . k, usually D ** -0.5.
+        scales: of a cache in float8_e4m3fn.
 
     Returns:
         out [B, T, Hq, D] contiguous, in q's dtype; lse [B, T, Hq] fp32, natural logarithm.
@@ -27,10 +30,10 @@ def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_
     Raises:
         RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward.
     """
-    return OPERATOR(q, kv, paging, candidates, sm_scale)
+    return OPERATOR(q, kv, paging, candidates, sm_scale, scales)
 
 
-def check(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float) -> None:
+def check(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None) -> None:
     c = Checker("attend_sparse", q)
     c.query(q)
     c.cache(kv, q.dtype)
@@ -38,6 +41,7 @@ def check(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: f
     c.paging(paging)
     c.candidates(candidates, kv.k_cache.shape[2])
     c.scale(sm_scale)
+    c.scales(scales, kv)
     c.no_gradients()
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
+from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Scales, Shadow
 from ..capacity import COUNTER_COLUMNS
 from ._checks import Checker
 from ._library import Operator
@@ -23,6 +23,7 @@ def decode_attention(
     observe: Observation = Observation(),
     means: PageMeans | None = None,
     out: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One decode step of Select-then-Prune attention: `select_*`, `estimate_weights`, `prune_top_p` and `attend_sparse` in one call.
 
@@ -34,8 +35,9 @@ def decode_attention(
 
     Args:
         q: [B, T, Hq, D], T 1..8, fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous.
-        kv, shadow, bounds, means: as `append_kv` writes them. The shadow may be None where nothing is pruned and the selector is not
-            "shadow_prefix", the bounds where it is not "quest", the means where it is not "page_mean" and has one level.
+        kv, shadow, bounds, means: as `append_kv` writes them, with the `scales` that it was given. The shadow may be None where nothing is
+            pruned and the selector is not "shadow_prefix", the bounds where it is not "quest", the means where it is not "page_mean" and
+            has one level.
         paging: a live entry of the table outside 0..P-1 reads some valid page.
         policy: its counts of tokens may be larger than the table and then mean all of it.
         sm_scale: factor on q . k, usually D ** -0.5.
@@ -52,7 +54,7 @@ def decode_attention(
 
     Source: Twilight, arXiv 2502.02770, algorithm 1.
     """
-    attended, lse = OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out)
+    attended, lse = OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales)
     return attended if out is None else out, lse
 
 
@@ -67,7 +69,8 @@ def check(
     candidates: Candidates,
     observe: Observation,
     means: PageMeans | None,
-    out: Tensor | None = None,
+    out: Tensor | None,
+    scales: Scales | None,
 ) -> None:
     c = Checker("decode_attention", q)
     c.query(q)
@@ -95,15 +98,16 @@ def check(
         c.require(candidates.indices is None, "indices", 'None, unless selector is "given"', "a tensor")
     c.candidates(candidates, kv.k_cache.shape[2])
     c.observation(observe, kv.k_cache.shape[2] * paging.page_table.shape[1], COUNTER_COLUMNS)
+    c.scales(scales, kv)
     if out is not None:
         c.tensor("out", out, ("B", "T", "Hq", "D"), q.dtype)
     c.no_gradients()
 
 
 def outputs(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the operator returns; `out` is the last of the others. Where it is given, the first result is empty, because an operator may
-    not return what it writes."""
-    return q.new_empty(q.shape if others[-1] is None else (0,)), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    """What the operator returns; `out` is the last but one of the others. Where it is given, the first result is empty, because an operator
+    may not return what it writes."""
+    return q.new_empty(q.shape if others[-2] is None else (0,)), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 OPERATOR = Operator(

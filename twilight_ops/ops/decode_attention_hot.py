@@ -51,8 +51,9 @@ def check(
     hot: HotRows,
     *others: object,
 ) -> None:
-    plain.check(q, kv, paging, policy, sm_scale, *others)  # type: ignore[arg-type]
+    plain.check(q, kv, paging, policy, sm_scale, *others, None)  # type: ignore[arg-type, call-arg]
     c = Checker("decode_attention_hot", q)
+    c.paged("k_cache", kv.k_cache, ("P", "Hkv", "S", "D"), q.dtype)  # copies are not dequantised
     _, c.sizes["Hkv"], _, c.sizes["D"] = kv.k_cache.shape
     c.tensor("hot_keys", hot.hot_keys, ("N", "Hkv", "R", "D"), q.dtype)
     c.tensor("hot_values", hot.hot_values, ("N", "Hkv", "R", "D"), q.dtype)
@@ -67,6 +68,6 @@ OPERATOR = Operator(
     decode_attention_hot,
     "(Tensor attended, Tensor lse)",
     check,
-    plain.outputs,
+    lambda q, *others: plain.outputs(q, *others, None),
     mutates=("budget_counters", "kept_indices", "kept_counts", "out", *HotRows._fields),
 )

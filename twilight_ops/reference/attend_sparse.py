@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..arguments import KV, Candidates, Paging
+from ..arguments import KV, Candidates, Paging, Scales
 from ._paging import all_tokens, candidate_tokens, compute_dtype, gather_tokens, visible
 
 
-def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float) -> tuple[Tensor, Tensor]:
+def attend_sparse(
+    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
+) -> tuple[Tensor, Tensor]:
     (k_cache, v_cache), (page_table, seq_lens) = kv, paging
     batch, query_tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
@@ -18,8 +20,9 @@ def attend_sparse(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_
 
     every = all_tokens(page_table, kv_heads, page_size)
     tokens, live = candidate_tokens(candidates, every, seq_lens)
-    keys = gather_tokens(k_cache, page_table, tokens).to(dtype)  # [B, Hkv, N, D]
-    values = gather_tokens(v_cache, page_table, tokens).to(dtype)
+    scales = scales or Scales()
+    keys = scales.keys(gather_tokens(k_cache, page_table, tokens), dtype)  # [B, Hkv, N, D]
+    values = scales.values(gather_tokens(v_cache, page_table, tokens), dtype)
     grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)
     logits = torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import capacity
-from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Shadow
+from ..arguments import KV, Candidates, Observation, PageBounds, PageMeans, Paging, Policy, Scales, Shadow
 from ..capacity import COUNTER_HEADER, HISTOGRAM_BINS, Limits, histogram_bin_start
 from ._paging import all_tokens, candidate_tokens
 from ._window import sinks_and_window
@@ -27,6 +27,7 @@ def decode_attention(
     observe: Observation,
     means: PageMeans | None,
     out: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, query_tokens = q.shape[:2]
     _, kv_heads, page_size, _ = kv.k_cache.shape
@@ -60,9 +61,9 @@ def decode_attention(
         tokens, live = candidate_tokens(candidates, every, seq_lens)
         row_mass = row_mass.view(batch, query_tokens, kv_heads, -1).double().mean(dim=(1, 3))
         mass = torch.where(dense, 1.0, row_mass)
-    attended, lse = attend_sparse(q, kv, paging, candidates, sm_scale)
+    attended, lse = attend_sparse(q, kv, paging, candidates, sm_scale, scales)
     if selector != "dense" and limits.dense_below > 0:
-        dense_out, dense_lse = attend_sparse(q, kv, paging, Candidates(), sm_scale)
+        dense_out, dense_lse = attend_sparse(q, kv, paging, Candidates(), sm_scale, scales)
         attended = torch.where(dense[:, :, None, None], dense_out, attended)
         lse = torch.where(dense[:, :, None], dense_lse, lse)
 

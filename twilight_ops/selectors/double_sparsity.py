@@ -67,7 +67,7 @@ class DoubleSparsity(Selector):
             order = calibration.load(layer.plan.calibration, layer.index, kv_heads, head_dim).channel_order
         state = {
             "heavy_channels": order[:, :heavy].int().contiguous().to(layer.kv.k_cache.device),  # [Hkv, r]
-            "labels": allocate_rows(layer, heavy, torch.int8 if int8 else layer.kv.k_cache.dtype),
+            "labels": allocate_rows(layer, heavy, torch.int8 if int8 else layer.dtype),
         }
         if int8:
             state["label_scale"] = allocate_rows(layer, 1, torch.bfloat16)

@@ -37,7 +37,7 @@ class Quest(Selector):
     def allocate(self, layer, previous) -> dict[str, Tensor]:
         k_cache, eight_bit = layer.kv.k_cache, self.bounds_dtype == "int8"
         shape = (k_cache.shape[0], layer.num_kv_heads, 2)
-        bounds = layer.new_pages((*shape, layer.head_dim), dtype=torch.uint8 if eight_bit else k_cache.dtype)
+        bounds = layer.new_pages((*shape, layer.head_dim), dtype=torch.uint8 if eight_bit else layer.dtype)
         layer.bounds = PageBounds(bounds, layer.new_pages(shape, dtype=torch.bfloat16) if eight_bit else None)
         return {}
 

@@ -1,0 +1,5 @@
+#include "fused_decode_impl.cuh"
+
+namespace twilight {
+template void launch_fused_decode<__half, Float8, 128>(const FusedParams&, int, int, int, cudaStream_t);
+}
