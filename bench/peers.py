@@ -32,7 +32,7 @@ def peer(
 
     def prepare(data: Workload, options: argparse.Namespace) -> Method:
         report = {"bytes": data.sizes.kv_bytes, "kept_tokens": float(data.sizes.length), "captured_mass": 1.0}
-        return Method(name, calls(data), lambda: report, check=exact_check(data.expected[0]))
+        return Method(name, calls(data), lambda: report, check=exact_check(data.expected_of_peers[0]))
 
     return Entry(name, prepare, (device,), "peer", missing)
 

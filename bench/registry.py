@@ -174,6 +174,7 @@ def config_of(name: str, data: Workload, options: argparse.Namespace) -> Twiligh
     if name in options.settings:
         method = parse_method(name)
         common = {"top_p": method.top_p, "page_size": data.sizes.page_size, "dense_below": options.dense_below}
+        common["kv_cache_dtype"] = data.sizes.kv_cache_dtype
         return TwilightConfig(selector=method.selector, **common | dict(method.settings))
     budget = min(options.token_budget, data.sizes.length // 4) if options.device == "cuda" else options.token_budget
     selectors = {
@@ -187,6 +188,7 @@ def config_of(name: str, data: Workload, options: argparse.Namespace) -> Twiligh
     }
     layers = len(data.queries) if name == "dense" else 0
     common = {"top_p": options.top_p, "page_size": data.sizes.page_size, "dense_below": options.dense_below}
+    common["kv_cache_dtype"] = data.sizes.kv_cache_dtype
     return TwilightConfig(selector=selectors[name](), dense_layers=layers, **common)
 
 

@@ -104,6 +104,7 @@ def setting_of(config: TwilightConfig) -> str:
     from twilight_ops.evaluation.methods import Method
 
     given = {"dense_layers": config.dense_layers or None, "sink_tokens": config.sink_tokens, "recent_tokens": config.recent_tokens}
+    given |= {} if config.kv_cache_dtype == "auto" else {"kv_cache_dtype": config.kv_cache_dtype}
     return Method(config.selector, config.top_p, tuple((name, value) for name, value in given.items() if value is not None)).setting
 
 

@@ -250,14 +250,29 @@ class Workload:
         """`exact` of the first query set."""
         return self.exact(0)
 
-    def exact(self, index: int) -> tuple[Tensor, Tensor]:
-        """Attention of query set `index` over every token, in fp32: out [B, T, Hq, D] and lse [B, T, Hq]."""
+    @cached_property
+    def expected_of_peers(self) -> tuple[Tensor, Tensor]:
+        """The same of the K and V that dense peers read."""
+        return self.expected if self.cache.layers[0].scales is None else self.exact(0, stored=False)
+
+    def stored(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """What the cache holds of one sequence's K and V [L, Hkv, D]; a key in 8 bits and its shift are no bf16."""
+        layer = self.cache.layers[0]
+        if layer.scales is None:
+            return self.keys[sequence], self.values[sequence]
+        pages = self.cache.page_table[sequence].long()
+        read = zip(layer.kv, (layer.scales.keys, layer.scales.values), strict=True)
+        return tuple(widen(rows[pages], torch.float32).transpose(1, 2).flatten(0, 1)[: self.sizes.length] for rows, widen in read)
+
+    def exact(self, index: int, stored: bool = True) -> tuple[Tensor, Tensor]:
+        """Attention of query set `index` over every token that the cache has stored, in fp32: out [B, T, Hq, D] and lse [B, T, Hq]."""
         sizes = self.sizes
         tokens, kv_heads = sizes.query_tokens, sizes.num_kv_heads
         newest = torch.arange(sizes.length - tokens, sizes.length, device=self.keys.device)
         hidden = torch.arange(sizes.length, device=self.keys.device) > newest[:, None]  # [T, L]
         out, lse = [], []
-        for q, k, v in zip(self.queries[index], self.keys, self.values, strict=True):
+        for b, q in enumerate(self.queries[index]):
+            k, v = self.stored(b) if stored else (self.keys[b], self.values[b])
             rows = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2).float()  # [Hkv, G * T, D]
             logits = (rows @ k.permute(1, 2, 0).float() * self.sm_scale).unflatten(1, (-1, tokens))  # [Hkv, G, T, L]
             logits.masked_fill_(hidden, -torch.inf)

@@ -15,21 +15,19 @@ from twilight_ops import PagedKVCache, ShadowPrefix, TwilightConfig
 from twilight_ops.decode_step import append, attend
 from twilight_ops.host_memory import size
 
-FILL = 4096  # tokens appended at a time
-
 
 def decode(args: argparse.Namespace, offload: bool) -> list[torch.Tensor]:
     heads, kv_heads = map(int, args.heads.split("/"))
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    dtype = {"cpu": torch.float32}.get(args.device, torch.bfloat16)
     # Random keys have no structure that top-p could use: a twentieth of the tokens are candidates.
     config = TwilightConfig(ShadowPrefix(256, 0.05, prefix_channels=32), dense_below=0, offload=offload)
     began = time.perf_counter()
     cache = PagedKVCache(config, args.layers, heads, kv_heads, 128, 1, args.tokens + args.steps, dtype, args.device)
     setup = time.perf_counter() - began
     rng = torch.Generator(args.device).manual_seed(0)
-    lens, table, kept, times = cache.live_seq_lens, cache.live_page_table, [], []
-    for start in range(0, args.tokens, FILL):
-        tokens = min(FILL, args.tokens - start)
+    lens, table, kept = cache.live_seq_lens, cache.live_page_table, []
+    for start in range(0, args.tokens, 4096):
+        tokens = min(4096, args.tokens - start)
         k, v = torch.randn(2, 1, tokens, kv_heads, 128, generator=rng, device=args.device).to(dtype)
         lens.fill_(start + tokens)
         for layer in cache.layers:
@@ -42,11 +40,11 @@ def decode(args: argparse.Namespace, offload: bool) -> list[torch.Tensor]:
             append(*torch.randn(2, 1, 1, kv_heads, 128, generator=rng, device=args.device).to(dtype), layer, table, lens)
             kept.append(attend(q, layer, table, lens, 128**-0.5)[0])
         kept[-1].sum().item()  # waits for the device
-        times.append(time.perf_counter() - began)
-    where = ("pinned host memory" if args.device == "cuda" else "a file") if offload else args.device
-    sizes = cache.nbytes()
-    print(f"K and V in {where}: {size(sizes['kv'])}; beside them on {args.device}: {size(sizes['extra'])}; allocated in {setup:.2f} s")
-    print(f"  a step of {args.layers} layers at {args.tokens:,} tokens: {min(times) * 1e3:.2f} ms", flush=True)
+        took = time.perf_counter() - began
+    where = args.device if not offload else "pinned host memory" if args.device == "cuda" else "a file"
+    kv, extra = (size(cache.nbytes()[part]) for part in ("kv", "extra"))
+    print(f"K and V in {where}: {kv}; beside them on {args.device}: {extra}; allocated in {setup:.2f} s")
+    print(f"  a step of {args.layers} layers at {args.tokens:,} tokens: {took * 1e3:.2f} ms", flush=True)
     return kept
 
 
