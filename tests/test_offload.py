@@ -119,7 +119,7 @@ def test_a_prompt_in_chunks_streams_what_is_cached_and_gives_what_one_pass_gives
     assert len(calls) > 3 * 3
     for a, b in zip(whole.paged.layers, chunked.paged.layers, strict=True):
         for one, other in zip(a.kv, b.kv, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)  # of fp32 sums in another order, layer on layer
 
 
 @pytest.mark.parametrize(
