@@ -171,11 +171,10 @@ def ratios(name: str, row: dict, medians: dict[str, float]) -> dict:
 
 def config_of(name: str, data: Workload, options: argparse.Namespace) -> TwilightConfig:
     """Twilight's contenders, or one by its setting; `dense_below` as shipped unless asked otherwise."""
+    common = {"page_size": data.sizes.page_size, "dense_below": options.dense_below, "kv_cache_dtype": data.sizes.kv_cache_dtype}
     if name in options.settings:
         method = parse_method(name)
-        common = {"top_p": method.top_p, "page_size": data.sizes.page_size, "dense_below": options.dense_below}
-        common["kv_cache_dtype"] = data.sizes.kv_cache_dtype
-        return TwilightConfig(selector=method.selector, **common | dict(method.settings))
+        return TwilightConfig(selector=method.selector, top_p=method.top_p, **common | dict(method.settings))
     budget = min(options.token_budget, data.sizes.length // 4) if options.device == "cuda" else options.token_budget
     selectors = {
         "dense": lambda: Full(),
@@ -187,9 +186,7 @@ def config_of(name: str, data: Workload, options: argparse.Namespace) -> Twiligh
         "full": lambda: Full(),
     }
     layers = len(data.queries) if name == "dense" else 0
-    common = {"top_p": options.top_p, "page_size": data.sizes.page_size, "dense_below": options.dense_below}
-    common["kv_cache_dtype"] = data.sizes.kv_cache_dtype
-    return TwilightConfig(selector=selectors[name](), dense_layers=layers, **common)
+    return TwilightConfig(selector=selectors[name](), dense_layers=layers, top_p=options.top_p, **common)
 
 
 def prunes(name: str, data: Workload, options: argparse.Namespace) -> bool:

@@ -260,9 +260,7 @@ class Workload:
         layer = self.cache.layers[0]
         if layer.scales is None:
             return self.keys[sequence], self.values[sequence]
-        pages = self.cache.page_table[sequence].long()
-        read = zip(layer.kv, (layer.scales.keys, layer.scales.values), strict=True)
-        return tuple(widen(rows[pages], torch.float32).transpose(1, 2).flatten(0, 1)[: self.sizes.length] for rows, widen in read)
+        return _read(layer, self.cache.page_table[sequence], self.sizes.length, torch.float32)
 
     def exact(self, index: int, stored: bool = True) -> tuple[Tensor, Tensor]:
         """Attention of query set `index` over every token that the cache has stored, in fp32: out [B, T, Hq, D] and lse [B, T, Hq]."""
@@ -413,14 +411,20 @@ def build(
         cache.seq_lens.fill_(stop)
         decode_step.append(keys[:, start:stop], values[:, start:stop], first, cache.page_table, cache.seq_lens)
     if first.scales is not None:  # peers and checks are given what is stored
-        for b, table in enumerate(cache.page_table.long()):
-            read = (first.scales.keys, first.scales.values)
-            for rows, pages, widen in zip((keys[b], values[b]), first.kv, read, strict=True):
-                rows.copy_(widen(pages[table], sizes.dtype).transpose(1, 2).flatten(0, 1)[:length])
+        for b, table in enumerate(cache.page_table):
+            for rows, stored in zip((keys[b], values[b]), _read(first, table, length, sizes.dtype), strict=True):
+                rows.copy_(stored)
     for layer in cache.layers[1:]:
         for target, source in zip(layer.tensors(), first.tensors(), strict=True):
             target.copy_(source)
     return Workload(sizes, queries, cache, keys, values, data, min(copies, sets))
+
+
+def _read(layer: PagedKVLayer, table: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K and V [L, Hkv, D] of one sequence as a cache in 8 bits holds them."""
+    read = zip(layer.kv, (layer.scales.keys, layer.scales.values), strict=True)
+    keys, values = (widen(rows[table.long()], dtype).transpose(1, 2).flatten(0, 1)[:length] for rows, widen in read)
+    return keys, values
 
 
 Made = tuple[list[Tensor], Callable[[PagedKVLayer], None]]  # queries of every set, and what calibrates a layer before its keys come

@@ -279,9 +279,7 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
   const Paging means_paging = paging.of_means();
   const Limits limits(paging.max_tokens(), query.query_tokens, token_budget, sink_tokens, recent_tokens, dense_below);
   const Budget budget(limits, budget_fraction, head_token_budget);
-  const PageLevel level{
-      means, means_paging, page_fraction, ceil_div(std::min(min_scored_tokens, limits.max_tokens), paging.page_size),
-      kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction, min_scored_tokens)};
+  const PageLevel level(means, means_paging, paging, limits, budget_fraction, page_fraction, min_scored_tokens);
   const PruneOptions options(top_p, head_top_p, limits);
   const GivenCandidates given(indices, counts, tokens_per_index);
   const int64_t list_capacity = selects_pages(selector) ? page_capacity(limits, paging.page_size, budget_fraction)

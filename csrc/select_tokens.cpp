@@ -122,9 +122,7 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& q, const Tensor& k_quant,
   const int64_t capacity = token_capacity(limits, budget_fraction);
   Tensor indices = torch::stable::new_empty(q, {query.batch, query.kv_heads, capacity}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(q, {query.batch, query.kv_heads}, ScalarType::Int);
-  const PageLevel level{
-      means, means_paging, page_fraction, ceil_div(std::min(min_scored_tokens, limits.max_tokens), paging.page_size),
-      kept_pages_capacity(limits, paging.page_size, budget_fraction, page_fraction, min_scored_tokens)};
+  const PageLevel level(means, means_paging, paging, limits, budget_fraction, page_fraction, min_scored_tokens);
   const SelectTokensCall call{query,
                               shadow,
                               paging,

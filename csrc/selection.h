@@ -93,6 +93,15 @@ struct PageLevel {
   double fraction;       // 1: all pages
   int64_t least;         // pages
   int64_t capacity;
+
+  // For tokens paged by `tokens`.
+  PageLevel(const std::optional<Shadow>& means, const Paging& paging, const Paging& tokens, const Limits& limits,
+            double budget_fraction, double page_fraction, int64_t min_scored_tokens)
+      : means(means),
+        paging(paging),
+        fraction(page_fraction),
+        least(ceil_div(std::min(min_scored_tokens, limits.max_tokens), tokens.page_size)),
+        capacity(kept_pages_capacity(limits, tokens.page_size, budget_fraction, page_fraction, min_scored_tokens)) {}
 };
 
 class SelectionRow {

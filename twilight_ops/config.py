@@ -241,9 +241,10 @@ BREAK_EVEN: Mapping[str, BreakEven] = {
         512,
         320_000,
         1 << 20,
-        "H200, 32/8 heads, a real model's data, p .95, us a layer, dense / shadow prefix / page means: B 1 L 32k 38 / 40 / 35, "
-        "L 64k 67 / 54 / 53; B 4 L 8k 37 / 36 / 30; B 8 L 8k 67 / 42 / 35; B 25 L 4k 103 / 58 / 39; B 64 L 2k 125 / 90 / 58; "
-        "dense / Full: B 1 L 128k 127 / 152, B 8 948 / 902 (bench/results/h200_break_even.jsonl). Between other kernels 13 us longer",
+        "H200, 32/8 heads, a real model's data, p .95, us a layer, dense / shadow prefix / page means: B 1 L 32k 37 / 40 / 37, "
+        "L 64k 67 / 54 / 53; B 4 L 8k 37 / 36 / 31; B 8 L 8k 66 / 43 / 38; B 25 L 4k 103 / 58 / 39; B 64 L 2k 122 / 91 / 59 "
+        "(bench/results/h200_qwen_data.jsonl, h200_break_even.jsonl); Full: B 1 L 128k 152, B 8 902 (h200_clusters.log), where dense "
+        "takes 124 and 924. Between other kernels 13 us longer",
     ),
 }
 OFFLOADED = BreakEven(512, 0, 0, "a token of K and V comes over a bus of some 50 GB/s, or from a file: deciding costs little beside it")
