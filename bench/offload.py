@@ -155,7 +155,7 @@ def sparse_method(name: str, text: Text, options: argparse.Namespace) -> Method:
         if hits:
             row["hit_rate"] = hits[-1]
         if "offloaded" in sizes:
-            token = 2 * dim * text.keys.element_size()
+            token = 2 * dim * watched.kv.k_cache.element_size()
             row["bus_mib"] = fetched * token * len(cache.layers) * (1.0 - row.get("hit_rate", 0.0)) / 2**20
         return row
 

@@ -26,6 +26,8 @@ constexpr int kLongShare = 2048;
 // Of the tokens that two levels score no share is longer. The same data, 32/8 L 32k, B 64: one block 492, two 423, four
 // 577; B 25: one 237, two 200, four 243; B 8: two 86, four 113. L 128k, B 8: four 345, eight 278, sixteen 338.
 constexpr int kKeptShare = 4608;
+// Of one query row: 32/32 L 32k, B 64: one 946, two 1098.
+constexpr int kKeptShareOfOneRow = 9216;
 
 struct ClusterRule {
   Selector selector;
@@ -51,8 +53,8 @@ constexpr ClusterRule kClusterRules[] = {
     {Selector::kQuest, true, 4608, 2048},
     // As Quest: its estimates are what Full makes of every token.
     {Selector::kFull, false, 18432, 4096},
-    // Shared memory holds 9k tokens of four rows in half a multiprocessor.
-    {Selector::kFull, true, 9216, 4096},
+    // The same data, 32/8 L 32k, of four and eight: B 64: 1577 and 1270; B 25: 687 and 544; B 8: 251 and 183.
+    {Selector::kFull, true, 4608, 4096},
     // 32/32 L 1k, B 16: one 66.9, two 70.5; B 8: one 34.8, two 37.8; B 1: one 11.8, two 9.6.
     {Selector::kDense, false, kMaxTableTokens, 128},
     // B 64 L 1k: one 70.3, two 75.6; L 32k: one 1878, two 1904. B 1 L 8k: eight 14.8, sixteen 16.7; L 1k: eight 6.4.
@@ -177,7 +179,9 @@ int choose_cluster_size(const FusedCall& call) {
     return waves * kFillBlocks <= 2 * units && 2 * units <= waves * call.request.device.multiprocessors;
   };
   if (size == 2 && (fills(1) || fills(2))) return size;
-  const int64_t share_tokens = call.two_levels() ? kKeptShare : rule.share_tokens;
+  const int64_t share_tokens = !call.two_levels() ? rule.share_tokens
+                               : call.rows == 1   ? kKeptShareOfOneRow
+                                                  : kKeptShare;
   while (size < kMaxClusterSize && ceil_div(shared_tokens, size) > share_tokens) size *= 2;
   return size;
 }

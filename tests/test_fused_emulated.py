@@ -67,6 +67,7 @@ class FusedTensors(ctypes.Structure):
         *kinds((*OPTIONAL, "out", "lse", *Scales._fields)),
         ("top_p", ctypes.c_double),
         ("sm_scale", ctypes.c_float),
+        ("in_host_memory", ctypes.c_int),
     ]
 
 

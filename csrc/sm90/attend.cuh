@@ -106,6 +106,11 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
   constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
   constexpr int kHalves = D / 64;    // and of a value
   constexpr int kProducts = D / 16;
+  using KeyShare = RowShare<E, 4, kQuarters>;
+  using ValueShare = RowShare<E, 8, kHalves>;
+  // Which eight of its channels a thread reads as its j-th. What a stream reads lies in shared memory by 8 bytes.
+  const auto key_eight = [&](int j) { return kStreams ? 4 * j + c.t : KeyShare::eight(j, c.t); };
+  const auto value_eight = [&](int j) { return kStreams ? 8 * j + c.g : ValueShare::eight(j, c.g); };
   const float log2_scale = c.log2_scale() * c.k_descale();
   float peak[2] = {kEmptyPeak, kEmptyPeak}, z[2] = {};
   float o[kProducts][4] = {};
@@ -123,7 +128,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
         position[i] = from.share.first + base + c.g + 8 * i;
 #pragma unroll
         for (int j = 0; j < kQuarters; ++j) {
-          keys[i][j] = from.at(c.g + 8 * i, 4 * j + c.t);
+          keys[i][j] = from.at(c.g + 8 * i, key_eight(j));
         }
       }
       from.pass();
@@ -134,15 +139,13 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         position[i] = static_cast<int>(__shfl_sync(~0u, mine.y, c.g + 8 * i));
-        const E* key = c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i));
-#pragma unroll
-        for (int j = 0; j < kQuarters; ++j) keys[i][j] = Channels<E>::load(key + 32 * j + 8 * c.t);
+        KeyShare::load(keys[i], c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i)), c.t, c.p.in_host_memory);
       }
     }
     float acc[4] = {};
 #pragma unroll
     for (int j = 0; j < kQuarters; ++j) {
-      const uint4 queries = c.g < RP ? q.rows[c.g % RP][4 * j + c.t] : make_uint4(0, 0, 0, 0);
+      const uint4 queries = c.g < RP ? q.rows[c.g % RP][key_eight(j)] : make_uint4(0, 0, 0, 0);
       const uint4 one = keys[0][j].widen(T()), other = keys[1][j].widen(T());
       mma(acc, one.x, other.x, one.y, other.y, queries.x, queries.y, T());
       mma(acc, one.z, other.z, one.w, other.w, queries.z, queries.w, T());
@@ -153,10 +156,11 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
       for (int i = 0; i < 4; ++i) {
         const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
         const E* value = c.row_at(c.p.v_cache, __shfl_sync(~0u, value_at, token));
-        const bool there = static_cast<int>(__shfl_sync(~0u, mine.y, token)) < c.live;
+        if (static_cast<int>(__shfl_sync(~0u, mine.y, token)) < c.live) {
+          ValueShare::load(stored[i], value, c.g, c.p.in_host_memory);
+        } else {
 #pragma unroll
-        for (int j = 0; j < kHalves; ++j) {
-          stored[i][j] = there ? Channels<E>::load(value + 64 * j + 8 * c.g) : Channels<E>{};
+          for (int j = 0; j < kHalves; ++j) stored[i][j] = {};
         }
       }
     }
@@ -196,7 +200,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
         for (int j = 0; j < kHalves; ++j) {
           const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
-          stored[i][j] = from.at(token, 8 * j + c.g);
+          stored[i][j] = from.at(token, value_eight(j));
         }
       }
       from.pass();
@@ -211,7 +215,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
     for (int j = 0; j < kProducts; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) o[j][c] *= scale[c & 1];
-      // Row g of product j is channel 8g + j; row g + 8 the same of the other half, or four channels further.
+      // Row g of product j is channel j of the thread's first eight; row g + 8 the same of its second, or four further.
       const int e = kHalves == 2 ? j : j + 4, h = kHalves - 1;
       const uint32_t a0 = channel_pair(values[0][0], values[1][0], j), a2 = channel_pair(values[2][0], values[3][0], j);
       const uint32_t a1 = channel_pair(values[0][h], values[1][h], e), a3 = channel_pair(values[2][h], values[3][h], e);
@@ -224,13 +228,15 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
   for (int k = 0; k < 2; ++k) {
     const int row = 2 * c.t + k;
     if (row < RP) {
-      float4* to = reinterpret_cast<float4*>(&warp_rows[(c.warp * RP + row) * D + 8 * c.g]);
+      float4* rows = reinterpret_cast<float4*>(&warp_rows[(c.warp * RP + row) * D]);
+      float4* to = rows + 2 * value_eight(0);
       if (kHalves == 2) {
+        float4* other = rows + 2 * value_eight(1);
         to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
         to[1] = make_float4(o[4 % kProducts][k], o[5 % kProducts][k], o[6 % kProducts][k], o[7 % kProducts][k]);
-        to[16] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
-        to[17] = make_float4(o[4 % kProducts][2 + k], o[5 % kProducts][2 + k], o[6 % kProducts][2 + k],
-                             o[7 % kProducts][2 + k]);
+        other[0] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
+        other[1] = make_float4(o[4 % kProducts][2 + k], o[5 % kProducts][2 + k], o[6 % kProducts][2 + k],
+                               o[7 % kProducts][2 + k]);
       } else {
         to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
         to[1] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);

@@ -40,6 +40,13 @@ cudaError_t read_limits(int device, DeviceLimits& limits) {
   return cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
+cudaError_t lies_in_host_memory(const Tensor& tensor, int& host) {
+  cudaPointerAttributes attributes{};
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, tensor.const_data_ptr());
+  host = attributes.type == cudaMemoryTypeHost;
+  return error;
+}
+
 // Arguments were checked by decode_attention, and the same plan sent the call here. A cluster_size of 0 is the
 // plan's.
 std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS, int64_t cluster_size) {
@@ -88,6 +95,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   p.k_shift = data_or_null<float>(k_shift);
   p.top_p = top_p;
   p.sm_scale = static_cast<float>(sm_scale);
+  STD_CUDA_CHECK(lies_in_host_memory(k_cache, p.in_host_memory));
 
   PlanRequest request{};
   request.selector = selector_named(selector_name);

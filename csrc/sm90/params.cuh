@@ -36,6 +36,7 @@ struct FusedTensors {
   const float* k_shift;  // null: 0
   double top_p;
   float sm_scale;
+  int in_host_memory;  // K and V
 };
 
 struct FusedParams : FusedTensors, SharedLayout {

@@ -79,7 +79,6 @@ __device__ __forceinline__ void store(Float8* p, float x) { p->bits = to_e4m3(x)
 template <typename E>
 struct Channels {
   uint4 packed;
-  __device__ static __forceinline__ Channels load(const E* p) { return {load_stream(p)}; }
   template <typename T>
   __device__ __forceinline__ uint4 widen(T) const {
     return packed;
@@ -88,7 +87,6 @@ struct Channels {
 template <>
 struct Channels<Float8> {
   uint2 packed;
-  __device__ static __forceinline__ Channels load(const Float8* p) { return {load_stream8(p)}; }
   template <typename T>
   __device__ __forceinline__ uint4 widen(T type) const {
     const auto pair = [&](uint32_t codes) {
@@ -96,6 +94,36 @@ struct Channels<Float8> {
       return pack2(x.x, x.y, type);
     };
     return make_uint4(pair(packed.x), pair(packed.x >> 16), pair(packed.y), pair(packed.y >> 16));
+  }
+};
+
+// A row's channels by eights, kCount to each of kLanes threads, in loads of 16 bytes where there are that many: which
+// of the eights is a thread's j-th, and its share of the row.
+template <typename E, int kLanes, int kCount>
+struct RowShare {
+  static constexpr bool kPairs = sizeof(E) == 1 && kCount % 2 == 0;
+  __device__ static __forceinline__ int eight(int j, int lane) {
+    return kPairs ? 2 * (kLanes * (j / 2) + lane) + j % 2 : kLanes * j + lane;
+  }
+  __device__ static __forceinline__ void load(Channels<E> (&to)[kCount], const E* row, int lane, bool by_lines) {
+    if constexpr (kPairs) {
+#pragma unroll
+      for (int j = 0; j < kCount; j += 2) {
+        const uint4 both = load_row16(row + 8 * eight(j, lane), by_lines);
+        to[j].packed = make_uint2(both.x, both.y);
+        to[j + 1].packed = make_uint2(both.z, both.w);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const E* from = row + 8 * eight(j, lane);
+        if constexpr (sizeof(E) == 1) {
+          to[j].packed = load_row8(from, by_lines);
+        } else {
+          to[j].packed = load_row16(from, by_lines);
+        }
+      }
+    }
   }
 };
 

@@ -360,7 +360,8 @@ __device__ int list_survivors(const C& c, const Candidates<C>& candidates, View<
         }
       }
       keep &= position < c.live && at < candidates.count;
-      if (keep) prefetch_row(c, entry.x);  // it is read as soon as the list is complete
+      // It is read as soon as the list is complete. The L2 keeps nothing of host memory, which would be read twice.
+      if (keep && !c.p.in_host_memory) prefetch_row(c, entry.x);
       const uint32_t bits = __ballot_sync(~0u, keep);
       if (c.lane == word) own = bits;
     }

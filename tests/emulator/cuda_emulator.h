@@ -381,7 +381,9 @@ inline uint4 load_stream(const void* p) {
   return v;
 }
 
-inline uint2 load_stream8(const void* p) {
+inline uint4 load_row16(const void* p, bool) { return load_stream(p); }
+
+inline uint2 load_row8(const void* p, bool) {
   uint2 v;
   memcpy(&v, p, sizeof(v));
   return v;
