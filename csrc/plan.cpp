@@ -26,7 +26,8 @@ constexpr int kLongShare = 2048;
 // Of the tokens that two levels score no share is longer. The same data, 32/8 L 32k, B 64: one block 492, two 423, four
 // 577; B 25: one 237, two 200, four 243; B 8: two 86, four 113. L 128k, B 8: four 345, eight 278, sixteen 338.
 constexpr int kKeptShare = 4608;
-// Of one query row: 32/32 L 32k, B 64: one 946, two 1098.
+// Of one query row, as long as that leaves two blocks a multiprocessor: 32/32 L 32k, B 64: one 946, two 1098; B 8: one
+// 192, two 196; B 4: one 148, two 111.
 constexpr int kKeptShareOfOneRow = 9216;
 
 struct ClusterRule {
@@ -179,9 +180,8 @@ int choose_cluster_size(const FusedCall& call) {
     return waves * kFillBlocks <= 2 * units && 2 * units <= waves * call.request.device.multiprocessors;
   };
   if (size == 2 && (fills(1) || fills(2))) return size;
-  const int64_t share_tokens = !call.two_levels() ? rule.share_tokens
-                               : call.rows == 1   ? kKeptShareOfOneRow
-                                                  : kKeptShare;
+  const int64_t kept_share = call.rows == 1 && units >= 2 * kFillBlocks ? kKeptShareOfOneRow : kKeptShare;
+  const int64_t share_tokens = call.two_levels() ? kept_share : rule.share_tokens;
   while (size < kMaxClusterSize && ceil_div(shared_tokens, size) > share_tokens) size *= 2;
   return size;
 }

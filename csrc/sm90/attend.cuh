@@ -11,7 +11,7 @@ namespace {
 template <class C>
 struct TileStream {
   using E = typename C::E;
-  static constexpr bool kStreams = true;
+  static constexpr bool kStreams = true, kFromHost = false;
   static constexpr int D = C::D, kPiece = 16 / sizeof(E), kRowChunks = D / kPiece;  // of 16 bytes
   static constexpr int kSlots = kStreamSlots * 2 / sizeof(E);                       // in the same memory
   const C& c;
@@ -106,8 +106,8 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
   constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
   constexpr int kHalves = D / 64;    // and of a value
   constexpr int kProducts = D / 16;
-  using KeyShare = RowShare<E, 4, kQuarters>;
-  using ValueShare = RowShare<E, 8, kHalves>;
+  using KeyShare = RowShare<E, From::kFromHost, 4, kQuarters>;
+  using ValueShare = RowShare<E, From::kFromHost, 8, kHalves>;
   // Which eight of its channels a thread reads as its j-th. What a stream reads lies in shared memory by 8 bytes.
   const auto key_eight = [&](int j) { return kStreams ? 4 * j + c.t : KeyShare::eight(j, c.t); };
   const auto value_eight = [&](int j) { return kStreams ? 8 * j + c.g : ValueShare::eight(j, c.g); };
@@ -139,7 +139,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         position[i] = static_cast<int>(__shfl_sync(~0u, mine.y, c.g + 8 * i));
-        KeyShare::load(keys[i], c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i)), c.t, c.p.in_host_memory);
+        KeyShare::load(keys[i], c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i)), c.t);
       }
     }
     float acc[4] = {};
@@ -157,7 +157,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
         const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
         const E* value = c.row_at(c.p.v_cache, __shfl_sync(~0u, value_at, token));
         if (static_cast<int>(__shfl_sync(~0u, mine.y, token)) < c.live) {
-          ValueShare::load(stored[i], value, c.g, c.p.in_host_memory);
+          ValueShare::load(stored[i], value, c.g);
         } else {
 #pragma unroll
           for (int j = 0; j < kHalves; ++j) stored[i][j] = {};

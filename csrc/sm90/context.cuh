@@ -167,7 +167,7 @@ struct Survivors {
 enum class Listed { kCandidates, kOwnSurvivors, kSharedSurvivors };
 template <class C>
 struct Entries {
-  static constexpr bool kStreams = false;
+  static constexpr bool kStreams = false, kFromHost = false;
   const Candidates<C>& candidates;
   const Survivors& survivors;
   Listed list;
@@ -185,6 +185,12 @@ struct Entries {
     const int slot = cluster.read(survivors.slots + (start + i - first[owner]), owner);
     return candidates.entry_of(cluster.read(candidates.units + (slot >> candidates.unit_shift()), owner), slot);
   }
+};
+
+// The same where K and V lie in host memory.
+template <class C>
+struct HostEntries : Entries<C> {
+  static constexpr bool kFromHost = true;
 };
 
 // The cluster's blocks divide the lines of this sequence's page table among them, before the length is known.

@@ -35,27 +35,24 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
-// Of a row of K or V. Host memory gives twice as many bytes a second where lines of 128 of them are asked for, which
-// passing by L1 prevents.
-__device__ __forceinline__ uint4 load_row16(const void* p, bool by_lines) {
-  uint4 v;
-  asm volatile(
-      "{\n\t.reg .pred lines;\n\tsetp.ne.u32 lines, %5, 0;\n\t"
-      "@lines ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n\t"
-      "@!lines ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p), "r"(static_cast<uint32_t>(by_lines)));
+__device__ __forceinline__ uint2 load_stream8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 
-__device__ __forceinline__ uint2 load_row8(const void* p, bool by_lines) {
+// From host memory, which gives twice as many bytes a second where lines of 128 of them are asked for.
+__device__ __forceinline__ uint4 load_host(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_host8(const void* p) {
   uint2 v;
-  asm volatile(
-      "{\n\t.reg .pred lines;\n\tsetp.ne.u32 lines, %3, 0;\n\t"
-      "@lines ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];\n\t"
-      "@!lines ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n\t}"
-      : "=r"(v.x), "=r"(v.y)
-      : "l"(p), "r"(static_cast<uint32_t>(by_lines)));
+  asm volatile("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 

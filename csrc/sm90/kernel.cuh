@@ -122,6 +122,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
 
   if (dense) {
     attend(c, stream, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
+  } else if (p.in_host_memory) {
+    attend(c, HostEntries<C>{entries}, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
   } else {
     attend(c, entries, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
   }

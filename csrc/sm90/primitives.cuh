@@ -99,29 +99,24 @@ struct Channels<Float8> {
 
 // A row's channels by eights, kCount to each of kLanes threads, in loads of 16 bytes where there are that many: which
 // of the eights is a thread's j-th, and its share of the row.
-template <typename E, int kLanes, int kCount>
+template <typename E, bool kFromHost, int kLanes, int kCount>
 struct RowShare {
   static constexpr bool kPairs = sizeof(E) == 1 && kCount % 2 == 0;
   __device__ static __forceinline__ int eight(int j, int lane) {
     return kPairs ? 2 * (kLanes * (j / 2) + lane) + j % 2 : kLanes * j + lane;
   }
-  __device__ static __forceinline__ void load(Channels<E> (&to)[kCount], const E* row, int lane, bool by_lines) {
-    if constexpr (kPairs) {
+  __device__ static __forceinline__ void load(Channels<E> (&to)[kCount], const E* row, int lane) {
 #pragma unroll
-      for (int j = 0; j < kCount; j += 2) {
-        const uint4 both = load_row16(row + 8 * eight(j, lane), by_lines);
+    for (int j = 0; j < kCount; j += kPairs ? 2 : 1) {
+      const E* from = row + 8 * eight(j, lane);
+      if constexpr (kPairs) {
+        const uint4 both = kFromHost ? load_host(from) : load_stream(from);
         to[j].packed = make_uint2(both.x, both.y);
         to[j + 1].packed = make_uint2(both.z, both.w);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const E* from = row + 8 * eight(j, lane);
-        if constexpr (sizeof(E) == 1) {
-          to[j].packed = load_row8(from, by_lines);
-        } else {
-          to[j].packed = load_row16(from, by_lines);
-        }
+      } else if constexpr (sizeof(E) == 1) {
+        to[j].packed = kFromHost ? load_host8(from) : load_stream8(from);
+      } else {
+        to[j].packed = kFromHost ? load_host(from) : load_stream(from);
       }
     }
   }

@@ -381,13 +381,14 @@ inline uint4 load_stream(const void* p) {
   return v;
 }
 
-inline uint4 load_row16(const void* p, bool) { return load_stream(p); }
-
-inline uint2 load_row8(const void* p, bool) {
+inline uint2 load_stream8(const void* p) {
   uint2 v;
   memcpy(&v, p, sizeof(v));
   return v;
 }
+
+inline uint4 load_host(const void* p) { return load_stream(p); }
+inline uint2 load_host8(const void* p) { return load_stream8(p); }
 
 inline float from_e4m3(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
