@@ -1,7 +1,7 @@
 """Tasks with checkable answers through the HTTP API of `vllm serve`, with vLLM's own attention or ours.
 
 python -m twilight_ops calibrate --model MODEL --text book.txt --out calibration.safetensors
-python -m bench.vllm_needle --model MODEL --length 31k --twilight '{"calibration": "calibration.safetensors"}'
+python -m bench.vllm_needle --model MODEL --length 31k --twilight '{"calibration": "calibration.safetensors", "dense_below": 0}'
 python -m bench.vllm_needle --model MODEL --length 31k
 """
 
