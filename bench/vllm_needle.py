@@ -1,7 +1,7 @@
 """Tasks with checkable answers through the HTTP API of `vllm serve`, with vLLM's own attention or ours.
 
 python -m twilight_ops calibrate --model MODEL --text book.txt --out calibration.safetensors
-python -m bench.vllm_needle --model MODEL --length 31k --twilight '{"calibration": "calibration.safetensors"}'
+python -m bench.vllm_needle --model MODEL --length 31k --twilight '{"calibration": "calibration.safetensors", "dense_below": 0}'
 python -m bench.vllm_needle --model MODEL --length 31k
 """
 
@@ -82,6 +82,7 @@ def main() -> None:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", args.model, "--port", str(port), "--served-model-name", "served"]
+    command += ["--generation-config", "vllm"]  # a model's own penalties of repetition would count against an answer from the prompt
     if args.twilight is not None:
         settings = json.dumps({"twilight": args.twilight})
         command += ["--block-size", "16", "--attention-backend", "CUSTOM", "--additional-config", settings]

@@ -51,6 +51,7 @@ def expected(model_path):
     """What vLLM's own attention gives for all requests. Its engine is gone before others come: engines of one process share state."""
     engine = Engine(model_path, None, enable_prefix_caching=False)
     expected = {name: Expected(*engine.margins(*request)) for name, request in REQUESTS.items()}
+    engine.close()
     del engine
     gc.collect()
     return expected
@@ -66,6 +67,8 @@ def engine(model_path):
         return made[-1]
 
     yield make
+    for each in made:
+        each.close()
     made.clear()
     gc.collect()
     set_num_threads(threads)  # drafting from the prompt changes it

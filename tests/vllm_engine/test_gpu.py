@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import GPU, REQUESTS
+from engines import GPU, REQUESTS, numbers
 
 from twilight_ops.integration.vllm import backend, metrics
 from twilight_ops.report import budget_report
@@ -58,3 +58,23 @@ def test_decode_steps_replay_full_graphs_and_wait_for_nothing(engine, expected, 
     assert all(a is b for a, b in zip(metrics.layers_of(config), layers, strict=True))
     if selector != "dense":
         assert budget_report(layers).sparse.dense == 0
+
+
+def test_a_prefix_evicted_to_host_memory_comes_back_whole(engine, calibrated):
+    """vLLM's own offloading: the blocks of a prefix have left the GPU, and tokens are those of the prompt that was computed at once."""
+    overrides = {"0": {"selector": "dense"}, "2": {"selector": {"name": "quest", "token_budget": 48}}, "3": {"selector": "page_mean"}}
+    twilight = {"selector": calibrated, "calibration": calibrated["calibration"], "top_p": 0.9, "dense_below": 0, "overrides": overrides}
+    options = {"block_size": 16, "num_gpu_blocks_override": 48}
+    prefix, end = numbers(192, 7), numbers(40, 8)
+    whole = engine(twilight, **options, enable_prefix_caching=False)
+    expected = whole.generate([prefix + end], 24)
+    assert 0 < budget_report(metrics.layers_of(whole.llm.llm_engine.vllm_config)).sparse.pruned < 1
+    whole.close()
+
+    offloading = engine(twilight, **options, kv_offloading_size=0.125)
+    offloading.generate([prefix + numbers(9, 9)], 8)
+    for seed in range(4):
+        offloading.generate([numbers(300, 20 + seed)], 8)
+    tokens = offloading.generate([prefix + end], 24)
+    assert offloading.metric("vllm:external_prefix_cache_hits") == 192
+    assert tokens == expected

@@ -9,6 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -45,32 +47,63 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_vllm_serve_streams_to_an_openai_client(model_path, everything, expected, tmp_path):
-    openai = pytest.importorskip("openai", reason="vLLM brings the OpenAI client")
-    port, log = free_port(), tmp_path / "log"
+@contextmanager
+def serving(model_path, twilight: dict, log, *arguments: str) -> Iterator[str]:
+    """The address of a `vllm serve` of the model "tiny", while it runs."""
+    port = free_port()
     options = f"--dtype {DTYPE} --enforce-eager --block-size 32 --max-model-len 512 --max-num-seqs 8 --max-num-batched-tokens 64".split()
+    options += ["--distributed-executor-backend", "uni"]  # the engine is its own worker: a process less that imports vLLM
     options += ["--gpu-memory-utilization", "0.3"] if GPU else []
-    settings = ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"twilight": everything})]
+    settings = ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"twilight": twilight})]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_path), "--port", str(port)]
-    command += ["--served-model-name", "tiny"]
-    with log.open("w") as out, subprocess.Popen([*command, *options, *settings], stdout=out, stderr=subprocess.STDOUT) as server:
+    command += ["--served-model-name", "tiny", *options, *settings, *arguments]
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as server:
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 480  # up to four processes import vLLM, on cores that may be busy
             while not answers(f"http://127.0.0.1:{port}/health"):
                 assert server.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.5)
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            streams = []
-            for prompt in REQUESTS["four"][0][:2]:
-                request = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
-                extra = {"ignore_eos": True, "return_token_ids": True}
-                chunks = list(client.completions.create(**request, stream=True, extra_body=extra))
-                streams.append([token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or ()])
-                assert len(chunks) > 1
-            expected["four"].check(streams, slice(2))
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:  # one that is still starting may miss it
+                server.kill()
+
+
+REQUEST = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+EXACTLY = {"ignore_eos": True, "return_token_ids": True}
+
+
+def test_vllm_serve_streams_to_an_openai_client(model_path, everything, expected, tmp_path):
+    openai = pytest.importorskip("openai", reason="vLLM brings the OpenAI client")
+    with serving(model_path, everything, tmp_path / "log") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        streams = []
+        for prompt in REQUESTS["four"][0][:2]:
+            chunks = list(client.completions.create(**REQUEST, prompt=prompt, stream=True, extra_body=EXACTLY))
+            streams.append([token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or ()])
+            assert len(chunks) > 1
+        expected["four"].check(streams, slice(2))
+
+
+@pytest.mark.skipif(GPU and torch.cuda.device_count() < 2, reason="two GPUs, one a replica")
+def test_each_of_two_replicas_gives_the_tokens_of_one_engine(model_path, everything, expected, tmp_path):
+    """Data parallelism: engines of their own behind one address, and the header of a request says which of them answers."""
+    with serving(model_path, everything, tmp_path / "log", "--data-parallel-size", "2", "--api-server-count", "1") as url:
+        for rank in range(2):
+            tokens = []
+            for prompt in REQUESTS["four"][0]:
+                body = json.dumps(REQUEST | EXACTLY | {"prompt": prompt}).encode()
+                headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)}
+                with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body, headers), timeout=60) as reply:
+                    tokens.append(json.load(reply)["choices"][0]["token_ids"])
+            expected["four"].check(tokens)
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as reply:
+            lines = [line for line in reply.read().decode().splitlines() if line.startswith("vllm:generation_tokens_total{")]
+        assert sorted(float(line.rsplit(" ", 1)[1]) for line in lines) == [48.0, 48.0], lines
 
 
 def answers(url: str) -> bool:
