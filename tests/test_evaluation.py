@@ -117,6 +117,15 @@ def test_what_attends_to_everything_has_no_distance_to_dense(model, passage):
         assert language.together([result])["perplexity_change"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_dense_steps_over_eight_bits_are_beside_those_over_whole_keys(model, passage):
+    method = methods.parse_method("dense:kv_cache_dtype=fp8")
+    result = language.evaluate(model, passage, method)
+    # The same attention to everything, through the selector that proposes everything.
+    full = language.evaluate(model, passage, methods.parse_method("full:kv_cache_dtype=fp8"))
+    assert MAX_KL < result["kl"] == pytest.approx(full["kl"], rel=0.01)
+    assert result["bytes_share"] == 1.0 and "kept" not in result
+
+
 def test_pruning_moves_away_from_dense_and_says_how_much_it_kept(model, passage):
     results = [language.evaluate(model, passage, methods.Method(Full(), p, TWO_DENSE)) for p in (0.99, 0.9, 0.5)]
     assert MAX_KL < results[0]["kl"] < results[1]["kl"] < results[2]["kl"]
@@ -218,12 +227,16 @@ def test_methods_survive_the_way_through_their_label():
         "shadow_prefix:n/16:tau=0.05",
         "sparq:token_budget=100,budget_fraction=1/4",
         "exact_top_p:mass=0.99",
+        "shadow_prefix:kv_cache_dtype=fp8",
     ):
         method = methods.parse_method(text)
         assert methods.parse_method(method.label) == method
         for top_p in (1.0, 0.85):
             pruned = method.with_top_p(top_p)
             assert methods.parse_method(pruned.setting) == pruned
+    for text in ("dense", "dense:kv_cache_dtype=fp8"):
+        method = methods.parse_method(text)
+        assert method.label == method.setting == method.key == text and methods.parse_method(text) == method
     assert methods.parse_method("quest:n/4:.95") == methods.parse_method("quest:token_budget=1,budget_fraction=1/4").with_top_p(0.95)
     assert methods.parse_method("quest:8192:.85").setting == methods.parse_method("quest:.85").setting == "quest:0.85"
     assert methods.parse_method("shadow_prefix:256:.9:tau=.05").setting == "shadow_prefix:256:0.9:tau=0.05"
@@ -248,7 +261,7 @@ def test_methods_survive_the_way_through_their_label():
         ("quest:.9:.8", "methods: quest: expected one p, 0 < p <= 1, got 'quest:.9:.8'"),
         ("quest:1.5", "methods: quest: expected one p, 0 < p <= 1, got 'quest:1.5'"),
         ("tidal:across_heads=maybe", "methods: Tidal: across_heads: expected True or False, got 'maybe'"),
-        ("dense:page_size=16", "methods: expected dense without fields, got 'dense:page_size=16'"),
+        ("dense:page_size=16", "methods: expected dense or dense:kv_cache_dtype=fp8, got 'dense:page_size=16'"),
     ],
 )
 def test_bad_methods_are_named(text, message):
@@ -334,6 +347,10 @@ def test_captured_mass_is_that_of_the_kept_set(model, passage):
     assert (found >= 0.9 - 1e-6).all() and found.mean() < 0.99
     told = mass.spread_of(found)
     assert told["mass_lowest"] <= told["mass_p1"] <= told["mass_mean"] < 1.0 and told["mass_rows"] == 64
+    # Keys in 8 bits are weighed as what they stand for.
+    whole, eighths = (methods.parse_method(text).config() for text in ("full:.9", "full:.9:kv_cache_dtype=fp8"))
+    found, rounded = (mass.captured(model, passage.prefills, passage.forced[:, :2], config) for config in (whole, eighths))
+    assert rounded.mean() == pytest.approx(float(found.mean()), abs=2e-3)
     assert mass.captured(model, passage.prefills, passage.forced[:, :2], methods.DENSE.config()).numel() == 0
 
 

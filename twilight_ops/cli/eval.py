@@ -121,7 +121,9 @@ def _evaluate(args: argparse.Namespace, given: dict[str, str] | None = None) -> 
         if at and method.top_p < 1.0:
             raise ValueError(f"methods: {text}: expected p once, got {method.top_p:g} and {own}")
         top_ps = _own_top_ps(text, own) if at else [method.top_p] if method.top_p < 1.0 else args.p
-        if method.selector is not None:
+        if method.selector is None:
+            methods += [method] if method.settings else []
+        else:
             methods += ([] if args.only_pruned else [method.with_top_p(1.0)]) + [method.with_top_p(p) for p in top_ps]
     tasks = ["language", *TASKS] if args.tasks == ["all"] else args.tasks
     options = Options(
