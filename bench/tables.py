@@ -84,6 +84,20 @@ def accuracy(found: Sequence[dict]) -> str:
     return markdown(header, lines)
 
 
+def tasks(found: Sequence[dict]) -> str:
+    """Share of right answers by task and length, beside dense attention's, and the samples on which a method is no worse than dense."""
+    cells = list(dict.fromkeys((row["task"], row["length"]) for row in found if "score" in row))
+    settings = list(dict.fromkeys(row["setting"] for row in found if "score" in row and row["setting"] != "dense"))
+    by_setting = {(row["task"], row["length"], row["setting"]): row for row in found if "score" in row}
+    lines = []
+    for task, length in cells:
+        rows_ = [by_setting.get((task, length, setting)) for setting in ("dense", *settings)]
+        told = ["" if row is None else f"{row['score']:.0%}" for row in rows_]
+        beside = ["" if row is None else f" ({row['no_worse_than_dense']})" for row in rows_]
+        lines.append([task, f"{length:,}", told[0], *(a + b for a, b in zip(told[1:], beside[1:], strict=True))])
+    return markdown(("task", "tokens", "dense", *map(named, settings)), lines)
+
+
 def shape_of(row: dict) -> str:
     shape = row["shape"]
     kind = "MHA" if shape["Hq"] == shape["Hkv"] else "GQA"
@@ -159,7 +173,12 @@ def _serves(head_dim: int, query_rows: int) -> str:
     return explain(q, layer.kv, paging, layer.policy, head_dim**-0.5, **groups, device="cuda").kernel
 
 
-MAKERS: dict[str, Callable[[Sequence[dict]], str]] = {"accuracy": accuracy, "serving": serving, "speed": speed}
+MAKERS: dict[str, Callable[[Sequence[dict]], str]] = {
+    "accuracy": accuracy,
+    "tasks": tasks,
+    "serving": serving,
+    "speed": speed,
+}
 
 
 def rewritten(text: str) -> str:

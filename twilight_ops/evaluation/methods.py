@@ -164,6 +164,11 @@ def parse_method(text: str, where: str = "methods") -> Method:
     return method
 
 
+def has_top_p(text: str) -> bool:
+    """Whether a method's text names its p, which may be 1.0."""
+    return any(_DECIMAL.fullmatch(section) for section in text.split(":")[1:])
+
+
 def _convert(kind, value: str):
     """The value that the text stands for, or the text itself: the record that it is for says what it expects."""
     if value == "None":
