@@ -205,7 +205,7 @@ TASKS = {
         Task("needle_multikey", 16, _needles(keys=4)),
         Task("needle_haystack", 16, _needle_haystack),
         Task("needle_multivalue", 40, _needles(values=4)),
-        Task("needle_multiquery", 64, _needles(keys=4, queries=4)),
+        Task("needle_multiquery", 80, _needles(keys=4, queries=4)),
         Task("variable_tracking", 40, _variable_tracking),
         Task("common_words", 120, _common_words),
         Task("frequent_words", 32, _frequent_words),
