@@ -76,16 +76,16 @@ def _passkey(rng: random.Random, units: int, depth: float, prose: Sequence[str])
     return Sample(f"{body}\n\nWhat is the secret number of the vault?", "The secret number of the vault is", (key,))
 
 
-def _names(rng: random.Random, count: int, joint: str = " ") -> list[str]:
+def _names(rng: random.Random, count: int) -> list[str]:
     """Different names of two words each, or of three where there are not as many."""
     if count <= len(ADJECTIVES):
-        return [joint.join(pair) for pair in zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)]
+        return [" ".join(pair) for pair in zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)]
     pairs = len(ADJECTIVES) * len(NOUNS)
     longer = count > pairs
 
     def name(i: int) -> str:
         first = [ADJECTIVES[i // pairs]] if longer else []
-        return joint.join([*first, ADJECTIVES[i // len(NOUNS) % len(ADJECTIVES)], NOUNS[i % len(NOUNS)]])
+        return " ".join([*first, ADJECTIVES[i // len(NOUNS) % len(ADJECTIVES)], NOUNS[i % len(NOUNS)]])
 
     return [name(i) for i in rng.sample(range(pairs * len(ADJECTIVES) if longer else pairs), count)]
 
@@ -158,27 +158,27 @@ def _variable_tracking(rng: random.Random, units: int, depth: float, prose: Sequ
     return Sample(f"{example} {example_start} {' '.join(solved)}\n\n{question}", start, tuple(names))
 
 
-def _word_list(words: Sequence[str], common: int, common_times: int, rare_times: int, rng: random.Random) -> tuple[str, str]:
-    """(question after its list, start of the answer): the first `common` words more often than the others."""
-    listed = [*words[:common]] * common_times + [*words[common:]] * rare_times
+def _word_list(common: Sequence[str], times: int, rare: Sequence[str], rng: random.Random) -> tuple[str, str]:
+    """(question after its list, start of the answer): the common words `times` times each, the rare ones as they are."""
+    listed = [*common] * times + [*rare]
     rng.shuffle(listed)
     body = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
     question = (
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
-        f"{body}\nQuestion: What are the {common} most common words in the above list?"
+        f"{body}\nQuestion: What are the {len(common)} most common words in the above list?"
     )
-    return question, f"The top {common} words that appear most often in the list are:"
+    return question, f"The top {len(common)} words that appear most often in the list are:"
 
 
 def _common_words(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
-    # RULER's ratio of 10 to 1, at a third of its counts, so that the task exists at a thousand tokens too, behind a solved example.
+    # RULER's ratio of 10 to 1, behind a solved example. A long list has more of each word and not more words.
     common, shown = 10, 20
-    words = _names(rng, common + max(1, units) + common + shown, joint="")
-    example, words = words[: common + shown], words[common + shown :]
-    question, start = _word_list(words, common, 10, 1, rng)
-    solved, solved_start = _word_list(example, common, 3, 1, rng)
+    words = rng.sample([*NOUNS, *ADJECTIVES], len(NOUNS) + len(ADJECTIVES))
+    example, answers, rare = words[: common + shown], words[common + shown : shown + 2 * common], words[shown + 2 * common :]
+    question, start = _word_list(answers, max(10, round(10 * units / len(rare))), _cycle(rare, max(1, units)), rng)
+    solved, solved_start = _word_list(example[:common], 3, example[common:], rng)
     answer = " ".join(f"{i}. {word}" for i, word in enumerate(example[:common], 1))
-    return Sample(f"{solved} {solved_start} {answer}\n\n{question}", start, tuple(words[:common]))
+    return Sample(f"{solved} {solved_start} {answer}\n\n{question}", start, tuple(answers))
 
 
 def _frequent_words(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
