@@ -30,6 +30,7 @@ BLOCK = re.compile(r"(<!-- table: (\w+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of
 FILES = ("README.md", "docs/*.md")
 
 FIELDS = {"budget_fraction": "tokens", "page_fraction": "pages"}
+WORDS = {"kv_cache_dtype": "K and V in {}", "recent_tokens": "{} newest tokens", "sink_tokens": "{} sinks"}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -39,13 +40,14 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def named(setting: str) -> str:
     """ShadowPrefix, p .95, 1/2 of the pages: of `shadow_prefix:0.95:page_fraction=0.5`."""
     name, *parts = setting.split(":")
-    words = [selector_classes()[name].__name__]
+    words = [selector_classes()[name].__name__ if name in selector_classes() else name]
     for part in parts:
         if re.fullmatch(r"\d*\.\d+", part):
             words.append(f"p {share(float(part))}")
         elif "=" in part:
             fields = dict(field.split("=") for field in part.split(" ")[0].split(","))
             words += [f"{parts_of(value)} the {FIELDS[field]}" for field, value in sorted(fields.items()) if field in FIELDS]
+            words += [WORDS[field].format(value) for field, value in fields.items() if field in WORDS]
             words += [" ".join(part.split(" ")[1:])] if " " in part else []
         else:
             words.append(part)
@@ -70,18 +72,50 @@ def accuracy(found: Sequence[dict]) -> str:
         mass = [row.get(f"mass_{name}") for name in ("mean", "p1", "lowest")]
         lines.append(
             [
-                named(f"{row['method']}:{row['top_p']:.2f}"),
+                named(row["method"] if row["method"].startswith("dense") else f"{row['method']}:{row['top_p']:.2f}"),
                 f"{row['kl']:.4f}",
                 f"{row['worst_kl']:.3f}",
                 f"{row['top1']:.3f}",
                 f"{row['perplexity_change']:+.1%}",
-                f"{row['kept']:,.0f} of {row['live']:,.0f}",
+                f"{row['kept']:,.0f} of {row['live']:,.0f}" if "kept" in row else "all",
                 f"{row['bytes_share']:.1%}",
                 "-" if None in mass else " / ".join(f"{value:.2f}" for value in mass),
             ]
         )
     header = ("method", "KL", "worst token", "equal top-1", "perplexity", "kept a KV head", "bytes", "true mass: mean / 1% / lowest")
     return markdown(header, lines)
+
+
+def methods(found: Sequence[dict]) -> str:
+    """Every selector without the pruner and with it: distance to dense attention, and the tokens that are attended to."""
+    lines = []
+    for row in found:
+        if row.get("task") != "language" or "without" not in row:
+            continue
+        alone = row["without"]
+        lines.append(
+            [
+                named(f"{row['method']}:{row['top_p']:.2f}"),
+                *(f"{side['kl']:.4f} / {side['worst_kl']:.3f} / {side['perplexity_change']:+.1%}" for side in (alone, row)),
+                f"{alone['kept']:,.0f} -> {row['kept']:,.0f} of {row['live']:,.0f}",
+                f"{row['bytes_share']:.1%}",
+            ]
+        )
+    return markdown(("method", "without: KL / worst / perplexity", "with: KL / worst / perplexity", "budget", "bytes"), lines)
+
+
+def tasks(found: Sequence[dict]) -> str:
+    """Share of right answers by task and length, beside dense attention's, and the samples on which a method is no worse than dense."""
+    cells = list(dict.fromkeys((row["task"], row["length"]) for row in found if "score" in row))
+    settings = list(dict.fromkeys(row["setting"] for row in found if "score" in row and row["setting"] != "dense"))
+    by_setting = {(row["task"], row["length"], row["setting"]): row for row in found if "score" in row}
+    lines = []
+    for task, length in cells:
+        found_ = [by_setting.get((task, length, setting), {}) for setting in ("dense", *settings)]
+        told = [f"{row['score']:.0%}" if row else "" for row in found_]
+        beside = [f" ({row['no_worse_than_dense']})" if "no_worse_than_dense" in row else "" for row in found_[1:]]
+        lines.append([task, f"{length:,}", told[0], *(a + b for a, b in zip(told[1:], beside, strict=True))])
+    return markdown(("task", "tokens", "dense", *map(named, settings)), lines)
 
 
 def shape_of(row: dict) -> str:
@@ -159,7 +193,13 @@ def _serves(head_dim: int, query_rows: int) -> str:
     return explain(q, layer.kv, paging, layer.policy, head_dim**-0.5, **groups, device="cuda").kernel
 
 
-MAKERS: dict[str, Callable[[Sequence[dict]], str]] = {"accuracy": accuracy, "serving": serving, "speed": speed}
+MAKERS: dict[str, Callable[[Sequence[dict]], str]] = {
+    "accuracy": accuracy,
+    "methods": methods,
+    "tasks": tasks,
+    "serving": serving,
+    "speed": speed,
+}
 
 
 def rewritten(text: str) -> str:

@@ -49,6 +49,33 @@ def test_a_table_that_differs_is_found():
     assert "| Full, p .95 |" in tables.rewritten(text) and tables.rewritten(tables.rewritten(text)) == tables.rewritten(text)
 
 
+def test_tables_of_tasks_and_methods_have_what_was_measured_beside_dense():
+    from bench import tables
+
+    cell = {"task": "passkey", "length": 16000}
+    found = [cell | {"setting": "dense", "score": 1.0}, cell | {"setting": "quest:n/4:0.95", "score": 0.5, "no_worse_than_dense": "1 of 2"}]
+    assert tables.tasks(found).splitlines()[::2] == [
+        "| task | tokens | dense | Quest, n/4, p .95 |",
+        "| passkey | 16,000 | 100% | 50% (1 of 2) |",
+    ]
+    quality = {"kl": 0.01, "worst_kl": 0.5, "top1": 0.9, "perplexity_change": 0.02}
+    row = quality | {
+        "task": "language",
+        "method": "quest:n/4",
+        "setting": "quest:n/4:0.95",
+        "top_p": 0.95,
+        "live": 8000,
+        "bytes_share": 0.1,
+    }
+    row |= {"kept": 500, "without": quality | {"kept": 2000}}
+    told = "0.0100 / 0.500 / +2.0%"
+    assert tables.methods([row]).splitlines()[2] == f"| Quest, n/4, p .95 | {told} | {told} | 2,000 -> 500 of 8,000 | 10.0% |"
+    eighths = {"task": "language", "method": "dense:kv_cache_dtype=fp8", "top_p": 1.0, "bytes_share": 1.0}
+    assert (
+        tables.accuracy([quality | eighths]).splitlines()[2].startswith("| dense, K and V in fp8 | 0.0100 | 0.500 | 0.900 | +2.0% | all |")
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_paths_exist(name):
     text = (ROOT / name).read_text("utf-8")

@@ -117,6 +117,15 @@ def test_what_attends_to_everything_has_no_distance_to_dense(model, passage):
         assert language.together([result])["perplexity_change"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_dense_steps_over_eight_bits_are_beside_those_over_whole_keys(model, passage):
+    method = methods.parse_method("dense:kv_cache_dtype=fp8")
+    result = language.evaluate(model, passage, method)
+    # The same attention to everything, through the selector that proposes everything.
+    full = language.evaluate(model, passage, methods.parse_method("full:kv_cache_dtype=fp8"))
+    assert MAX_KL < result["kl"] == pytest.approx(full["kl"], rel=0.01)
+    assert result["bytes_share"] == 1.0 and "kept" not in result
+
+
 def test_pruning_moves_away_from_dense_and_says_how_much_it_kept(model, passage):
     results = [language.evaluate(model, passage, methods.Method(Full(), p, TWO_DENSE)) for p in (0.99, 0.9, 0.5)]
     assert MAX_KL < results[0]["kl"] < results[1]["kl"] < results[2]["kl"]
@@ -218,12 +227,16 @@ def test_methods_survive_the_way_through_their_label():
         "shadow_prefix:n/16:tau=0.05",
         "sparq:token_budget=100,budget_fraction=1/4",
         "exact_top_p:mass=0.99",
+        "shadow_prefix:kv_cache_dtype=fp8",
     ):
         method = methods.parse_method(text)
         assert methods.parse_method(method.label) == method
         for top_p in (1.0, 0.85):
             pruned = method.with_top_p(top_p)
             assert methods.parse_method(pruned.setting) == pruned
+    for text in ("dense", "dense:kv_cache_dtype=fp8"):
+        method = methods.parse_method(text)
+        assert method.label == method.setting == method.key == text and methods.parse_method(text) == method
     assert methods.parse_method("quest:n/4:.95") == methods.parse_method("quest:token_budget=1,budget_fraction=1/4").with_top_p(0.95)
     assert methods.parse_method("quest:8192:.85").setting == methods.parse_method("quest:.85").setting == "quest:0.85"
     assert methods.parse_method("shadow_prefix:256:.9:tau=.05").setting == "shadow_prefix:256:0.9:tau=0.05"
@@ -248,7 +261,7 @@ def test_methods_survive_the_way_through_their_label():
         ("quest:.9:.8", "methods: quest: expected one p, 0 < p <= 1, got 'quest:.9:.8'"),
         ("quest:1.5", "methods: quest: expected one p, 0 < p <= 1, got 'quest:1.5'"),
         ("tidal:across_heads=maybe", "methods: Tidal: across_heads: expected True or False, got 'maybe'"),
-        ("dense:page_size=16", "methods: expected dense without fields, got 'dense:page_size=16'"),
+        ("dense:page_size=16", "methods: expected dense or dense:kv_cache_dtype=fp8, got 'dense:page_size=16'"),
     ],
 )
 def test_bad_methods_are_named(text, message):
@@ -261,9 +274,14 @@ PROSE = ["The lamp was lit at dusk.", "Nobody came.", "A cart went by with apple
 
 @pytest.mark.parametrize("name", list(tasks.TASKS))
 def test_tasks_fit_their_length_and_repeat_by_seed(name):
-    tokenizer = ByteTokenizer()
-    ids, sample = tasks.fit(tokenizer, tasks.TASKS[name], 6000, 0.5, 7, PROSE)
-    assert 5000 < len(ids) <= 6000
+    tokenizer, built = ByteTokenizer(), []
+    build = tasks.TASKS[name].build
+    task = dataclasses.replace(tasks.TASKS[name], build=lambda rng, units, *more: (built.append(units), build(rng, units, *more))[1])
+    ids, sample = tasks.fit(tokenizer, task, 6000, 0.5, 7, PROSE)
+    # As much filler as there is room for, found without building many prompts.
+    more = tasks.encode(tokenizer, build(random.Random(7), built[-1] + 1, 0.5, PROSE))
+    assert len(ids) <= 6000 and (len(more) > 6000 or name == "frequent_words" and len(ids) > 5990)
+    assert len(built) < 16
     again, same = tasks.fit(tokenizer, tasks.TASKS[name], 6000, 0.5, 7, PROSE)
     assert ids == again and sample == same
     assert tasks.fit(tokenizer, tasks.TASKS[name], 6000, 0.5, 8, PROSE)[1].answers != sample.answers
@@ -272,7 +290,10 @@ def test_tasks_fit_their_length_and_repeat_by_seed(name):
     assert tasks.score("nothing of the kind", sample.answers) == 0.0
 
 
-@pytest.mark.parametrize("name", ["passkey", "needle_single", "needle_multikey", "needle_multivalue"])
+NEEDLES = ["passkey", "needle_single", "needle_multikey", "needle_haystack", "needle_multivalue", "needle_multiquery"]
+
+
+@pytest.mark.parametrize("name", NEEDLES)
 def test_needles_lie_at_their_depth_and_only_there(name):
     for depth in (0.0, 0.5, 1.0):
         sample = tasks.TASKS[name].build(random.Random(3), 200, depth, PROSE)
@@ -281,9 +302,41 @@ def test_needles_lie_at_their_depth_and_only_there(name):
         assert len(set(sample.answers)) == len(sample.answers)
 
 
+def told(prompt: str) -> dict[str, list[str]]:
+    """The magic numbers of each name."""
+    found: dict[str, list[str]] = {}
+    for name, number in re.findall(r"One of the special magic numbers for (\w+ \w+) is: (\d{5})\.", prompt):
+        found.setdefault(name, []).append(number)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "values", "queries"),
+    [("needle_multikey", 4, 1, 1), ("needle_haystack", 201, 1, 1), ("needle_multivalue", 1, 4, 1), ("needle_multiquery", 4, 1, 4)],
+)
+def test_needles_asked_for_are_all_those_of_the_names_in_the_question(name, keys, values, queries):
+    sample = tasks.TASKS[name].build(random.Random(3), 200, 0.5, PROSE)
+    found = told(sample.prompt)
+    assert len(found) == keys and {len(numbers) for numbers in found.values()} == {values}
+    question = sample.prompt.rsplit("\n", 1)[1]
+    asked = [key for key in found if key in question]
+    assert len(asked) == queries and all(key in sample.answer_start for key in asked)
+    assert sorted(number for key in asked for number in found[key]) == sorted(sample.answers)
+    # Every number counts alike, wherever it stands in the answer.
+    assert tasks.score(f"{sample.answers[-1]} and 123", sample.answers) == pytest.approx(1 / (values * queries))
+
+
+def test_names_differ_however_many_there_are():
+    pairs = len(tasks.ADJECTIVES) * len(tasks.NOUNS)
+    for count in (4, 500, pairs, pairs + 1):
+        assert len(set(tasks._names(random.Random(0), count))) == count
+
+
 def test_variable_tracking_leads_from_the_value_to_every_name():
     sample = tasks.TASKS["variable_tracking"].build(random.Random(5), 50, 0.2, PROSE)
-    assigned = re.findall(r"VAR (\w{5}) = (?:VAR (\w{5})|(\d{5}))", sample.prompt)
+    example, text = sample.prompt.split("\n\n")
+    assert not any(name in example for name in sample.answers)
+    assigned = re.findall(r"VAR (\w{5}) = (?:VAR (\w{5})|(\d{5}))", text)
     value = assigned[0][2]
     holders = {assigned[0][0]}
     for name, source, _ in assigned[1:]:
@@ -293,10 +346,14 @@ def test_variable_tracking_leads_from_the_value_to_every_name():
 
 
 def test_common_and_frequent_words_are_the_most_common():
-    sample = tasks.TASKS["common_words"].build(random.Random(1), 60, 0.0, PROSE)
-    counts = Counter(re.findall(r"\d+\. (\w+)", sample.prompt))
-    assert {word for word, _ in counts.most_common(10)} == set(sample.answers)
-    assert counts.most_common(11)[9][1] == 10 and counts.most_common(11)[10][1] == 1
+    for units, times, rare in ((60, 10, 1), (1000, 63, 7)):
+        sample = tasks.TASKS["common_words"].build(random.Random(1), units, 0.0, PROSE)
+        example, asked = sample.prompt.split("\n\n")
+        listed, solved = example.split("\nQuestion")
+        for text, answers, counted in ((listed, re.findall(r"\d+\. (\w+)", solved), (3, 1)), (asked, sample.answers, (times, rare))):
+            counts = Counter(re.findall(r"\d+\. (\w+)", text))
+            assert {word for word, _ in counts.most_common(10)} == set(answers)
+            assert (counts.most_common(11)[9][1], counts.most_common(11)[10][1]) == counted
     sample = tasks.TASKS["frequent_words"].build(random.Random(1), 500, 0.0, PROSE)
     counts = Counter(sample.prompt.split("\n")[1].split())
     assert tuple(word for word, _ in counts.most_common(3)) == sample.answers
@@ -334,6 +391,10 @@ def test_captured_mass_is_that_of_the_kept_set(model, passage):
     assert (found >= 0.9 - 1e-6).all() and found.mean() < 0.99
     told = mass.spread_of(found)
     assert told["mass_lowest"] <= told["mass_p1"] <= told["mass_mean"] < 1.0 and told["mass_rows"] == 64
+    # Keys in 8 bits are weighed as what they stand for.
+    whole, eighths = (methods.parse_method(text).config() for text in ("full:.9", "full:.9:kv_cache_dtype=fp8"))
+    found, rounded = (mass.captured(model, passage.prefills, passage.forced[:, :2], config) for config in (whole, eighths))
+    assert rounded.mean() == pytest.approx(float(found.mean()), abs=2e-3)
     assert mass.captured(model, passage.prefills, passage.forced[:, :2], methods.DENSE.config()).numel() == 0
 
 
@@ -508,6 +569,25 @@ def test_tasks_are_compared_with_dense_sample_by_sample():
         ("quest", "-", "0.9", "81.2%", "2 of 3"),
         ("full", "-", "0.9", "62.5%", "3 of 3"),
     ]
+    # Where dense attention itself fails there is nothing to compare with, and the row says so.
+    cells = [cell("dense", 1.0, 0.0, 0.0, 0.0, 0.0), cell("quest", 0.9, 0.0, 1.0, 0.0, 0.0)]
+    assert report.task_rows(cells, "passkey", 9)[1] == ("quest", "-", "0.9", "25.0%", "dense fails on every sample")
+
+
+def test_tasks_run_beside_dense_and_their_rows_say_how_dense_did(tmp_path):
+    small = ("--limit", "2", "--lengths", "3200", "--only-pruned", "--methods", "dense", "dense:kv_cache_dtype=fp8", "full:1.0")
+    names = ["needle_multiquery", "common_words"]
+    assert command.run(arguments(tmp_path, "--tasks", *names, *small)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["setting"]) for row in rows] == [
+        (name, method) for name in names for method in ("dense", "dense:kv_cache_dtype=fp8", "full:1.0")
+    ]
+    for row in rows:
+        assert row["dense_score"] == 0.0 and row["no_worse_than_dense"] == "dense fails on every sample"  # random weights
+        assert [len(scores) for scores in row["scores_by_depth"].values()] == [2]
+        assert all(2700 < tokens <= 3200 for tokens in row["prompt_tokens"])
+    texts_of = {cell["key"]: cell["texts"] for cell in json.loads((tmp_path / "results.json").read_text())["cells"]}
+    assert all(len(set(found)) == 2 for found in texts_of.values())
 
 
 def test_the_smoke_set_fails_when_a_default_is_worse_and_when_it_did_not_run():

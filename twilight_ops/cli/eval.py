@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(STANDARD),
         metavar="NAME[:BUDGET][:P][:FIELD=VALUE,...][@P+P...]",
         help="selectors with their budgets, settings and their own p, e.g. quest:n/4:.95, quest:8192:.85, shadow_prefix:tau=.05, "
-        f"full@0.9+0.95 (default: {' '.join(STANDARD)})",
+        f"full@0.9+0.95, full:1.0, dense:kv_cache_dtype=fp8 (default: {' '.join(STANDARD)})",
     )
     parser.add_argument("--p", nargs="*", type=_share, default=[0.95], help="top-p values; each method also runs without the pruner")
     text = parser.add_mutually_exclusive_group()
@@ -107,7 +107,7 @@ def _evaluate(args: argparse.Namespace, given: dict[str, str] | None = None) -> 
     import torch
 
     from ..evaluation import report
-    from ..evaluation.methods import parse_method
+    from ..evaluation.methods import has_top_p, parse_method
     from ..evaluation.runner import CellStore, Options, Runner, check_cells, describe
     from ..evaluation.tasks import TASKS, sentences
     from ..evaluation.texts import build, packaged_prose
@@ -118,10 +118,13 @@ def _evaluate(args: argparse.Namespace, given: dict[str, str] | None = None) -> 
         spec, at, own = text.partition("@")
         method = parse_method(spec)
         method.check_files("methods")
-        if at and method.top_p < 1.0:
+        told = has_top_p(spec)
+        if at and told:
             raise ValueError(f"methods: {text}: expected p once, got {method.top_p:g} and {own}")
-        top_ps = _own_top_ps(text, own) if at else [method.top_p] if method.top_p < 1.0 else args.p
-        if method.selector is not None:
+        top_ps = _own_top_ps(text, own) if at else [method.top_p] if told else args.p
+        if method.selector is None:
+            methods += [method] if method.settings else []
+        else:
             methods += ([] if args.only_pruned else [method.with_top_p(1.0)]) + [method.with_top_p(p) for p in top_ps]
     tasks = ["language", *TASKS] if args.tasks == ["all"] else args.tasks
     options = Options(

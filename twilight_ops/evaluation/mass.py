@@ -69,7 +69,8 @@ def _add(sums: dict[float, float], p: float, value: Tensor) -> None:
 
 def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
     """Attention weights of one query token over the cache in fp64, [B, Hq, M * S]."""
-    keys = layer.kv.k_cache[page_table.long()].transpose(1, 2).flatten(2, 3).double()  # [B, Hkv, N, D]
+    rows = layer.kv.k_cache[page_table.long()].transpose(1, 2).flatten(2, 3)  # [B, Hkv, N, D]
+    keys = rows.double() if layer.scales is None else layer.scales.keys(rows, torch.float64)
     grouped = q[:, 0].double().unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("bhgd,bhnd->bhgn", grouped, keys).flatten(1, 2) * sm_scale
     live = torch.arange(keys.shape[2], device=q.device) < seq_lens[:, None, None]

@@ -50,7 +50,7 @@ class Method:
     def setting(self) -> str:
         """The whole specification, p included: what a row of a speed table is looked up by."""
         if self.selector is None:
-            return "dense"
+            return self.label
         top_p = f"{self.top_p:g}"
         return ":".join(part for part in (self.name, self._budget, top_p if "." in top_p else f"{top_p}.0", self._fields) if part)
 
@@ -69,12 +69,10 @@ class Method:
 
     @property
     def _fields(self) -> str:
-        if self.selector is None:
-            return ""
         told = ("token_budget", "budget_fraction") if self._budget else ()
         fields = [
             (f.name, getattr(self.selector, f.name))
-            for f in dataclasses.fields(self.selector)
+            for f in (dataclasses.fields(self.selector) if self.selector is not None else ())
             if f.name not in told and getattr(self.selector, f.name) != f.default
         ]
         return ",".join(f"{name}={_format(value)}" for name, value in [*fields, *self.settings])
@@ -86,7 +84,7 @@ class Method:
     def config(self) -> TwilightConfig:
         """Every length is sparse (dense_below 0), so that short contexts show the method too."""
         if self.selector is None:
-            return TwilightConfig(dense_layers=ALL_LAYERS, top_p=1.0)
+            return TwilightConfig(dense_layers=ALL_LAYERS, top_p=1.0, **dict(self.settings))
         return TwilightConfig(selector=self.selector, top_p=self.top_p, **{"dense_below": 0, **dict(self.settings)})
 
     def check_files(self, where: str) -> None:
@@ -131,9 +129,10 @@ def parse_method(text: str, where: str = "methods") -> Method:
     if name != "dense" and name not in classes:
         raise ValueError(f"{where}: expected one of dense, {', '.join(classes)}, got {name!r}")
     if name == "dense":
-        if any(sections):
-            raise ValueError(f"{where}: expected dense without fields, got {text!r}")
-        return DENSE
+        # What dense attention depends on is how K and V are stored.
+        if sections not in ([], ["kv_cache_dtype=fp8"]):
+            raise ValueError(f"{where}: expected dense or dense:kv_cache_dtype=fp8, got {text!r}")
+        return Method(None, settings=(("kv_cache_dtype", "fp8"),)) if sections else DENSE
     parts, top_p = [], None
     for section in sections:
         if section.startswith("n/"):
@@ -163,6 +162,11 @@ def parse_method(text: str, where: str = "methods") -> Method:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return method
+
+
+def has_top_p(text: str) -> bool:
+    """Whether a method's text names its p, which may be 1.0."""
+    return any(_DECIMAL.fullmatch(section) for section in text.split(":")[1:])
 
 
 def _convert(kind, value: str):

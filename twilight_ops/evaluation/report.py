@@ -71,18 +71,21 @@ def task_rows(cells: Sequence[dict], task: str, length: int) -> list[tuple[str, 
     """Mean scores, and of the samples on which dense scores at all, those on which the pruned method scores no less."""
     mine = _of(cells, task, length)
     alone = {cell["method"]: cell for cell in mine if cell["top_p"] == 1.0}
-    dense = _scores(alone["dense"]) if "dense" in alone else []
     rows = []
     for method in dict.fromkeys(cell["method"] for cell in mine):
         plain = f"{alone[method]['score']:.1%}" if method in alone else "-"
         with_pruner = [cell for cell in mine if cell["method"] == method and cell["top_p"] < 1.0]
         for cell in with_pruner:
-            solved = [(ours, theirs) for ours, theirs in zip(_scores(cell), dense, strict=False) if theirs > 0]
-            equal = f"{sum(ours >= theirs for ours, theirs in solved)} of {len(solved)}"
-            rows.append((method, plain, f"{cell['top_p']:g}", f"{cell['score']:.1%}", equal))
+            rows.append((method, plain, f"{cell['top_p']:g}", f"{cell['score']:.1%}", _beside_dense(cell, alone.get("dense"))))
         if not with_pruner:
             rows.append((method, plain, "-", "-", "-"))
     return rows
+
+
+def _beside_dense(cell: dict, dense: dict | None) -> str:
+    """`5 of 6`: samples on which dense scores at all, and those of them on which this method scores no less."""
+    solved = [pair for pair in zip(_scores(cell), _scores(dense) if dense else (), strict=False) if pair[1] > 0]
+    return f"{sum(ours >= theirs for ours, theirs in solved)} of {len(solved)}" if solved or not dense else "dense fails on every sample"
 
 
 def _scores(cell: dict) -> list[float]:
@@ -113,6 +116,10 @@ def rows(run: dict, cells: Sequence[dict]) -> list[dict]:
         without = alone.get((cell["task"], cell["length"], cell["method"]))
         if cell["top_p"] < 1.0 and without is not None:
             told["without"] = {name: without[name] for name in (*_QUALITY, "kept") if name in without}
+        if "score" in cell:
+            dense = alone.get((cell["task"], cell["length"], "dense"))
+            told |= {"scores_by_depth": cell["scores_by_depth"], "prompt_tokens": cell["prompt_tokens"]}
+            told |= {"dense_score": dense["score"], "no_worse_than_dense": _beside_dense(cell, dense)} if dense else {}
         found.append(told | shared)
     return found
 

@@ -40,7 +40,7 @@ class Options:
         depths: of the needle, 0 (start) to 1 (end).
         forced_tokens: teacher-forced decode steps after each document.
         greedy_tokens: greedy decode steps compared with dense, 0 for none.
-        limit: samples of a task at each depth.
+        limit: samples of a task at each depth, each other than those of other depths.
         batch_size: sequences decoded together; a shadow prefix is calibrated on all of a batch.
         mass_steps: decode steps of each document at which the true mass of a method's sets is taken; 0 for none.
         mass_top_ps: values of p they are compared at.
@@ -311,8 +311,7 @@ class Runner:
         options = self.options
         return [
             (depth, *fit(self.tokenizer, TASKS[name], length, depth, options.seed * 1000 + index, self.prose))
-            for depth in options.depths
-            for index in range(options.limit)
+            for index, depth in enumerate(depth for depth in options.depths for _ in range(options.limit))
         ]
 
     def _task(self, name: str, length: int) -> Iterator[dict]:
@@ -336,7 +335,8 @@ class Runner:
                 texts += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             scores = [score(text, sample.answers) for text, (_, _, sample) in zip(texts, samples, strict=True)]
             by_depth = {f"{depth:g}": [s for s, (d, _, _) in zip(scores, samples, strict=True) if d == depth] for depth in options.depths}
-            return {"score": sum(scores) / len(scores), "scores_by_depth": by_depth, "texts": texts}
+            told = {"score": sum(scores) / len(scores), "scores_by_depth": by_depth, "texts": texts}
+            return told | {"prompt_tokens": [len(ids) for _, ids, _ in samples]}
 
         for method in (DENSE, *options.methods):
             key = f"{name}/{length}/{method.key}"

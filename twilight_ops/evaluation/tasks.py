@@ -76,67 +76,109 @@ def _passkey(rng: random.Random, units: int, depth: float, prose: Sequence[str])
     return Sample(f"{body}\n\nWhat is the secret number of the vault?", "The secret number of the vault is", (key,))
 
 
-def _needles(keys: int, values: int) -> Callable[[random.Random, int, float, Sequence[str]], Sample]:
-    """Magic numbers in prose: `keys` keys of which one is asked, each with `values` numbers."""
+def _names(rng: random.Random, count: int) -> list[str]:
+    """Different names of two words each, or of three where there are not as many."""
+    if count <= len(ADJECTIVES):
+        return [" ".join(pair) for pair in zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)]
+    pairs = len(ADJECTIVES) * len(NOUNS)
+    longer = count > pairs
+
+    def name(i: int) -> str:
+        first = [ADJECTIVES[i // pairs]] if longer else []
+        return " ".join([*first, ADJECTIVES[i // len(NOUNS) % len(ADJECTIVES)], NOUNS[i % len(NOUNS)]])
+
+    return [name(i) for i in rng.sample(range(pairs * len(ADJECTIVES) if longer else pairs), count)]
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, and {words[-1]}"
+
+
+def _needles(keys: int = 1, values: int = 1, queries: int = 1) -> Callable[[random.Random, int, float, Sequence[str]], Sample]:
+    """Magic numbers in prose: `keys` keys with `values` numbers each, of which the numbers of `queries` keys are asked."""
 
     def build(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
-        names = [f"{adjective} {noun}" for adjective, noun in zip(rng.sample(ADJECTIVES, keys), rng.sample(NOUNS, keys), strict=True)]
+        names = _names(rng, keys)
         numbers = {name: [_number(rng, 5) for _ in range(values)] for name in names}
-        wanted = names[0]
         needles, depths = [], []
         for name in names:
             for i, number in enumerate(numbers[name]):
                 needles.append(f"One of the special magic numbers for {name} is: {number}.")
                 # The first number asked for lies at the depth under test, everything else anywhere.
-                depths.append(depth if name == wanted and i == 0 else rng.random())
-        body = _insert(_cycle(prose, units), needles, depths)
-        which = "What is the special magic number" if values == 1 else "What are all the special magic numbers"
-        prompt = (
-            "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
-            "I will quiz you about them afterwards.\n"
-            f"{body}\n{which} for {wanted} mentioned in the provided text?"
-        )
-        start = (
-            f"The special magic number for {wanted} mentioned in the provided text is"
-            if values == 1
-            else (f"The special magic numbers for {wanted} mentioned in the provided text are")
-        )
-        return Sample(prompt, start, tuple(numbers[wanted]))
+                depths.append(depth if name == names[0] and i == 0 else rng.random())
+        wanted = names[:queries]
+        return _asked(_insert(_cycle(prose, units), needles, depths), wanted, [number for name in wanted for number in numbers[name]])
 
     return build
 
 
-def _variable_tracking(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
-    hops = 4
+def _asked(body: str, wanted: Sequence[str], numbers: Sequence[str]) -> Sample:
+    """The question for the magic numbers of the wanted names."""
+    one = len(numbers) == 1
+    which = "What is the special magic number" if one else "What are all the special magic numbers"
+    prompt = (
+        "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+        "I will quiz you about them afterwards.\n"
+        f"{body}\n{which} for {_listed(wanted)} mentioned in the provided text?"
+    )
+    subject, verb = ("number", "is") if one else ("numbers", "are")
+    return Sample(prompt, f"The special magic {subject} for {_listed(wanted)} mentioned in the provided text {verb}", tuple(numbers))
+
+
+def _needle_haystack(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+    """A needle among needles: every sentence has a name and a number of its own."""
+    names = _names(rng, units + 1)
+    needles = [f"One of the special magic numbers for {name} is: {_number(rng, 5)}." for name in names[1:]]
+    number = _number(rng, 5)
+    body = _insert(needles, [f"One of the special magic numbers for {names[0]} is: {number}."], [depth])
+    return _asked(body, names[:1], [number])
+
+
+def _chain(rng: random.Random, units: int, depth: float, hops: int, avoid: Sequence[str] = ()) -> tuple[str, str, list[str]]:
+    """(question after its text, start of the answer, names): a value that `hops` assignments hand on, in filler."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    names = ["".join(rng.sample(letters, 5)) for _ in range(hops + 1)]
+    names: list[str] = []
+    while len(names) <= hops:
+        name = "".join(rng.sample(letters, 5))
+        names += [] if name in avoid or name in names else [name]
     value = _number(rng, 5)
     lines = [f"VAR {names[0]} = {value}"] + [f"VAR {new} = VAR {old}" for old, new in zip(names, names[1:], strict=False)]
     depths = sorted([depth, *(rng.uniform(depth, 1.0) for _ in range(hops))])
-    body = _insert([GRASS] * units, lines, depths)
-    prompt = (
+    question = (
         "Memorize and track the chain of variable assignments hidden in the following text.\n"
-        f"{body}\nQuestion: Find all variables that are assigned the value {value} in the text above."
+        f"{_insert([GRASS] * units, lines, depths)}\nQuestion: Find all variables that are assigned the value {value} in the text above."
     )
-    return Sample(
-        prompt, f"According to the chain of assignments, {hops + 1} variables are assigned the value {value}, they are:", tuple(names)
+    return question, f"According to the chain of assignments, {hops + 1} variables are assigned the value {value}, they are:", names
+
+
+def _variable_tracking(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
+    question, start, names = _chain(rng, units, depth, hops=4)
+    # RULER shows a solved example first, and so does this: without one, small models do not know what is asked.
+    example, example_start, solved = _chain(rng, 4, 0.0, hops=4, avoid=names)
+    return Sample(f"{example} {example_start} {' '.join(solved)}\n\n{question}", start, tuple(names))
+
+
+def _word_list(common: Sequence[str], times: int, rare: Sequence[str], rng: random.Random) -> tuple[str, str]:
+    """(question after its list, start of the answer): the common words `times` times each, the rare ones as they are."""
+    listed = [*common] * times + [*rare]
+    rng.shuffle(listed)
+    body = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
+    question = (
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+        f"{body}\nQuestion: What are the {len(common)} most common words in the above list?"
     )
+    return question, f"The top {len(common)} words that appear most often in the list are:"
 
 
 def _common_words(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
-    # RULER's ratio of 10 to 1, at a third of its counts, so that the task exists at a thousand tokens too.
-    common_count, common_times, rare_times = 10, 10, 1
-    rare_count = max(1, units)
-    pool = [f"{adjective}{noun}" for adjective in ADJECTIVES for noun in NOUNS]
-    words = rng.sample(pool, common_count + rare_count)
-    listed = words[:common_count] * common_times + words[common_count:] * rare_times
-    rng.shuffle(listed)
-    body = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
-    prompt = (
-        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
-        f"{body}\nQuestion: What are the {common_count} most common words in the above list?"
-    )
-    return Sample(prompt, "The top 10 words that appear most often in the list are:", tuple(words[:common_count]))
+    # RULER's ratio of 10 to 1, behind a solved example. A long list has more of each word and not more words.
+    common, shown = 10, 20
+    words = rng.sample([*NOUNS, *ADJECTIVES], len(NOUNS) + len(ADJECTIVES))
+    example, answers, rare = words[: common + shown], words[common + shown : shown + 2 * common], words[shown + 2 * common :]
+    question, start = _word_list(answers, max(10, round(10 * units / len(rare))), _cycle(rare, max(1, units)), rng)
+    solved, solved_start = _word_list(example[:common], 3, example[common:], rng)
+    answer = " ".join(f"{i}. {word}" for i, word in enumerate(example[:common], 1))
+    return Sample(f"{solved} {solved_start} {answer}\n\n{question}", start, tuple(answers))
 
 
 def _frequent_words(rng: random.Random, units: int, depth: float, prose: Sequence[str]) -> Sample:
@@ -159,11 +201,13 @@ TASKS = {
     task.name: task
     for task in (
         Task("passkey", 12, _passkey),
-        Task("needle_single", 16, _needles(1, 1)),
-        Task("needle_multikey", 16, _needles(4, 1)),
-        Task("needle_multivalue", 40, _needles(1, 4)),
+        Task("needle_single", 16, _needles()),
+        Task("needle_multikey", 16, _needles(keys=4)),
+        Task("needle_haystack", 16, _needle_haystack),
+        Task("needle_multivalue", 40, _needles(values=4)),
+        Task("needle_multiquery", 80, _needles(keys=4, queries=4)),
         Task("variable_tracking", 40, _variable_tracking),
-        Task("common_words", 80, _common_words),
+        Task("common_words", 120, _common_words),
         Task("frequent_words", 32, _frequent_words),
     )
 }
@@ -193,10 +237,17 @@ def fit(tokenizer, task: Task, tokens: int, depth: float, seed: int, prose: Sequ
     least = len(build(0)[0])
     if least > tokens:
         raise ValueError(f"lengths: {task.name}: expected at least {least} tokens, got {tokens}")
-    low, high = 0, 2
-    while len(build(high)[0]) <= tokens:
-        low, high = high, 2 * high
+    # A prompt is nearly linear in its filler, so that few of them are built.
+    low, short, high = 0, least, 1
+    while (long := len(build(high)[0])) <= tokens:
+        more = 1 + (high - low) * (tokens - long) // max(1, long - short)
+        low, short, high = high, long, high + min(7 * high, more + more // 32)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(build(middle)[0]) <= tokens else (low, middle)
+        guess = low + (high - low) * (tokens - short) // (long - short)
+        middle = min(max(guess, low + 1), high - 1)
+        found = len(build(middle)[0])
+        if found <= tokens:
+            low, short = middle, found
+        else:
+            high, long = middle, found
     return build(low)
