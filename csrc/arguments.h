@@ -22,4 +22,4 @@
       int64_t tokens_per_index, OptionalTensor budget_counters, OptionalTensor kept_indices,                        \
       OptionalTensor kept_counts, const OptionalTensor &page_means, const OptionalTensor &means_scale,              \
       OptionalTensor out, const OptionalTensor &k_descale, const OptionalTensor &v_descale,                         \
-      const OptionalTensor &k_shift
+      const OptionalTensor &k_shift, std::optional<double> softcap

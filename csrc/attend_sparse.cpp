@@ -61,6 +61,7 @@ void AttendRow::attend(int64_t part) {
       std::fill(l, l + padded, 0.0f);
       continue;
     }
+    if (query_->caps()) query_->cap(l, n, shifts_[r]);
     std::fill(l + n, l + padded, -kInf);
     const int64_t horizon = query_->horizon(length_, r);
     if (horizon < length_ - 1)
@@ -128,7 +129,8 @@ void AttendRow::merge() {
     const int64_t row = query_->out_row(b_, h_, r);
     const ElementKernels& kernels = element_kernels(query_->dtype);
     kernels.narrow(sum, dim, static_cast<char*>(out_) + row * dim * kernels.element_size);
-    lse_[row] = peak == kInf && !has_nan ? kInf : peak + std::log(total) + shifts_[r];
+    const float lse = peak + std::log(total);
+    lse_[row] = peak == kInf && !has_nan ? kInf : query_->caps() ? lse : lse + shifts_[r];
   }
 }
 
@@ -164,7 +166,8 @@ std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache,
                                          const Tensor& page_table, const Tensor& seq_lens,
                                          const OptionalTensor& indices, const OptionalTensor& counts,
                                          int64_t tokens_per_index, double sm_scale, const OptionalTensor& k_descale,
-                                         const OptionalTensor& v_descale, const OptionalTensor& k_shift) {
+                                         const OptionalTensor& v_descale, const OptionalTensor& k_shift,
+                                         std::optional<double> softcap) {
   Checker check("attend_sparse", q);
   check.query(q);
   check.cache(k_cache, v_cache);
@@ -173,10 +176,11 @@ std::tuple<Tensor, Tensor> attend_sparse(const Tensor& q, const Tensor& k_cache,
   check.candidates(indices, counts, tokens_per_index, k_cache.size(2));
   check.scale(sm_scale);
   check.scales(k_descale, v_descale, k_shift, k_cache.scalar_type());
+  check.softcap(softcap);
   check.no_gradients();
 
   const KVCache cache(k_cache, v_cache, k_descale, v_descale, k_shift);
-  const Query query(q, cache.kv_heads, sm_scale);
+  const Query query(q, cache.kv_heads, sm_scale, softcap);
   const Paging paging(page_table, seq_lens, cache.num_pages, cache.page_size);
   const GivenCandidates candidates(indices, counts, tokens_per_index);
   Tensor out = torch::stable::new_empty(q, {query.batch, query.query_tokens, query.heads, query.head_dim});

@@ -64,7 +64,7 @@ class AttendRow {
   const int32_t* positions_ = nullptr;
   int64_t count_ = 0;
   float* q_;        // [padded rows, D], times k_descale
-  float* shifts_;   // [rows]: q . k_shift, which every logit lacks
+  float* shifts_;   // [rows]: q . k_shift, which every logit lacks until it is capped
   State* states_;   // [parts, padded rows]
   float* partial_;  // [parts, padded rows, D]
   void* out_;

@@ -328,6 +328,11 @@ class Checker {
            list(sizes));
   }
 
+  void softcap(const std::optional<double>& softcap) const {
+    if (softcap && !(*softcap >= 1e-30 && *softcap <= 1e30))
+      fail("softcap", "None or a number from 1e-30 to 1e30", number(*softcap));
+  }
+
   void scale(double sm_scale) const {
     if (!(sm_scale > 0.0 && sm_scale < INFINITY)) fail("sm_scale", "a positive finite number", number(sm_scale));
   }

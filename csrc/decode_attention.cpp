@@ -263,14 +263,15 @@ std::tuple<Tensor, Tensor> decode_attention(TWILIGHT_DECODE_ATTENTION_ARGUMENTS)
     check.tensor("kept_counts", *kept_counts, {"B", "Hkv"}, {ScalarType::Int});
   }
   check.scales(k_descale, v_descale, k_shift, k_cache.scalar_type());
+  check.softcap(softcap);
   if (out.has_value()) check.tensor("out", *out, {"B", "T", "Hq", "D"}, {q.scalar_type()});
   check.no_gradients();
 
   const KVCache cache(k_cache, v_cache, k_descale, v_descale, k_shift);
-  const Query query(q, cache.kv_heads, sm_scale);
+  const Query query(q, cache.kv_heads, sm_scale, softcap);
   const Paging paging(page_table, seq_lens, cache.num_pages, cache.page_size);
   std::optional<Shadow> shadow;
-  if (k_quant.has_value()) shadow = Shadow::of_keys(*k_quant, *k_scale, *channel_order, *prefix_channels);
+  if (k_quant.has_value()) shadow = Shadow::of_keys(*k_quant, *k_scale, *channel_order, *prefix_channels, k_center);
   std::optional<PageBounds> bounds;
   if (page_bounds.has_value()) bounds.emplace(*page_bounds, bounds_scale);
   std::optional<Shadow> means;

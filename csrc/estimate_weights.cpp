@@ -21,6 +21,9 @@ void EstimateRow::run(int phase, int64_t part) {
   if (phase == 1) return softmax_.settle();
   const Range range = part_of(softmax_.items(), part, SoftmaxRows::kPartItems);
   full_logits(*shadow_query_, *paging_, b_, list_, part, known_, softmax_);
+  if (query_->caps())
+    for (int64_t r = 0; r < query_->rows; ++r)
+      query_->cap(softmax_.logits(r) + range.begin, range.end - range.begin, shadow_query_->center_logit(r));
   // Only a token of this very step can be too new for one of its queries.
   for (int64_t r = 0; r < query_->rows; ++r) {
     const int64_t horizon = query_->horizon(length_, r);
@@ -113,7 +116,7 @@ class EstimateOpRow : public EstimateRow {
 Tensor estimate_weights(const Tensor& q, const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order,
                         const Tensor& prefix_channels, const OptionalTensor& k_center, const Tensor& page_table,
                         const Tensor& seq_lens, const OptionalTensor& indices, const OptionalTensor& counts,
-                        int64_t tokens_per_index, double sm_scale) {
+                        int64_t tokens_per_index, double sm_scale, std::optional<double> softcap) {
   Checker check("estimate_weights", q);
   check.query(q);
   check.shadow(k_quant, k_scale, channel_order, prefix_channels, k_center);
@@ -121,10 +124,11 @@ Tensor estimate_weights(const Tensor& q, const Tensor& k_quant, const Tensor& k_
   check.paging(page_table, seq_lens);
   check.candidates(indices, counts, tokens_per_index, k_scale.size(2));
   check.scale(sm_scale);
+  check.softcap(softcap);
   check.no_gradients();
 
-  const Shadow shadow = Shadow::of_keys(k_quant, k_scale, channel_order, prefix_channels);
-  const Query query(q, shadow.kv_heads, sm_scale);
+  const Shadow shadow = Shadow::of_keys(k_quant, k_scale, channel_order, prefix_channels, k_center);
+  const Query query(q, shadow.kv_heads, sm_scale, softcap);
   const Paging paging(page_table, seq_lens, shadow.num_pages, shadow.page_size);
   const GivenCandidates candidates(indices, counts, tokens_per_index);
   const int64_t slots = indices.has_value() ? candidates.capacity * tokens_per_index : paging.max_tokens();

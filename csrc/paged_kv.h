@@ -104,9 +104,9 @@ struct Query {
   int64_t batch, query_tokens, heads, head_dim;
   int64_t strides[3];
   int64_t kv_heads, group, rows;  // rows: query rows that share a KV head, row t * group + g
-  float sm_scale;
+  float sm_scale, softcap;        // softcap 0: none
 
-  Query(const Tensor& q, int64_t kv_heads, double sm_scale)
+  Query(const Tensor& q, int64_t kv_heads, double sm_scale, const std::optional<double>& softcap = std::nullopt)
       : data(q.const_data_ptr()),
         dtype(q.scalar_type()),
         batch(q.size(0)),
@@ -117,7 +117,8 @@ struct Query {
         kv_heads(kv_heads),
         group(heads / kv_heads),
         rows(query_tokens * group),
-        sm_scale(static_cast<float>(sm_scale)) {}
+        sm_scale(static_cast<float>(sm_scale)),
+        softcap(static_cast<float>(softcap.value_or(0.0))) {}
 
   // Row r of KV head h, times sm_scale.
   void load(int64_t b, int64_t h, int64_t r, float* out) const {
@@ -135,6 +136,14 @@ struct Query {
   // Index of row r of KV head h in a contiguous [B, T, Hq].
   int64_t out_row(int64_t b, int64_t h, int64_t r) const {
     return (b * query_tokens + r / group) * heads + h * group + r % group;
+  }
+
+  bool caps() const { return softcap > 0; }
+
+  // Caps n logits, rounded up to kLanes, all of which lack `shift`.
+  void cap(float* logits, int64_t n, float shift) const {
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(logits + i, tanh((twilight::load(logits + i) + shift) / softcap) * softcap);
   }
 
   // Newest position that row r sees.

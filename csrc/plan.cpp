@@ -98,6 +98,11 @@ std::string refusal(const PlanRequest& r) {
   if (r.head_dim != 64 && r.head_dim != 128) return got("head_dim: expected 64 or 128", r.head_dim);
   if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());
   if (r.selector == Selector::kQuest && r.bounds_bits != 8) return got("page_bounds: expected 8 bits", r.bounds_bits);
+  if (r.softcap != 0) {
+    char text[64];
+    std::snprintf(text, sizeof(text), "softcap: expected None, got %g", r.softcap);
+    return text;
+  }
   if (r.max_pages == 0) return got("page_table: expected at least one page", r.max_pages);
   const int64_t words = r.num_pages * r.page_words;
   if (words >= kMaxCacheWords)

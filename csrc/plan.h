@@ -71,6 +71,7 @@ struct DeviceLimits {
 struct PlanRequest {
   Selector selector;
   int prunes;           // whether top_p is below 1 or given by head
+  double softcap;       // 0: none
   int64_t dtype_bits;   // of q, K and V
   int64_t bounds_bits;  // of page_bounds, 0 without them
   int64_t head_dim, query_tokens, group_size, kv_heads, batch;

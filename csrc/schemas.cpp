@@ -32,13 +32,13 @@ constexpr const char* kSchemas[] = {
     "counts)",
     "estimate_weights(Tensor q, Tensor k_quant, Tensor k_scale, Tensor channel_order, Tensor prefix_channels,"
     " Tensor? k_center, Tensor page_table, Tensor seq_lens, Tensor? indices, Tensor? counts, int "
-    "tokens_per_index, float sm_scale) -> Tensor",
+    "tokens_per_index, float sm_scale, float? softcap=None) -> Tensor",
     "prune_top_p(Tensor weights, Tensor seq_lens, Tensor? indices, Tensor? counts, int tokens_per_index, int "
     "num_kv_heads, float top_p=1.0, Tensor? head_top_p=None, int sink_tokens=0, int recent_tokens=0) -> "
     "(Tensor indices, Tensor counts, Tensor mass)",
     "attend_sparse(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor? "
     "indices, Tensor? counts, int tokens_per_index, float sm_scale, Tensor? k_descale=None, Tensor? "
-    "v_descale=None, Tensor? k_shift=None) -> (Tensor out, Tensor lse)",
+    "v_descale=None, Tensor? k_shift=None, float? softcap=None) -> (Tensor out, Tensor lse)",
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, str "
     "selector, int token_budget, float budget_fraction, Tensor? head_token_budget, float top_p, Tensor? "
     "head_top_p, int sink_tokens, int recent_tokens, int dense_below, float page_fraction, int "
@@ -47,7 +47,7 @@ constexpr const char* kSchemas[] = {
     "Tensor? bounds_scale=None, Tensor? indices=None, Tensor? counts=None, int tokens_per_index=1, "
     "Tensor(a!)? budget_counters=None, Tensor(b!)? kept_indices=None, Tensor(c!)? kept_counts=None, Tensor? "
     "page_means=None, Tensor? means_scale=None, Tensor(d!)? out=None, Tensor? k_descale=None, Tensor? "
-    "v_descale=None, Tensor? k_shift=None) -> (Tensor attended, Tensor lse)",
+    "v_descale=None, Tensor? k_shift=None, float? softcap=None) -> (Tensor attended, Tensor lse)",
     "_first_requiring_grad(Tensor[] tensors) -> int",
 };
 

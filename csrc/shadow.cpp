@@ -31,6 +31,14 @@ void ShadowQuery::prepare(const Shadow& shadow, const Query& query, int64_t b, i
   }
 }
 
+float ShadowQuery::center_logit(int64_t r) const {
+  if (shadow_->center == nullptr) return 0;
+  const int64_t dim = shadow_->head_dim;
+  float sum = 0;
+  for (int64_t j = 0; j < dim; ++j) sum += q_[r * dim + j] * shadow_->center[h_ * dim + shadow_->channel(h_, j)];
+  return sum;
+}
+
 // Copies n words; up to a register more may be overwritten with anything.
 inline void copy_words(uint32_t* to, const uint32_t* from, int64_t n) {
   int64_t i = 0;

@@ -12,9 +12,10 @@ struct Shadow {
   const int32_t* order;   // [Hkv, D]; null: K's own
   const int32_t* prefix;  // [Hkv]; null: whole rows
   int64_t num_pages, kv_heads, page_size, head_dim;
+  const float* center = nullptr;  // [Hkv, D], by channel of K, what every key lacks; null: nothing, or nobody asks
 
   static Shadow of_keys(const Tensor& k_quant, const Tensor& k_scale, const Tensor& channel_order,
-                        const Tensor& prefix_channels) {
+                        const Tensor& prefix_channels, const OptionalTensor& k_center = std::nullopt) {
     return {region_of(k_quant),
             region_of(k_scale),
             channel_order.const_data_ptr<int32_t>(),
@@ -22,7 +23,8 @@ struct Shadow {
             k_scale.size(0),
             k_scale.size(1),
             k_scale.size(2),
-            channel_order.size(1)};
+            channel_order.size(1),
+            k_center.has_value() ? k_center->const_data_ptr<float>() : nullptr};
   }
 
   // Page means are rows of a shadow whose pages hold one token each: select_tokens's scan scores them, all of them or
@@ -61,6 +63,9 @@ class ShadowQuery {
   void logits(Half half, const Refs& refs, int64_t count, uint32_t* pairs, float* out, int64_t out_stride) const;
 
   static constexpr int64_t kPad = 4 * kLanes;
+
+  // sm_scale * q_r . the centre: what every logit of row r lacks.
+  float center_logit(int64_t r) const;
 
   // Turns products with codes into logits and puts them where they belong.
   struct Epilogue {

@@ -231,6 +231,18 @@ inline VecF exp(VecF x) {
 #endif
 }
 
+// tanh within a few ulp; NaN gives NaN. A polynomial where 1 - exp would lose what is small.
+inline VecF tanh(VecF x) {
+  const VecF size = (VecF)((VecI)x & 0x7fffffff), square = x * x;
+  VecF series = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  series = series * square - 5.37397155531e-2f;
+  series = series * square + 1.33314422036e-1f;
+  series = series * square - 3.33332819422e-1f;
+  series = series * square * x + x;
+  const VecF fade = exp(size * -2.0f), large = (1.0f - fade) / (1.0f + fade);
+  return size < 0.625f ? series : (VecF)((VecI)large | ((VecI)x & splat(INT32_MIN)));
+}
+
 // Nibble n of each lane as a float.
 inline VecF nibble(VecU x, int n) {
 #if defined(TWILIGHT_AVX512)

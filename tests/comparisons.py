@@ -170,23 +170,25 @@ def dense_rows(x: DecodeInputs, rows: Tensor) -> Tensor:
     return padded.transpose(1, 2).repeat_interleave(x.group_size, dim=1)
 
 
-def plain_logits(x: DecodeInputs, keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T, Hq, N] sm_scale * q . k, computed the obvious way in `dtype`."""
-    return torch.einsum("bthd,bhnd->bthn", x.q.to(dtype), dense_rows(x, keys).to(dtype)) * x.sm_scale
+def plain_logits(x: DecodeInputs, keys: Tensor, dtype: torch.dtype, softcap: float | None = None) -> Tensor:
+    """[B, T, Hq, N] sm_scale * q . k, or softcap * tanh of it / softcap, computed the obvious way in `dtype`."""
+    logits = torch.einsum("bthd,bhnd->bthn", x.q.to(dtype), dense_rows(x, keys).to(dtype)) * x.sm_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def plain_attention(x: DecodeInputs, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def plain_attention(x: DecodeInputs, member: Tensor | None = None, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention with a mask, out in the inputs' own dtype, lse in fp32: the yardstick for `assert_close_to_oracle`."""
     mask = visible_mask(x, member)
-    logits = plain_logits(x, x.keys, x.q.dtype).float().masked_fill(~mask, -torch.inf)
+    logits = plain_logits(x, x.keys, x.q.dtype, softcap).float().masked_fill(~mask, -torch.inf)
     weights = logits.softmax(-1).nan_to_num(0.0).to(x.q.dtype)
-    lse = plain_logits(x, x.keys, torch.float32).masked_fill(~mask, -torch.inf).logsumexp(-1)
+    lse = plain_logits(x, x.keys, torch.float32, softcap).masked_fill(~mask, -torch.inf).logsumexp(-1)
     return torch.einsum("bthn,bhnd->bthd", weights, dense_rows(x, x.values)), lse
 
 
-def plain_weights(x: DecodeInputs, dtype: torch.dtype, member: Tensor | None = None) -> Tensor:
-    """Softmax [B, T, Hq, N] over the shadow's keys, computed the obvious way in `dtype`."""
-    logits = plain_logits(x, paged_rows(x, shadow_keys(x, dtype)), dtype)
+def plain_weights(x: DecodeInputs, dtype: torch.dtype, member: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    """Softmax [B, T, Hq, N] over the shadow's keys, whole ones where their logits are capped, computed the obvious way in `dtype`."""
+    keys = paged_rows(x, shadow_keys(x, dtype))
+    logits = plain_logits(x, keys if softcap is None else keys + x.k_center.to(dtype), dtype, softcap)
     return logits.masked_fill(~visible_mask(x, member), -torch.inf).softmax(-1).nan_to_num(0.0)
 
 

@@ -33,8 +33,8 @@ def observed(inputs: DecodeInputs) -> dict[str, Tensor]:
 
 def request_of(arguments: dict) -> launch_plan.Request:
     """What the launch plan of decode_attention's arguments is asked, on an H200."""
-    q, kv, paging, policy, _, shadow, bounds, *_ = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(arguments)))
-    return launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, launch_plan.H200)
+    q, kv, paging, policy, _, shadow, bounds, *_, softcap = DECODE_ATTENTION.groups(DECODE_ATTENTION.values((), dict(arguments)))
+    return launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, softcap, launch_plan.H200)
 
 
 def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: int, **settings) -> launch_plan.Plan:
@@ -48,7 +48,7 @@ def planned(selector: str, batch: int, tokens: int, query_heads: int, kv_heads: 
         "device": launch_plan.H200,
         "budget_fraction": 0.0,
     }
-    call |= {"page_fraction": 1.0, "min_scored_tokens": 0}
+    call |= {"page_fraction": 1.0, "min_scored_tokens": 0, "softcap": 0.0}
     call |= dict.fromkeys(("token_budget", "sink_tokens", "recent_tokens", "dense_below"), 0)
     return launch_plan.plan_of(launch_plan.Request(**(call | settings)))
 

@@ -496,8 +496,8 @@ transformers' code for it is no single graph, so use `capture="eager"`. *Refused
 
 Layers of full attention are Twilight's. Beside them the same cache serves, exactly, layers with a window or in chunks (shorter here than
 the prompt), layers that keep a state, and layers that attend to K and V of earlier ones; `budget_report()` names them. Attention sinks
-take their share after pruning: p is a share of the tokens' weight. Attention with soft-capped logits runs whole, in plain PyTorch, and a
-warning says so.
+take their share after pruning: p is a share of the tokens' weight. Where a model caps its attention logits, estimates and attention cap
+them too; prompts, and layers with a window, do so in plain PyTorch.
 
 Models of images and text run on text; the few that need an image get one, through `model.generate` alone and with their vision tower left
 as it is: `attn_implementation={{"text_config": "twilight"}}`.

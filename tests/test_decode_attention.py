@@ -96,8 +96,9 @@ def check(backend, x, **options) -> Decoded:
     everything = (torch.arange(x.max_tokens, device=x.q.device) < x.seq_lens[:, None])[:, None]
     prunes = options["selector"] != "dense" and (options["top_p"] < 1.0 or options.get("head_top_p") is not None)
     indices, counts, unit = candidates_of(backend, x, options)
+    cap = {"softcap": options.get("softcap")}
     if prunes:
-        weights = x.oracle("estimate_weights", indices=indices, counts=counts, tokens_per_index=unit).float()
+        weights = x.oracle("estimate_weights", indices=indices, counts=counts, tokens_per_index=unit, **cap).float()
         pruner = (options["top_p"], options.get("head_top_p"), options.get("sink_tokens", 0), options.get("recent_tokens", 0))
         kept = reference.prune_top_p(weights, x.seq_lens, indices, counts, unit, x.num_kv_heads, *pruner)
         expected = listed_set(kept[0], kept[1], x.max_tokens)
@@ -114,9 +115,9 @@ def check(backend, x, **options) -> Decoded:
     as_list = torch.where(slots == x.max_tokens, -1, slots).int(), expected.sum(-1).int()
     assert_same_sets((got.indices, got.counts), as_list, x.max_tokens, borderline)
 
-    want = x.oracle("attend_sparse", indices=got.indices, counts=got.counts)
+    want = x.oracle("attend_sparse", indices=got.indices, counts=got.counts, **cap)
     assert got.out.dtype == x.q.dtype and got.out.is_contiguous() and got.lse.dtype == torch.float32
-    assert_attention_close(x, (got.out, got.lse), want, plain_attention(x, got.kept))
+    assert_attention_close(x, (got.out, got.lse), want, plain_attention(x, got.kept, **cap))
     return got
 
 

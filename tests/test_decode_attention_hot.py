@@ -16,6 +16,7 @@ CASES = (
     (RAGGED, 13, {"selector": "full", "top_p": 0.5, **ALWAYS}),
     (SPECULATIVE, 40, {"selector": "shadow_prefix", "token_budget": 20, "top_p": 0.9, **ALWAYS}),
     (RAGGED, 7, {"selector": "quest", "token_budget": 32, "top_p": 1.0, **ALWAYS}),  # lists of pages
+    (RAGGED, 13, {"selector": "full", "top_p": 0.3, "softcap": 1.0, **ALWAYS}),
 )
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

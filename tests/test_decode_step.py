@@ -1,6 +1,7 @@
 """decode_step.py: one step of one layer over the cache's own tensors, growing token by token."""
 
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def run(step, cache: PagedKVCache, prompt: int, steps: int, tokens: int = 1) -> 
         q, k, v = step_rows(tokens, seed=100 + i, dtype=layer.kv.k_cache.dtype)
         outputs.append(step(q, k, v, layer, cache.page_table, cache.seq_lens, scale))
     return outputs
+
+
+def test_decode_step_caps_logits_in_one_call_and_by_stage():
+    steps = (partial(step, softcap=2.0) for step in (decode_step.decode_step, decode_step.decode_step_by_stage))
+    fused, staged = (run(step, new_cache(Full(), top_p=0.5), 120, 5) for step in steps)
+    uncapped = run(decode_step.decode_step, new_cache(Full(), top_p=0.5), 120, 5)
+    for a, b, other in zip(fused, staged, uncapped, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert (a - other).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)

@@ -23,12 +23,12 @@ def slots_of(x, indices, unit: int):
     return (indices.long().clamp(min=0)[..., None] * unit + offsets).flatten(-2)
 
 
-def plain_slots(x, indices, counts, unit: int):
+def plain_slots(x, indices, counts, unit: int, softcap=None):
     """`plain_weights` in fp32 in the slot layout of a candidate list."""
     slots = slots_of(x, indices, unit)
     used = (torch.arange(indices.shape[-1], device=x.q.device) < counts[..., None]).repeat_interleave(unit, -1)
     member = listed_set(indices, counts, x.max_tokens // unit).repeat_interleave(unit, -1)
-    weights = plain_weights(x, torch.float32, member)
+    weights = plain_weights(x, torch.float32, member, softcap)
     per_head = slots.repeat_interleave(x.group_size, 1)[:, None].expand(*weights.shape[:3], -1)
     return weights.gather(-1, per_head).masked_fill(~used.repeat_interleave(x.group_size, 1)[:, None], 0.0)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparisons import assert_close_to_oracle
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, calibration
 from twilight_ops.cli import eval as command
@@ -76,6 +77,25 @@ def forward(model, ids):
 def test_dense_steps_over_a_recorded_prompt_equal_one_forward(model, exact, documents, passage):
     for i, document in enumerate(documents):
         assert_logits(passage.dense_logits[:, i], model, exact, document[:-1], LENGTH)
+
+
+@pytest.mark.parametrize("window", [16, 96, 4096], ids=["in the prompt", "in what follows it", "nowhere"])
+def test_prompts_of_a_model_that_caps_its_logits_are_recorded_or_run_again(window):
+    sizes = {"vocab_size": 99, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64}
+    config = Gemma2Config(**sizes, **heads, sliding_window=window, attn_logit_softcapping=2.0)
+    capped = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    for parameter in capped.parameters():
+        parameter.data.normal_(0.0, 0.2) if parameter.dim() > 1 else None
+    ids = torch.randint(10, 90, (100,), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        want = capped(input_ids=ids[None]).logits[0]
+    recorded = prefill.record(capped, ids[:92])
+    assert bool(recorded.layers) == (window > 92)
+    torch.testing.assert_close(recorded.last_logits, want[91], rtol=1e-4, atol=1e-4)
+    cache = prefill.cache_of(capped, TwilightConfig(selector=Full(), top_p=1.0, dense_below=0), [recorded], 8)
+    got = torch.cat([step.clone() for step in teacher_forced(capped, cache, ids[None, 92:])])
+    torch.testing.assert_close(got, want[92:], rtol=1e-4, atol=1e-4)
 
 
 def ragged_steps(model, prompts, tokens, top_p, calibration=None):

@@ -12,11 +12,12 @@ import test_append_kv
 import test_attend_sparse
 import test_decode_attention
 import test_estimate_weights
+import test_softcap
 import torch
 from comparisons import assert_same_state, page_mean_scores, page_scores, plain_weights, token_scores
 from conftest import OpBackend
 from flat import ops, reference
-from inputs import BY_BOUNDS, BY_MEANS, Shape, make_inputs, random_candidates
+from inputs import BY_BOUNDS, BY_MEANS, Shape, in_fp8, make_inputs, random_candidates
 from selection import Ranking
 
 from twilight_ops import backends, kernels
@@ -101,6 +102,27 @@ def test_every_operator_matches_the_fp64_oracle(shape):
     test_attend_sparse.check(STAGES, x)
     for selector in ("quest", "page_mean", "shadow_prefix", "streaming"):
         test_decode_attention.check(STAGES, x, **test_decode_attention.options_for(x, selector, dense_below=shape.page_size))
+
+
+@pytest.mark.parametrize("shape", GRID[::2], ids=str)
+def test_capped_stages_match_the_fp64_oracle(shape):
+    x = make_inputs(shape, device="cuda", bounds_dtype="uint8")
+    for softcap in test_softcap.CAPS:
+        test_softcap.check_stages(STAGES, x, softcap)
+    test_softcap.check_stages(STAGES, in_fp8(x), 30.0)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_capped_calls_keep_the_oracles_set_and_are_those_of_the_stages(selector):
+    """Also of the shapes that a fused kernel would serve without a cap."""
+    for shape in (TINY, Shape((1000, 300), 8, 2, 128, 16, 1, torch.bfloat16), Shape((500,), 4, 1, 256, 16, 2, torch.bfloat16)):
+        x = make_inputs(shape, device="cuda", bounds_dtype="uint8")
+        for softcap in (1.0, 50.0):
+            test_softcap.check_decode(REGISTERED, x, selector, softcap)
+            options = test_decode_attention.options_for(x, selector, softcap=softcap)
+            registered, staged = (test_decode_attention.Decoded(backend, x, **options) for backend in (REGISTERED, STAGES))
+            for name in ("indices", "counts", "counters", "out", "lse"):
+                assert torch.equal(getattr(registered, name), getattr(staged, name)), name
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from models_table import MAX_CACHE_LEN, WINDOW  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from twilight_ops import Full, LayerOverride, ShadowPrefix, TwilightConfig  # noqa: E402
+from twilight_ops.evaluation.mass import exact_weights  # noqa: E402
 from twilight_ops.integration import Decoder, TwilightCache  # noqa: E402
 from twilight_ops.integration.hf.sequences import ROLLBACK
 from twilight_ops.integration.hf.windows import Ring, Scores, Window, attend_masked, attend_run, sees  # noqa: E402
@@ -127,7 +129,7 @@ def test_hybrid_a_pickled_cache_goes_on_as_the_original(name):
         assert torch.equal(forward(ours, ids, cache), forward(ours, ids, other))
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gpt_oss", "qwen3_next", "falcon_h1"])
 def test_hybrid_one_compiled_graph_serves_prompts_before_and_beyond_the_window(name):
     ours, _ = models(name)
     ours.generation_config.eos_token_id = None
@@ -247,17 +249,65 @@ def test_hybrid_overrides_go_by_the_number_of_the_layer_in_its_model():
     assert [layer.plan.top_p for layer in cache.paged.layers] == [0.5]
 
 
-def test_hybrid_soft_capped_attention_is_exact_and_says_that_nothing_is_pruned():
-    ours, _ = models("gemma2")
-    with pytest.warns(UserWarning, match="expected attention without attn_logit_softcapping.*nothing is pruned"):
-        cache = TwilightCache(ours.config, TwilightConfig(dense_below=0), 1, MAX_CACHE_LEN)
-    forward(ours, tokens_of(40), cache)
+CAP = 0.5  # the tiny model's logits are small
+
+
+def capped_model(implementation="twilight"):
+    """Gemma 2, tiny, with heavier logits and a cap that changes them."""
+    model = models_table.make_model(models_table.families()["gemma2"], implementation)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = CAP
+        layer.self_attn.q_proj.weight.data.mul_(20.0)
+        layer.self_attn.k_proj.weight.data.mul_(20.0)
+    return model
+
+
+def test_hybrid_capped_layers_give_the_logits_of_transformers_at_p_1_and_not_those_of_uncapped_ones():
+    ours, theirs, uncapped = capped_model(), capped_model("eager"), capped_model("eager")
+    for layer in uncapped.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    ids = tokens_of(60, batch=2)
+    caches = [make_cache(ours, 2, config=config) for config in (EXACT, TwilightConfig(ShadowPrefix(512), 1.0, dense_below=0))]
+    oracle, other = (DynamicCache(config=model.config) for model in (theirs, uncapped))
+    for part in (ids[:, :40], *ids[:, 40:].split(1, dim=1)):
+        want, far = forward(theirs, part, oracle), forward(uncapped, part, other)
+        assert (want - far).abs().max() > 0.05 * want.std()
+        for cache in caches:
+            assert_same(forward(ours, part, cache), want)
+
+
+def test_hybrid_capped_layers_are_pruned_and_attend_to_what_they_keep_with_the_cap():
+    ours = capped_model()
+    layer = ours.config.layer_types.index("full_attention")
+    outputs, seen = [], []
+    ours.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    buffers = torch.full((1, 2, MAX_CACHE_LEN), -1, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+
+    def recorder(*step, softcap):
+        seen.append((*step, softcap))
+        return buffers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing says that nothing is pruned
+        config = TwilightConfig(Full(), 0.5, dense_below=0, sink_tokens=0, recent_tokens=4)
+        cache = TwilightCache(ours.config, config, 1, MAX_CACHE_LEN, recorder=recorder)
+    forward(ours, tokens_of(100), cache)
     forward(ours, tokens_of(1), cache)
     report = cache.budget_report()
-    assert report.layers == [] and set(report.others.values()) == {"full_attention soft-capped", "sliding_attention soft-capped"}
-    ours.config.attn_logit_softcapping = None  # of the configuration alone: the layers go on passing theirs
-    with pytest.raises(RuntimeError, match="softcap: expected None in a layer that prunes"):
-        forward(ours, tokens_of(40), make_cache(ours, config=TwilightConfig(dense_below=0)))
+    assert [found.layer for found in report.layers] == [layer]
+    assert report.others == {1 - layer: "sliding_attention"}
+    assert all(0.1 < head.pruned < 0.9 and head.dense == 0 for head in report.layers[0].heads)
+    q, paged, table, lens, scale, softcap = seen[-1]
+    assert softcap == CAP
+    k, v = (pages.transpose(0, 1).flatten(1, 2)[None, :, :101] for pages in paged.kv)
+    visible = torch.zeros(1, 2, 1, MAX_CACHE_LEN + 1, dtype=torch.bool)
+    visible.scatter_(3, buffers[0].long()[:, :, None].where(buffers[0][:, :, None] >= 0, MAX_CACHE_LEN), True)
+    expected = oracle(q.transpose(1, 2), k, v, visible[..., :101].repeat_interleave(2, 1), Scores(scale, CAP))
+    assert (outputs[-1].view(4, 64) - expected[0, :, 0]).abs().max() < 1e-5
+    # Estimates are of capped logits: what is kept holds about half of the true weight, and would hold more without the cap.
+    weights = exact_weights(q, paged, table, lens, scale, softcap).unflatten(1, (2, 2))[..., :MAX_CACHE_LEN]
+    held = (weights * visible[:, :, :, :MAX_CACHE_LEN]).sum(-1)
+    assert 0.45 < held.min() and (buffers[1] > 20).all()
 
 
 def oracle(q, k, v, visible, scores):

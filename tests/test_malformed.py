@@ -105,6 +105,7 @@ def on_meta(t):
 
 
 NOTHING = value(None)
+CAP = "None or a number from 1e-30 to 1e30"
 
 
 def everywhere(ops: str, argument: str, change: Callable, expected: str, got: str) -> list[Case]:
@@ -120,6 +121,11 @@ CASES = [
     *everywhere(QUERY_OPS, "page_table", dtype(torch.int64), "dtype int32", "int64"),
     *everywhere(QUERY_OPS, "seq_lens", rows(3), "shape [B] with B = 2", "[3]"),
     *everywhere(QUERY_OPS, "sm_scale", value(0.0), "a positive finite number", "0"),
+    *(
+        case
+        for wrong, got in ((0.0, "0.0"), (-30.0, "-30.0"), (NAN, "nan"), (INF, "inf"), (1e-31, "1e-31"))
+        for case in everywhere("estimate_weights attend_sparse decode_attention", "softcap", value(wrong), CAP, got)
+    ),
     *everywhere(SHADOW_OPS, "k_scale", dtype(torch.float32), "dtype bfloat16", "float32"),
     *everywhere(SHADOW_OPS, "k_quant", columns(100), "shape [P, Hkv, 512]", "[8, 2, 100]"),
     Case("attend_sparse", "q", lambda q: q.expand(2, 9, 4, 64), "1 to 8 query tokens", "9"),

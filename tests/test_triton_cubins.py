@@ -108,13 +108,14 @@ def decode(
     head_top_p: torch.Tensor | None = None,
     hot_rows: int = 0,
     fp8: bool = False,
+    softcap: float | None = None,
 ):
     """One append and one staged decode step of nothing: only launches are made, and those are recorded."""
     batch, kv_heads, pages, ints = 2, 2, 3, torch.int32
     cache = KV(*(empty(pages, kv_heads, page, dim, dtype=FP8 if fp8 else dtype) for _ in range(2)))
     scales = Scales(empty(kv_heads), empty(kv_heads), empty(kv_heads, dim)) if fp8 else None
     codes = (empty(pages, kv_heads, page * dim // 2, dtype=torch.uint8), empty(pages, kv_heads, page, 2, dtype=torch.bfloat16))
-    shadow = Shadow(*codes, empty(kv_heads, dim, dtype=ints), empty(kv_heads, dtype=ints))
+    shadow = Shadow(*codes, empty(kv_heads, dim, dtype=ints), empty(kv_heads, dtype=ints), empty(kv_heads, dim))
     bounds = PageBounds(empty(pages, kv_heads, 2, dim, dtype=torch.uint8), empty(pages, kv_heads, 2, dtype=torch.bfloat16))
     means = PageMeans(empty(pages, kv_heads, dim // 2, dtype=torch.uint8), empty(pages, kv_heads, 2, dtype=torch.bfloat16))
     paging = Paging(empty(batch, max_pages, dtype=ints), empty(batch, dtype=ints))
@@ -128,11 +129,12 @@ def decode(
     q = empty(batch, query_tokens, kv_heads * group, dim, dtype=dtype)
     counters = torch.empty(kv_heads, COUNTER_COLUMNS, dtype=torch.int64)
     policy = Policy(selector, Budget(1024, 0.125), Pruning(0.85, head_top_p), level=PageLevel(page_fraction))
-    decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means, None, scales)
+    decode_attention(q, cache, paging, policy, dim**-0.5, shadow, bounds, candidates, Observation(counters), means, None, scales, softcap)
     if hot_rows:
         copies = (empty(batch, kv_heads, hot_rows, dim, dtype=dtype) for _ in range(2))
         hot = HotRows(*copies, *(empty(batch, kv_heads, hot_rows, dtype=ints) for _ in range(2)))
-        decode_attention_hot(q, cache, paging, policy, dim**-0.5, hot, shadow, bounds, candidates, Observation(counters), means)
+        observe = Observation(counters)
+        decode_attention_hot(q, cache, paging, policy, dim**-0.5, hot, shadow, bounds, candidates, observe, means, None, softcap)
     return q, shadow, paging
 
 
@@ -153,6 +155,9 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(recorder):
     decode("quest", brain, 128, 16, 64, fp8=True)
     decode("page_mean", half, 96, 32, 64, query_tokens=2, fp8=True)
     decode("quest", torch.float32, 64, 16, 32, group=1)
+    decode("full", brain, 256, 16, 64, group=2, softcap=50.0)
+    decode("shadow_prefix", brain, 128, 16, 2048, hot_rows=100, softcap=50.0)
+    decode("page_mean", half, 64, 16, 64, query_tokens=2, fp8=True, softcap=30.0)
     # Short rows and few of them: the smallest tiles.
     decode("shadow_prefix", half, 96, 32, 4, query_tokens=2, group=3)
     # Rows of 131072 tokens: ranked from a bound, pruned in loops.

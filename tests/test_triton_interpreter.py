@@ -29,6 +29,7 @@ if INTERPRETED:
     import test_extreme_integers
     import test_fp8
     import test_prune_top_p
+    import test_softcap
     import test_strides
     import triton_interpreter
     from comparisons import assert_same_state, page_mean_scores, page_scores, plain_weights, token_scores
@@ -158,6 +159,19 @@ def test_attend_sparse_reads_caches_in_float8_as_the_reference_does(shape):
 
 
 @interpreted
+@pytest.mark.parametrize("stored", ["model", "fp8"])
+@pytest.mark.parametrize("shape, softcap", zip(SHAPES, (1.0, 30.0, 50.0), strict=False))
+def test_capped_logits_are_those_of_the_oracle(shape, softcap, stored):
+    x = make_inputs(shape, bounds_dtype="uint8")
+    test_softcap.check_stages(STAGES, in_fp8(x) if stored == "fp8" else x, softcap)
+
+
+@interpreted
+def test_capped_sets_are_those_of_the_oracle():
+    test_softcap.check_decode(STAGES, make_inputs(RAGGED, bounds_dtype="uint8"), "full", 1.0)
+
+
+@interpreted
 def test_append_kv_rounds_to_float8_as_pytorch_does():
     test_fp8.test_append_kv_rounds_every_number_to_the_nearest_ties_to_even_and_keeps_nan(STAGES, torch.float16)
 
@@ -248,7 +262,7 @@ def test_blocks_of_all_tensors_give_the_bits_of_contiguous_ones(by_head):
 
 
 @interpreted
-@pytest.mark.parametrize("case", range(3) if INTERPRETED else ())
+@pytest.mark.parametrize("case", range(4) if INTERPRETED else ())
 def test_copies_of_rows_are_those_of_the_reference(case):
     test_decode_attention_hot.check_steps(STAGES, *test_decode_attention_hot.CASES[case], steps=3)
 

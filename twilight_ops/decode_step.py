@@ -36,10 +36,11 @@ def attend(
     kept_counts: Tensor | None = None,
     out: Tensor | None = None,
     dense: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selects, prunes and attends for q [B, T, Hq, D]; returns out [B, T, Hq, D], written in place if given, and lse [B, T, Hq].
 
-    `dense` attends to everything instead, for once, and leaves the layer's counters alone.
+    `dense` attends to everything instead, for once, and leaves the layer's counters alone. `softcap` is that of `decode_attention`.
     """
     selector, policy, candidates = layer.plan.selector, layer.policy, Candidates()
     if dense:
@@ -51,19 +52,35 @@ def attend(
     observe = Observation(None if dense else layer.budget_counters, kept_indices, kept_counts)
     paging, others = Paging(page_table, seq_lens), (layer.shadow, layer.bounds, candidates, observe, layer.means, out)
     if layer.hot is not None and not dense:
-        return decode_attention_hot(q, layer.kv, paging, policy, sm_scale, layer.hot, *others)
-    return decode_attention(q, layer.kv, paging, policy, sm_scale, *others, layer.scales)
+        return decode_attention_hot(q, layer.kv, paging, policy, sm_scale, layer.hot, *others, softcap)
+    return decode_attention(q, layer.kv, paging, policy, sm_scale, *others, layer.scales, softcap)
 
 
-def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: PagedKVLayer,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    sm_scale: float,
+    softcap: float | None = None,
+) -> Tensor:
     """append -> attend: what a model runs, two graph nodes a layer."""
     append(k, v, layer, page_table, seq_lens)
-    out, _ = attend(q, layer, page_table, seq_lens, sm_scale)
+    out, _ = attend(q, layer, page_table, seq_lens, sm_scale, softcap=softcap)
     return out
 
 
 def decode_step_by_stage(
-    q: Tensor, k: Tensor, v: Tensor, layer: PagedKVLayer, page_table: Tensor, seq_lens: Tensor, sm_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: PagedKVLayer,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    sm_scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """append -> select -> estimate -> prune -> attend: the same step, one operator a stage."""
     append(k, v, layer, page_table, seq_lens)
@@ -71,8 +88,8 @@ def decode_step_by_stage(
     candidates = Candidates() if selector is None else selector.select(q, layer, page_table, seq_lens, sm_scale)
     if policy.prunes:
         assert layer.shadow is not None  # every layer that prunes has one
-        weights = estimate_weights(q, layer.shadow, paging, candidates, sm_scale)
+        weights = estimate_weights(q, layer.shadow, paging, candidates, sm_scale, softcap)
         indices, counts, _ = prune_top_p(weights, seq_lens, candidates, layer.num_kv_heads, policy.pruning, policy.always)
         candidates = Candidates(indices, counts)
-    out, _ = attend_sparse(q, layer.kv, paging, candidates, sm_scale, layer.scales)
+    out, _ = attend_sparse(q, layer.kv, paging, candidates, sm_scale, layer.scales, softcap)
     return out

@@ -54,13 +54,14 @@ def explain(
     means: PageMeans | None = None,
     out: Tensor | None = None,
     scales: Scales | None = None,
+    softcap: float | None = None,
     device: str | torch.device | None = None,
 ) -> Explanation:
     """Which kernel serves a call of `decode_attention`, and why. Nothing is read but shapes, dtypes and settings, and nothing runs.
 
     Args:
-        q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales: what `decode_attention` takes. Its tensors
-            may be on the meta device.
+        q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales, softcap: what `decode_attention` takes.
+            Its tensors may be on the meta device.
         device: "cpu", "cuda" or "cuda:N"; by default the device of q. "cuda" where there is no CUDA device stands for an H200 on which
             `_C_cuda` was built: 132 multiprocessors, 227 KB of shared memory a block.
 
@@ -76,7 +77,7 @@ def explain(
         fused CUDA kernel (no CUDA device is here: as if on an H200 with _C_cuda)
           selector quest, 128 blocks, 2 a KV head of a sequence, 112,128 bytes of shared memory each
     """
-    OPERATOR.check(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales)
+    OPERATOR.check(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales, softcap)
     place = torch.device(q.device if device is None else device)
     if place.type == "cpu":
         if backends.serving("decode_attention", "cpu") == "native":
@@ -84,11 +85,18 @@ def explain(
         return Explanation(REFERENCE, "cpu", backends.CPU.detail)
     if place.type != "cuda":
         raise ValueError(f"explain: device: expected cpu or cuda, got {place}")
-    return _on_cuda(q, kv, paging, policy, shadow, bounds, place)
+    return _on_cuda(q, kv, paging, policy, shadow, bounds, softcap, place)
 
 
 def _on_cuda(
-    q: Tensor, kv: KV, paging: Paging, policy: Policy, shadow: Shadow | None, bounds: PageBounds | None, place: torch.device
+    q: Tensor,
+    kv: KV,
+    paging: Paging,
+    policy: Policy,
+    shadow: Shadow | None,
+    bounds: PageBounds | None,
+    softcap: float | None,
+    place: torch.device,
 ) -> Explanation:
     if torch.cuda.is_available():
         index = torch.cuda.current_device() if place.index is None else place.index
@@ -98,7 +106,7 @@ def _on_cuda(
         limits = launch_plan.limits_of(index)
     else:
         detail, limits = "no CUDA device is here: as if on an H200 with _C_cuda", launch_plan.H200
-    request = launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, limits)
+    request = launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, softcap, limits)
     plan = launch_plan.plan_of(request)
     if not plan.serves:
         return Explanation(STAGES, detail, plan.reason)

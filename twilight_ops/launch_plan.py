@@ -33,6 +33,7 @@ class Request(NamedTuple):
 
     selector: str
     prunes: bool
+    softcap: float  # 0: none
     dtype_bits: int
     bounds_bits: int
     head_dim: int
@@ -63,6 +64,7 @@ class Request(NamedTuple):
         policy: Policy,
         shadow: Shadow | None,
         bounds: PageBounds | None,
+        softcap: float | None,
         device: DeviceLimits,
     ) -> Request:
         """Of a checked call of decode_attention."""
@@ -73,6 +75,7 @@ class Request(NamedTuple):
         return cls(
             policy.selector,
             policy.pruning.prunes,
+            softcap or 0.0,
             8 * q.dtype.itemsize,
             0 if bounds is None else 8 * bounds.page_bounds.dtype.itemsize,
             head_dim,

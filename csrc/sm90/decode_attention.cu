@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor> fused_decode_attention(TWILIGHT_DECODE_ATTENTION_ARGU
   PlanRequest request{};
   request.selector = selector_named(selector_name);
   request.prunes = top_p < 1.0 || head_top_p.has_value();
+  request.softcap = softcap.value_or(0.0);
   request.dtype_bits = 8 * q.element_size();
   request.bounds_bits = page_bounds.has_value() ? 8 * page_bounds->element_size() : 0;
   request.head_dim = head_dim;

@@ -105,11 +105,10 @@ def _attend_paged(
         append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
     if forward.exact:
         return _attend_exactly(query, key, value, paged, forward, scores)
-    if scores.softcap is not None:
-        return _attend_traced(query, paged, forward, scores)
     step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scores.scale)
-    kept = None if sequences.recorder is None else sequences.recorder(*step)
-    out, lse = attend(*step, *(kept or ()), dense=forward.dense)
+    cap = {} if scores.softcap is None else {"softcap": scores.softcap}
+    kept = None if sequences.recorder is None else sequences.recorder(*step, **cap)
+    out, lse = attend(*step, *(kept or ()), dense=forward.dense, **cap)
     if scores.sinks is not None:
         # The sink is one more term of the denominator; selection and p speak of the tokens' share alone.
         out = out * torch.sigmoid(lse - scores.sinks.float())[..., None].to(out.dtype)
@@ -140,8 +139,6 @@ def _refuse(
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             fail(f"{name}: expected None, because {meaning} is not supported")
-    if kwargs.get("softcap") is not None and isinstance(layer, TwilightLayer) and layer.paged.plan.selector is not None:
-        fail("softcap: expected None in a layer that prunes, or attn_logit_softcapping in the configuration, which makes layers dense")
     live = None
     if own is not None or attention_mask is not None:
         live = _read_mask(attention_mask, query, own, layer.sequences.paged.max_cache_len)
@@ -302,15 +299,12 @@ def _past_blocks(paged: PagedKVLayer, page_table: Tensor, tokens: int, group: in
         yield keys, values
 
 
-def _attend_traced(
-    query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores, prompt: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """The same in fixed shapes, for a traced `prompt` (K and V) and for steps with soft-capping: every slot of the cache, masked by
-    position."""
+def _attend_traced(query: Tensor, paged: PagedKVLayer, forward: Forward, scores: Scores, prompt: tuple[Tensor, Tensor]) -> Tensor:
+    """The same in fixed shapes, for a traced `prompt` (K and V): every slot of the cache, masked by position."""
     group = query.shape[1] // paged.num_kv_heads
     max_cache_len = forward.page_table.shape[1] * paged.page_size
     k, v = cached_rows(paged, forward.page_table, max_cache_len)
-    if prompt is not None and paged.scales is not None:
+    if paged.scales is not None:
         k, v = (_placed(rows, new, forward.positions()) for rows, new in zip((k, v), prompt, strict=True))
     slots = torch.arange(max_cache_len, device=query.device)
     v = torch.where((slots < forward.seq_lens[:, None])[:, None, :, None], v, 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -255,9 +254,9 @@ class TwilightCache(Cache):
             transformers' speculative decoding needs no setting here.
         warn_never_sparse: say once where every length that fits is attended to whole, because reading everything is faster.
         recorder: for inspection: called as recorder(q, layer, page_table, seq_lens, sm_scale), the arguments of `decode_step.attend`, by
-            every layer of every decode step once its K and V are cached. It returns None, or the buffers (kept_indices [B, Hkv, M * S],
-            kept_counts [B, Hkv], int32) that the step then writes its kept positions to, -1 behind the last. A compiled or recorded step
-            traces it: then it returns the same buffers every time.
+            every layer of every decode step once its K and V are cached, with `softcap=` too in a model that caps its logits. It returns
+            None, or the buffers (kept_indices [B, Hkv, M * S], kept_counts [B, Hkv], int32) that the step then writes its kept positions
+            to, -1 behind the last. A compiled or recorded step traces it: then it returns the same buffers every time.
 
     Raises:
         ValueError: a bad size, or a model with layers that this cache would get wrong.
@@ -293,10 +292,7 @@ class TwilightCache(Cache):
             raise ValueError("TwilightCache: device: expected device and dtype together, got one without the other")
         self.kinds, callers, heads, kv_heads = read_layers(config, max_cache_len)
         self._check_overrides()
-        # Top-p is a share of weights, and no kernel estimates capped ones.
-        self.soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
-        served = replace(self.twilight, dense_layers=len(self.kinds), overrides={}) if self.soft_capped else self.twilight
-        self.paged = PagedKVCache.without_layers(served, max_batch_size, max_cache_len, len(self._paged_layers()))
+        self.paged = PagedKVCache.without_layers(self.twilight, max_batch_size, max_cache_len, len(self._paged_layers()))
         windows = [kind.width for kind in self.kinds if isinstance(kind, Window)]
         states = ", ".join(sorted({"linear_attention", "conv", HYBRID} & set(self.kinds))) or None
         slots = min(windows) + ROLLBACK if windows else None
@@ -315,13 +311,7 @@ class TwilightCache(Cache):
             else:
                 layers.append(HybridLayer(attention, state) if kind == HYBRID else TwilightLayer(*attention))
         super().__init__(layers=layers)
-        if self.soft_capped and warn_never_sparse:
-            warnings.warn(
-                "TwilightCache: config: expected attention without attn_logit_softcapping, which runs whole and in plain PyTorch, got "
-                f"{config.attn_logit_softcapping}: nothing is pruned",
-                stacklevel=2,
-            )
-        elif not self._paged_layers() and warn_never_sparse:
+        if not self._paged_layers() and warn_never_sparse:
             warnings.warn(
                 "TwilightCache: config: expected a model with layers of full attention, got none: nothing is pruned", stacklevel=2
             )
@@ -341,7 +331,7 @@ class TwilightCache(Cache):
     @property
     def is_plain(self) -> bool:
         """Whether the model has nothing but layers that see every token."""
-        return all(kind == FULL for kind in self.kinds) and not (self.sequences.sharing or self.soft_capped)
+        return all(kind == FULL for kind in self.kinds) and not self.sequences.sharing
 
     @property
     def filled(self) -> bool:
@@ -376,9 +366,6 @@ class TwilightCache(Cache):
         """How many tokens each layer and KV head proposed and kept since the last reset, and which layers are not Twilight's; reads the
         device counters once."""
         others = {index: str(kind) for index, kind in enumerate(self.kinds) if kind not in (FULL, HYBRID)}
-        if self.soft_capped:
-            others = dict(enumerate(f"{kind} soft-capped" for kind in self.kinds))
-            return budget_report([], others)
         return budget_report(self.paged.layers, others)
 
     def nbytes(self) -> dict[str, int]:

@@ -14,7 +14,8 @@ from ...ops._checks import MAX_QUERY_TOKENS
 from ...paged_kv_cache import PagedKVCache
 from ..compile.private import assert_async, mark_static_address
 
-# Called as recorder(q, layer, page_table, seq_lens, sm_scale); returns buffers (kept_indices, kept_counts) or None.
+# Called as recorder(q, layer, page_table, seq_lens, sm_scale), with softcap= too where there is one; returns buffers (kept_indices,
+# kept_counts) or None.
 Recorder = Callable[[Tensor, PagedKVLayer, Tensor, Tensor, float], "tuple[Tensor, Tensor] | None"]
 
 

@@ -17,7 +17,8 @@ from ..selectors._rank import exact_logits
 
 @dataclass(frozen=True)
 class ExactTopP(Selector):
-    """Proposes what `prune_top_p` keeps of the exact weights, so run it without the pruner.
+    """Proposes what `prune_top_p` keeps of the exact weights, so run it without the pruner. No selector knows of a cap on logits: in a
+    model that has one the weights are those without it.
 
     Args:
         token_budget, budget_fraction: unused; the set is as large as p makes it.

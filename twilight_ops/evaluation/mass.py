@@ -30,13 +30,13 @@ class MassProbe:
     lowest_true: dict[float, float] = field(default_factory=dict)
     kept: dict[float, float] = field(default_factory=dict)
 
-    def look(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> None:
+    def look(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float, softcap: float | None = None) -> None:
         """Prunes this layer's estimate at every p, and weighs what is kept with the exact attention weights: a cache's recorder."""
         if layer.plan.selector is None:
             return
         heads = q.shape[2]
-        weights = estimate_weights(q, layer.shadow, Paging(page_table, seq_lens), Candidates(), sm_scale)
-        true = exact_weights(q, layer, page_table, seq_lens, sm_scale)  # [B, Hq, N]
+        weights = estimate_weights(q, layer.shadow, Paging(page_table, seq_lens), Candidates(), sm_scale, softcap)
+        true = exact_weights(q, layer, page_table, seq_lens, sm_scale, softcap)  # [B, Hq, N]
         self.rows += true.shape[0] * heads
         for p in self.top_ps:
             # One group a query head, so that each head's own set comes back and not the union.
@@ -67,12 +67,14 @@ def _add(sums: dict[float, float], p: float, value: Tensor) -> None:
     sums[p] = sums.get(p, 0.0) + float(value)
 
 
-def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> Tensor:
+def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float, softcap: float | None = None) -> Tensor:
     """Attention weights of one query token over the cache in fp64, [B, Hq, M * S]."""
     rows = layer.kv.k_cache[page_table.long()].transpose(1, 2).flatten(2, 3)  # [B, Hkv, N, D]
     keys = rows.double() if layer.scales is None else layer.scales.keys(rows, torch.float64)
     grouped = q[:, 0].double().unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("bhgd,bhnd->bhgn", grouped, keys).flatten(1, 2) * sm_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     live = torch.arange(keys.shape[2], device=q.device) < seq_lens[:, None, None]
     return logits.masked_fill(~live, -torch.inf).softmax(-1)
 
@@ -84,7 +86,9 @@ class Captured:
         self._values: list[Tensor] = []
         self._pending: tuple | None = None
 
-    def look(self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float) -> tuple[Tensor, Tensor] | None:
+    def look(
+        self, q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """Gives the step the buffers for its kept set, which is weighed when the next layer comes."""
         self._weigh()
         if layer.plan.selector is None:
@@ -92,7 +96,7 @@ class Captured:
         batch, kv_heads = q.shape[0], layer.num_kv_heads
         kept = torch.empty(batch, kv_heads, page_table.shape[1] * layer.page_size, dtype=torch.int32, device=q.device)
         counts = torch.empty(batch, kv_heads, dtype=torch.int32, device=q.device)
-        self._pending = (q, layer, page_table, seq_lens.clone(), sm_scale, kept, counts)  # lengths grow in place
+        self._pending = (q, layer, page_table, seq_lens.clone(), sm_scale, softcap, kept, counts)  # lengths grow in place
         return kept, counts
 
     def _weigh(self) -> None:

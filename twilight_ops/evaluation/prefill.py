@@ -15,6 +15,7 @@ from ..config import TwilightConfig
 from ..decode_step import append
 from ..integration import TwilightCache
 from ..integration.hf.generate import cache_argument
+from ..integration.hf.windows import Scores, attend_run
 from ..selectors._channels import RECENT_QUERIES
 
 
@@ -50,14 +51,16 @@ _RECORDING = _Recording()
 
 def _record_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Exact causal attention over one whole prompt, noting what it saw; q [1, Hq, N, D], k and v [1, Hkv, N, D]."""
-    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
-        raise ValueError("record: model: expected attention without sinks and soft-capping in a model without windows and states")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
     newest = query[:, :, -_RECORDING.queries :].transpose(1, 2).contiguous()
     _RECORDING.append(LayerRecord(newest, key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous(), scale))
-    k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    out = scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
+    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    if scores.plain:
+        k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        out = scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
+    else:
+        out = attend_run(query, key, value, 0, scores)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -96,15 +99,13 @@ def cache_of(
 ) -> TwilightCache:
     """A cache of the method `config` that holds the recorded prompts, calibrated on them, with room for `new_tokens` more each."""
     longest = max(prefill.tokens for prefill in prefills)
-    if not prefills[0].layers:
-        cache = TwilightCache(model.config, config, len(prefills), longest + new_tokens, recorder=recorder)
+    kind = {"device": first.k.device, "dtype": first.k.dtype} if (first := next(iter(prefills[0].layers), None)) else {}
+    cache = TwilightCache(model.config, config, len(prefills), longest + new_tokens, **kind, recorder=recorder)
+    if first is None or not cache.is_plain:  # with room for new tokens a window may leave out some
         _run(model, cache, [prefill.ids for prefill in prefills])
         return cache
-    first = prefills[0].layers[0].k
-    room, kind = longest + new_tokens, {"device": first.device, "dtype": first.dtype}
-    cache = TwilightCache(model.config, config, len(prefills), room, **kind, recorder=recorder)
-    lengths = torch.tensor([prefill.tokens for prefill in prefills], device=first.device)
-    live = torch.arange(longest, device=first.device) >= (longest - lengths)[:, None]
+    lengths = torch.tensor([prefill.tokens for prefill in prefills], device=first.k.device)
+    live = torch.arange(longest, device=first.k.device) >= (longest - lengths)[:, None]
     forward = cache.sequences.begin(len(prefills), longest, live)
     for index, layer in enumerate(cache.layers):
         records = [prefill.layers[index] for prefill in prefills]

@@ -21,6 +21,7 @@ from ._tiles import (
     row_word,
     scale_and_zero,
     slot_tokens,
+    soft_capped,
     softmax_finish,
     softmax_step,
     unpack_nibbles,
@@ -82,6 +83,7 @@ def _range_logits(
     k_quant,  # [P, S * D / 2] of the head
     k_scale,  # [P, S] of the head, int32: scale and zero, bf16 each
     channel_order,  # [Hkv, D]
+    k_center,  # [Hkv, D] or None: of logits that are capped
     page_table,  # [B, M]
     indices,  # [B, Hkv, capacity / UNIT]
     logits,  # [B, T, Hq, capacity]
@@ -93,6 +95,7 @@ def _range_logits(
     stride_kp,
     stride_sp,
     sm_scale,
+    softcap,
     num_pages,
     max_pages,
     capacity,
@@ -150,6 +153,10 @@ def _range_logits(
     q_mask = (in_row[:, None] & in_rows[None, :]) & (second[:, None] == (column >= ROWS_PAD)[None, :])
     q_even = tl.load(q + q_row[None, :] + even[:, None], mask=q_mask, other=0.0).to(tl.float32)
     q_odd = tl.load(q + q_row[None, :] + odd[:, None], mask=q_mask, other=0.0).to(tl.float32)
+    if k_center is not None:
+        even_center = tl.load(k_center + head * HEAD_DIM + even, mask=in_row, other=0.0)
+        odd_center = tl.load(k_center + head * HEAD_DIM + odd, mask=in_row, other=0.0)
+        center = tl.sum(q_even * even_center[:, None] + q_odd * odd_center[:, None], 0) * sm_scale
     down, up = power_of_two(tl.max(tl.maximum(tl.abs(q_even), tl.abs(q_odd)), 0))
     q_even *= down[None, :]
     q_odd *= down[None, :]
@@ -226,6 +233,9 @@ def _range_logits(
             word = tl.where((column >= ROWS_PAD)[None, :], word_2[:, None], word)
         scale, zero = scale_and_zero(word)
         logit = (dot * product_factor * scale + q_sum[None, :] * zero) * up[None, :]
+        if k_center is not None:
+            logit += center[None, :]
+        logit = soft_capped(logit, softcap)
 
         seen = word != DEAD
         if PREFIX:
@@ -284,6 +294,7 @@ def shadow_logits_kernel(
     k_quant,  # [P, Hkv, S * D / 2]
     k_scale,  # [P, Hkv, S] int32
     channel_order,
+    k_center,
     prefix_channels,  # [Hkv]
     page_table,
     seq_lens,  # [B]
@@ -300,6 +311,7 @@ def shadow_logits_kernel(
     stride_sp,
     stride_sh,
     sm_scale,
+    softcap,
     num_pages,
     max_pages,
     capacity,
@@ -335,27 +347,27 @@ def shadow_logits_kernel(
     # fmt: off
     if PREFIX and prefix_bytes <= 16 and prefix_bytes % 16 == 0:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
-            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS,
-            GROUP, HEAD_DIM, PAGE, ROWS_PAD, 16, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, k_center, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh,
+            stride_kp, stride_sp, sm_scale, softcap, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16,
+            KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE, ROWS_PAD, 16, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     elif PREFIX and BYTES_PAD > 32 and prefix_bytes <= 32:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
-            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS,
-            GROUP, HEAD_DIM, PAGE, ROWS_PAD, 32, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, k_center, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh,
+            stride_kp, stride_sp, sm_scale, softcap, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS,
+            QUERY_TOKENS, GROUP, HEAD_DIM, PAGE, ROWS_PAD, 32, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     elif not PREFIX and prefix_bytes % 16 == 0:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
-            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16, KV_HEADS, QUERY_TOKENS,
-            GROUP, HEAD_DIM, PAGE, ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, k_center, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh,
+            stride_kp, stride_sp, sm_scale, softcap, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 16,
+            KV_HEADS, QUERY_TOKENS, GROUP, HEAD_DIM, PAGE, ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     else:
         _range_logits(
-            q, k_quant, k_scale, channel_order, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh, stride_kp,
-            stride_sp, sm_scale, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS, QUERY_TOKENS,
-            GROUP, HEAD_DIM, PAGE, ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
+            q, k_quant, k_scale, channel_order, k_center, page_table, indices, logits, peaks, sums, stride_qb, stride_qt, stride_qh,
+            stride_kp, stride_sp, sm_scale, softcap, num_pages, max_pages, capacity, splits, length, first, last, prefix_bytes, 4, KV_HEADS,
+            QUERY_TOKENS, GROUP, HEAD_DIM, PAGE, ROWS_PAD, BYTES_PAD, PREFIX, UNIT, LISTED, CHUNK, BLOCK,
         )
     # fmt: on
 
@@ -378,10 +390,11 @@ def shadow_logits(
     logits: Tensor,
     prefix: bool,
     dense_below: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Fills `logits` [B, T, Hq, slots]; returns partial maxima and sums [B * T * Hq, splits], and the slots of a split."""
     batch, query_tokens, heads, head_dim = q.shape
-    k_quant, k_scale, channel_order, prefix_channels, _ = shadow
+    k_quant, k_scale, channel_order, prefix_channels, k_center = shadow
     num_pages, kv_heads, page_size, _ = k_scale.shape
     capacity, max_pages = logits.shape[3], paging.page_table.shape[1]
     rows = batch * kv_heads
@@ -397,6 +410,7 @@ def shadow_logits(
             k_quant,
             scale_words,
             channel_order,
+            None if softcap is None else k_center,
             prefix_channels,
             *paging,
             candidates.indices,
@@ -407,6 +421,7 @@ def shadow_logits(
             *q.stride()[:3],
             *page_strides(k_quant, scale_words),
             sm_scale,
+            softcap,
             num_pages,
             max_pages,
             capacity,

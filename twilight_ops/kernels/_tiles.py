@@ -91,6 +91,21 @@ def factor(descale, head):
 
 
 @triton.jit
+def soft_capped(logit, softcap):
+    """softcap * tanh(logit / softcap); the logit where there is no cap. A polynomial where 1 - exp would lose what is small."""
+    if softcap is None:
+        return logit
+    else:
+        x = logit / softcap
+        square = x * x
+        series = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square + 1.33314422036e-1
+        series = (series * square - 3.33332819422e-1) * square * x + x
+        fade = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+        size = (1.0 - fade) / (1.0 + fade)
+        return softcap * tl.where(tl.abs(x) < 0.625, series, tl.where(x < 0.0, -size, size))
+
+
+@triton.jit
 def code_scales(DTYPE: tl.constexpr):
     """Factors on queries that meet low and high codes, and on their product: the largest query becomes 2**12 to 2**13."""
     if NATIVE and DTYPE == tl.float16:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..arguments import KV, Candidates, HotRows, Paging, Scales
 from ..ops.attend_sparse import outputs
 from ._launch import Launch, cdiv, multiprocessors, next_power_of_2, page_strides, query_rows, stored_pages
-from ._tiles import INF, LOG2E, factor, from_e4m3, listed_slots, live_length, physical_page, slot_tokens
+from ._tiles import INF, LOG2E, factor, from_e4m3, listed_slots, live_length, physical_page, slot_tokens, soft_capped
 
 # Keyed by padded head_dim.
 LAUNCHES = {
@@ -59,6 +59,7 @@ def attend_kernel(
     k_cache,  # [P, Hkv, S, D]
     v_cache,
     k_descale,  # [Hkv] or None
+    k_shift,  # [Hkv, D] or None: of logits that are capped
     page_table,  # [B, M]
     seq_lens,  # [B]
     indices,  # [B, Hkv, stride] or None
@@ -79,6 +80,7 @@ def attend_kernel(
     stride_vp,
     stride_vh,
     sm_scale,
+    softcap,
     rows,
     hot_rows,
     num_pages,
@@ -135,6 +137,9 @@ def attend_kernel(
 
         q_row = batch.to(tl.int64) * stride_qb + query_token * stride_qt + (head * GROUP + r % GROUP).to(tl.int64) * stride_qh
         query = tl.load(q + q_row[:, None] + d[None, :], mask=in_rows[:, None] & in_dim[None, :], other=0.0)
+        if k_shift is not None:
+            shift = tl.load(k_shift + head * HEAD_DIM + d, mask=in_dim, other=0.0)
+            shift = tl.sum(query.to(tl.float32) * shift[None, :], 1) * sm_scale
         horizon = tl.where(in_rows, length - QUERY_TOKENS + query_token, -1)
         peak = tl.full([ROWS_PAD], -INF, tl.float32)
         total = tl.zeros([ROWS_PAD], tl.float32)
@@ -174,6 +179,9 @@ def attend_kernel(
                 key = from_e4m3(key, query.dtype)
                 value = from_e4m3(value, query.dtype)
             logit = tl.dot(query, tl.trans(key), input_precision="ieee") * (sm_scale * factor(k_descale, head))
+            if k_shift is not None:
+                logit += shift[:, None]
+            logit = soft_capped(logit, softcap)
             seen = live[None, :] & (token[None, :] <= horizon[:, None])
             logit = tl.where(seen, logit, -INF)
             new_peak = tl.maximum(peak, tl.max(logit, 1))
@@ -273,6 +281,7 @@ def run_attend(
     dense_below: int = -1,
     hot: HotRows | None = None,
     scales: Scales | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Fills `out` and `lse`; a sequence no longer than `dense_below` attends to everything. Reads copies where `hot` holds any."""
     indices, counts, unit = candidates
@@ -283,6 +292,8 @@ def run_attend(
     if rows == 0:
         return
     scales = scales or Scales()
+    # Uncapped logits move by q . k_shift alike, and so does their log-sum-exp.
+    shifts = (None, scales.k_shift) if softcap is None else (scales.k_shift, None)
     capacity = max_pages * page_size if indices is None else indices.shape[2] * unit
     dim_pad = next_power_of_2(head_dim)
     launch = LAUNCHES[dim_pad]
@@ -313,6 +324,7 @@ def run_attend(
         q,
         *stored_pages(kv),
         scales.k_descale,
+        shifts[0],
         *paging,
         indices,
         counts,
@@ -324,6 +336,7 @@ def run_attend(
         *q.stride()[:3],
         *page_strides(*kv),
         sm_scale,
+        softcap,
         rows,
         0 if hot is None else hot.hot_tokens.shape[2],
         num_pages,
@@ -347,7 +360,7 @@ def run_attend(
         lse,
         q,
         scales.v_descale,
-        scales.k_shift,
+        shifts[1],
         *q.stride()[:3],
         sm_scale,
         rows,
@@ -359,8 +372,14 @@ def run_attend(
 
 
 def attend_sparse(
-    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
+    q: Tensor,
+    kv: KV,
+    paging: Paging,
+    candidates: Candidates,
+    sm_scale: float,
+    scales: Scales | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = outputs(q)
-    run_attend(q, kv, paging, candidates, sm_scale, out, lse, scales=scales)
+    run_attend(q, kv, paging, candidates, sm_scale, out, lse, scales=scales, softcap=softcap)
     return out, lse

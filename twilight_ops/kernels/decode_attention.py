@@ -25,6 +25,7 @@ def decide(
     candidates: Candidates,
     observe: Observation,
     means: PageMeans | None,
+    softcap: float | None,
 ) -> tuple[Candidates, int]:
     """What to attend to, and the length up to which a sequence attends to everything; weights stay logits with their softmax statistics
     until the pruner has them, and lists carry no pads."""
@@ -57,7 +58,7 @@ def decide(
     asked = observe.kept_indices is not None
     if policy.prunes:
         logits = torch.empty((batch, query_tokens, heads, capacity), dtype=torch.float32, device=q.device)
-        stats = shadow_logits(q, shadow, paging, candidates, sm_scale, logits, prefix=False, dense_below=dense_below)
+        stats = shadow_logits(q, shadow, paging, candidates, sm_scale, logits, prefix=False, dense_below=dense_below, softcap=softcap)
         mass = logits.new_empty((batch, query_tokens, heads))
         keep = thresholds(logits, stats, paging.seq_lens, candidates, kv_heads, policy.pruning, mass, max_tokens, dense_below)
         if not asked:
@@ -83,8 +84,10 @@ def decode_attention(
     means: PageMeans | None,
     out: Tensor | None = None,
     scales: Scales | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    attended, lse = outputs(q, out, scales)
-    candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
-    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below, scales=scales)
+    attended, lse = outputs(q, out)
+    candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, softcap)
+    into = attended if out is None else out
+    run_attend(q, kv, paging, candidates, sm_scale, into, lse, dense_below, scales=scales, softcap=softcap)
     return attended, lse

@@ -69,9 +69,10 @@ def decode_attention_hot(
     observe: Observation,
     means: PageMeans | None,
     out: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    attended, lse = outputs(q, out, None)
-    candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means)
+    attended, lse = outputs(q, out)
+    candidates, dense_below = decide(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, softcap)
     batch = q.shape[0]
     _, kv_heads, page_size, _ = kv.k_cache.shape
     indices, counts, unit = candidates
@@ -93,7 +94,7 @@ def decode_attention_hot(
             BLOCK=BLOCK,
             num_warps=4,
         )
-    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below, hot)
+    run_attend(q, kv, paging, candidates, sm_scale, attended if out is None else out, lse, dense_below, hot, softcap=softcap)
     places = batch * kv_heads * hot.hot_tokens.shape[2]
     if places:
         settle_kernel[(cdiv(places, BLOCK),)](hot.hot_tokens, hot.hot_claims, places, BLOCK=BLOCK, num_warps=4)

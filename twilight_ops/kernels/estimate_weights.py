@@ -49,9 +49,11 @@ def normalise_kernel(
     tl.store(at, weight, mask=slot < capacity)
 
 
-def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
-    weights = outputs(q, shadow, paging, candidates, sm_scale)
-    peaks, sums, chunk = shadow_logits(q, shadow, paging, candidates, sm_scale, weights, prefix=False, dense_below=-1)
+def estimate_weights(
+    q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float, softcap: float | None = None
+) -> Tensor:
+    weights = outputs(q, shadow, paging, candidates)
+    peaks, sums, chunk = shadow_logits(q, shadow, paging, candidates, sm_scale, weights, prefix=False, dense_below=-1, softcap=softcap)
     batch, query_tokens, heads, capacity = weights.shape
     kv_heads, page_size = shadow.k_scale.shape[1:3]
     if weights.numel():

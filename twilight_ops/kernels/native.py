@@ -46,8 +46,8 @@ def serves_append(groups: Sequence) -> bool:
 
 
 def serves_decode(groups: Sequence) -> bool:
-    q, kv, paging, policy, _, shadow, bounds, *_ = groups
-    request = launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, launch_plan.limits_of(q.get_device()))
+    q, kv, paging, policy, _, shadow, bounds, *_, softcap = groups
+    request = launch_plan.Request.of_call(q, kv, paging, policy, shadow, bounds, softcap, launch_plan.limits_of(q.get_device()))
     return launch_plan.plan_of(request).serves
 
 

@@ -260,3 +260,7 @@ class Checker:
 
     def scale(self, sm_scale: float) -> None:
         self.require(sm_scale > 0.0 and sm_scale < float("inf"), "sm_scale", "a positive finite number", sm_scale)
+
+    def softcap(self, softcap: float | None) -> None:
+        if softcap is not None:
+            self.require(1e-30 <= softcap <= 1e30, "softcap", "None or a number from 1e-30 to 1e30", softcap)

@@ -9,9 +9,15 @@ from ._library import Operator
 
 
 def attend_sparse(
-    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
+    q: Tensor,
+    kv: KV,
+    paging: Paging,
+    candidates: Candidates,
+    sm_scale: float,
+    scales: Scales | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`softmax(sm_scale * q . K[I]) V[I]` with the log-sum-exp, so that partial results can be merged.
+    """`softmax(cap(sm_scale * q . K[I])) V[I]` with the log-sum-exp, so that partial results can be merged.
 
     Query token t of sequence b stands at position `seq_lens[b] - T + t` and sees no newer token. Listed tokens at or beyond
     seq_lens are ignored. A row that sees nothing gives zeros and lse = -inf.
@@ -23,6 +29,8 @@ def attend_sparse(
         candidates: tokens or pages to attend to, or every token (dense).
         sm_scale: factor on q . k, usually D ** -0.5.
         scales: of a cache in float8_e4m3fn.
+        softcap: `cap(x) = softcap * tanh(x / softcap)`, as Gemma 2 has it, for a number from 1e-30 to 1e30; None: logits stay as they
+            are. The log-sum-exp is that of capped logits.
 
     Returns:
         out [B, T, Hq, D] contiguous, in q's dtype; lse [B, T, Hq] fp32, natural logarithm.
@@ -30,10 +38,10 @@ def attend_sparse(
     Raises:
         RuntimeError: a malformed argument; or gradients are enabled and an input requires them: there is no backward.
     """
-    return OPERATOR(q, kv, paging, candidates, sm_scale, scales)
+    return OPERATOR(q, kv, paging, candidates, sm_scale, scales, softcap)
 
 
-def check(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None) -> None:
+def check(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None, softcap: float | None) -> None:
     c = Checker("attend_sparse", q)
     c.query(q)
     c.cache(kv, q.dtype)
@@ -42,6 +50,7 @@ def check(q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: f
     c.candidates(candidates, kv.k_cache.shape[2])
     c.scale(sm_scale)
     c.scales(scales, kv)
+    c.softcap(softcap)
     c.no_gradients()
 
 

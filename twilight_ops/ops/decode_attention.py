@@ -24,6 +24,7 @@ def decode_attention(
     means: PageMeans | None = None,
     out: Tensor | None = None,
     scales: Scales | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One decode step of Select-then-Prune attention: `select_*`, `estimate_weights`, `prune_top_p` and `attend_sparse` in one call.
 
@@ -44,6 +45,8 @@ def decode_attention(
         candidates: for the selector "given".
         observe: what to report beside the result.
         out: [B, T, Hq, D] in q's dtype, contiguous, apart from all other arguments: takes the result. By default a new tensor does.
+        softcap: as of `attend_sparse`, on the logits of estimates and of attention. Selectors rank logits without it, of which it keeps
+            the order.
 
     Returns:
         out, [B, T, Hq, D] contiguous, in q's dtype; lse [B, T, Hq] fp32, natural logarithm. Zeros and -inf where seq_len is 0.
@@ -54,7 +57,7 @@ def decode_attention(
 
     Source: Twilight, arXiv 2502.02770, algorithm 1.
     """
-    attended, lse = OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales)
+    attended, lse = OPERATOR(q, kv, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, scales, softcap)
     return attended if out is None else out, lse
 
 
@@ -71,6 +74,7 @@ def check(
     means: PageMeans | None,
     out: Tensor | None,
     scales: Scales | None,
+    softcap: float | None,
 ) -> None:
     c = Checker("decode_attention", q)
     c.query(q)
@@ -99,21 +103,21 @@ def check(
     c.candidates(candidates, kv.k_cache.shape[2])
     c.observation(observe, kv.k_cache.shape[2] * paging.page_table.shape[1], COUNTER_COLUMNS)
     c.scales(scales, kv)
+    c.softcap(softcap)
     if out is not None:
         c.tensor("out", out, ("B", "T", "Hq", "D"), q.dtype)
     c.no_gradients()
 
 
-def outputs(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the operator returns; `out` is the last but one of the others. Where it is given, the first result is empty, because an operator
-    may not return what it writes."""
-    return q.new_empty(q.shape if others[-2] is None else (0,)), q.new_empty(q.shape[:-1], dtype=torch.float32)
+def outputs(q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the operator returns. Where `out` is given, the first result is empty, because an operator may not return what it writes."""
+    return q.new_empty(q.shape if out is None else (0,)), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 OPERATOR = Operator(
     decode_attention,
     "(Tensor attended, Tensor lse)",
     check,
-    outputs,
+    lambda q, *others: outputs(q, others[-3]),
     mutates=("budget_counters", "kept_indices", "kept_counts", "out"),
 )

@@ -22,6 +22,7 @@ def decode_attention_hot(
     observe: Observation = Observation(),
     means: PageMeans | None = None,
     out: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention`, which reads the row of a kept token from `hot` where that holds it, and leaves rows there that it fetched.
 
@@ -38,7 +39,7 @@ def decode_attention_hot(
     Raises:
         RuntimeError: a malformed argument; or gradients are enabled and an input requires them. Nothing was written.
     """
-    attended, lse = OPERATOR(q, kv, paging, policy, sm_scale, hot, shadow, bounds, candidates, observe, means, out)
+    attended, lse = OPERATOR(q, kv, paging, policy, sm_scale, hot, shadow, bounds, candidates, observe, means, out, softcap)
     return attended if out is None else out, lse
 
 
@@ -51,7 +52,8 @@ def check(
     hot: HotRows,
     *others: object,
 ) -> None:
-    plain.check(q, kv, paging, policy, sm_scale, *others, None)  # type: ignore[arg-type, call-arg]
+    *groups, softcap = others
+    plain.check(q, kv, paging, policy, sm_scale, *groups, None, softcap)  # type: ignore[arg-type, call-arg]
     c = Checker("decode_attention_hot", q)
     c.paged("k_cache", kv.k_cache, ("P", "Hkv", "S", "D"), q.dtype)  # copies are not dequantised
     _, c.sizes["Hkv"], _, c.sizes["D"] = kv.k_cache.shape
@@ -68,6 +70,6 @@ OPERATOR = Operator(
     decode_attention_hot,
     "(Tensor attended, Tensor lse)",
     check,
-    lambda q, *others: plain.outputs(q, *others, None),
+    lambda q, *others: plain.outputs(q, others[-2]),
     mutates=("budget_counters", "kept_indices", "kept_counts", "out", *HotRows._fields),
 )

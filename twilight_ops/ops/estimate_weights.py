@@ -8,8 +8,13 @@ from ._checks import Checker
 from ._library import Operator
 
 
-def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
+def estimate_weights(
+    q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float, softcap: float | None = None
+) -> Tensor:
     """Softmax over the candidates of `sm_scale * q . dequant(k_quant)`, per query head.
+
+    With a `softcap` it is that of `softcap * tanh(x / softcap)`, of x = `sm_scale * q . (dequant(k_quant) + k_center)`. Without one the
+    centre changes no weight and is not read.
 
     Slot `c * tokens_per_index + s` of a row stands for token `indices[b, h, c] * tokens_per_index + s`. A slot beyond the list, beyond
     seq_lens, or (T > 1) newer than query token t, whose own position is `seq_lens[b] - T + t`, gets weight 0.
@@ -20,6 +25,7 @@ def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Cand
         paging: a live entry of the table outside 0..P-1 reads some valid page.
         candidates: of a selector, or every token.
         sm_scale: factor on q . k, usually D ** -0.5.
+        softcap: as of `attend_sparse`.
 
     Returns:
         weights [B, T, Hq, C * tokens_per_index] fp32 (or M * S slots where indices is None), each row summing to 1, or all 0
@@ -30,10 +36,10 @@ def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Cand
 
     Source: Twilight, arXiv 2502.02770, section 4.2.
     """
-    return OPERATOR(q, shadow, paging, candidates, sm_scale)
+    return OPERATOR(q, shadow, paging, candidates, sm_scale, softcap)
 
 
-def check(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> None:
+def check(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float, softcap: float | None) -> None:
     c = Checker("estimate_weights", q)
     c.query(q)
     c.shadow(shadow)
@@ -41,10 +47,11 @@ def check(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_
     c.paging(paging)
     c.candidates(candidates, shadow.k_scale.shape[2])
     c.scale(sm_scale)
+    c.softcap(softcap)
     c.no_gradients()
 
 
-def outputs(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
+def outputs(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, *_: object) -> Tensor:
     every = paging.page_table.shape[1] * shadow.k_scale.shape[2]
     slots = every if candidates.indices is None else candidates.indices.shape[2] * candidates.tokens_per_index
     return q.new_empty((*q.shape[:3], slots), dtype=torch.float32)

@@ -50,6 +50,11 @@ def visible(tokens: Tensor, live: Tensor, seq_lens: Tensor, query_tokens: int) -
     return live[:, None] & (tokens[:, None] <= horizon[:, :, None, None])
 
 
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap); None: as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def shadow_byte_index(prefix_channels: Tensor, page_size: int, head_dim: int) -> Tensor:
     """[Hkv, S, D]: byte of a page block that holds ordered channel j of token s (low nibble for even j)."""
     r = prefix_channels.long()[:, None, None]

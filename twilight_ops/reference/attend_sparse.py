@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from ..arguments import KV, Candidates, Paging, Scales
-from ._paging import all_tokens, candidate_tokens, compute_dtype, gather_tokens, visible
+from ._paging import all_tokens, candidate_tokens, compute_dtype, gather_tokens, soft_capped, visible
 
 
 def attend_sparse(
-    q: Tensor, kv: KV, paging: Paging, candidates: Candidates, sm_scale: float, scales: Scales | None = None
+    q: Tensor,
+    kv: KV,
+    paging: Paging,
+    candidates: Candidates,
+    sm_scale: float,
+    scales: Scales | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     (k_cache, v_cache), (page_table, seq_lens) = kv, paging
     batch, query_tokens, heads, head_dim = q.shape
@@ -24,7 +30,7 @@ def attend_sparse(
     keys = scales.keys(gather_tokens(k_cache, page_table, tokens), dtype)  # [B, Hkv, N, D]
     values = scales.values(gather_tokens(v_cache, page_table, tokens), dtype)
     grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)
-    logits = torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale
+    logits = soft_capped(torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale, softcap)
 
     seen = visible(tokens, live, seq_lens, query_tokens)[:, :, :, None]  # [B, T, Hkv, 1, N]
     logits = logits.masked_fill(~seen, -math.inf)

@@ -28,6 +28,7 @@ def decode_attention(
     means: PageMeans | None,
     out: Tensor | None = None,
     scales: Scales | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, query_tokens = q.shape[:2]
     _, kv_heads, page_size, _ = kv.k_cache.shape
@@ -55,15 +56,15 @@ def decode_attention(
 
     mass = torch.ones(batch, kv_heads, dtype=torch.float64, device=q.device)
     if policy.prunes:
-        weights = estimate_weights(q, shadow, paging, candidates, sm_scale).float()
+        weights = estimate_weights(q, shadow, paging, candidates, sm_scale, softcap).float()
         indices, counts, row_mass = prune_top_p(weights, seq_lens, candidates, kv_heads, policy.pruning, policy.always)
         candidates = Candidates(indices, counts)
         tokens, live = candidate_tokens(candidates, every, seq_lens)
         row_mass = row_mass.view(batch, query_tokens, kv_heads, -1).double().mean(dim=(1, 3))
         mass = torch.where(dense, 1.0, row_mass)
-    attended, lse = attend_sparse(q, kv, paging, candidates, sm_scale, scales)
+    attended, lse = attend_sparse(q, kv, paging, candidates, sm_scale, scales, softcap)
     if selector != "dense" and limits.dense_below > 0:
-        dense_out, dense_lse = attend_sparse(q, kv, paging, Candidates(), sm_scale, scales)
+        dense_out, dense_lse = attend_sparse(q, kv, paging, Candidates(), sm_scale, scales, softcap)
         attended = torch.where(dense[:, :, None, None], dense_out, attended)
         lse = torch.where(dense[:, :, None], dense_lse, lse)
 

@@ -22,6 +22,7 @@ def decode_attention_hot(
     observe: Observation,
     means: PageMeans | None,
     out: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, query_tokens = q.shape[:2]
     _, kv_heads, page_size, _ = kv.k_cache.shape
@@ -31,7 +32,7 @@ def decode_attention_hot(
         kept = torch.empty((batch, kv_heads, max_tokens), dtype=torch.int32, device=q.device)
         observe = Observation(observe.budget_counters, kept, kept.new_empty((batch, kv_heads)))
     merged = KV(*(_merged(pages, copies, tokens, paging.page_table) for pages, copies in zip(kv, rows, strict=True)))
-    result = decode_attention(q, merged, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out)
+    result = decode_attention(q, merged, paging, policy, sm_scale, shadow, bounds, candidates, observe, means, out, None, softcap)
 
     if policy.selector != "dense" and (policy.prunes or policy.selector != "full"):
         limits = Limits.of(max_tokens, query_tokens, policy.budget, policy.always, policy.dense_below)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ..arguments import Candidates, Paging, Shadow
-from ._paging import all_tokens, candidate_tokens, compute_dtype, dequantise, gather_tokens, unpack_shadow, visible
+from ._paging import all_tokens, candidate_tokens, compute_dtype, dequantise, gather_tokens, soft_capped, unpack_shadow, visible
 
 
-def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float) -> Tensor:
-    (k_quant, k_scale, channel_order, prefix_channels, _), (page_table, seq_lens) = shadow, paging
+def estimate_weights(
+    q: Tensor, shadow: Shadow, paging: Paging, candidates: Candidates, sm_scale: float, softcap: float | None = None
+) -> Tensor:
+    (k_quant, k_scale, channel_order, prefix_channels, k_center), (page_table, seq_lens) = shadow, paging
     batch, query_tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_scale.shape
     dtype = compute_dtype(q)
@@ -21,8 +23,11 @@ def estimate_weights(q: Tensor, shadow: Shadow, paging: Paging, candidates: Cand
     keys = dequantise(unpack_shadow(k_quant, prefix_channels, page_size), k_scale, dtype)  # ordered channels
     keys = gather_tokens(keys, page_table, tokens)  # [B, Hkv, N, D]
     grouped = q.to(dtype).view(batch, query_tokens, kv_heads, heads // kv_heads, head_dim)
-    grouped = grouped.gather(-1, channel_order.long()[:, None].expand_as(grouped))
-    logits = torch.einsum("bthgd,bhnd->bthgn", grouped, keys) * sm_scale
+    ordered = grouped.gather(-1, channel_order.long()[:, None].expand_as(grouped))
+    logits = torch.einsum("bthgd,bhnd->bthgn", ordered, keys) * sm_scale
+    if softcap is not None and k_center is not None:
+        logits = logits + torch.einsum("bthgd,hd->bthg", grouped, k_center.to(dtype))[..., None] * sm_scale
+    logits = soft_capped(logits, softcap)
 
     seen = visible(tokens, live, seq_lens, query_tokens)[:, :, :, None]  # [B, T, Hkv, 1, N]
     logits = logits.masked_fill(~seen, -math.inf)
