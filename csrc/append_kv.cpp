@@ -275,9 +275,9 @@ bool share_a_page(const std::vector<TouchedPage>& pages) {
 
 void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   Checker check("append_kv", k);
-  const ScalarType dtype = k.scalar_type();
   check.tensor("k", k, {"B", "T", "Hkv", "D"}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half},
                Layout::kRows);
+  const ScalarType dtype = k.scalar_type();
   check.tensor("v", v, {"B", "T", "Hkv", "D"}, {dtype}, Layout::kRows);
   if (k.size(1) < 1) check.fail("k", "at least 1 token", std::to_string(k.size(1)));
   check.cache(k_cache, v_cache);

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <iomanip>
@@ -107,15 +108,22 @@ constexpr int64_t kNobodyAsked = -2;
 
 class Checker {
  public:
-  Checker(const char* op, const Tensor& like) : op_(op), like_(like), dtype_(like.scalar_type()) {
+  // `like` is the first tensor that the operator checks, which refuses a None in its place.
+  Checker(const char* op, const Tensor& like) : op_(op), like_(like) {
+    grad_enabled_ = aoti_torch_grad_mode_is_enabled();
+    if (!like.defined()) return;
+    dtype_ = like.scalar_type();
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index_));
-    grad_enabled_ = aoti_torch_grad_mode_is_enabled();
   }
 
   [[noreturn]] void fail(const char* argument, const std::string& expected, const std::string& got) const {
     throw std::runtime_error(std::string(TWILIGHT_NAMESPACE_NAME "::") + op_ + ": " + argument + ": expected " +
                              expected + ", got " + got);
+  }
+
+  bool bound(const char* symbol) const {
+    return std::any_of(sizes_.begin(), sizes_.end(), [&](const auto& known) { return known.first == symbol; });
   }
 
   int64_t size(const char* symbol) const {
@@ -128,6 +136,7 @@ class Checker {
 
   void tensor(const char* argument, const Tensor& tensor, std::initializer_list<Dim> dims,
               std::initializer_list<ScalarType> dtypes, Layout layout = Layout::kContiguous) {
+    if (!tensor.defined()) fail(argument, "a tensor", "None");
     watch(argument, tensor);
     check_device(argument, tensor);
     check_dtype(argument, tensor, dtypes);
@@ -185,9 +194,9 @@ class Checker {
     if (value < minimum) fail(argument, ">= " + std::to_string(minimum), std::to_string(value));
   }
 
-  // Optional tensors that must be given or absent.
+  // Optional tensors that must be given or absent. A None for one that is not optional arrives as an undefined tensor.
   void given(const char* argument, const OptionalTensor& tensor, const char* expected) const {
-    if (!tensor.has_value()) fail(argument, expected, "None");
+    if (!tensor.has_value() || !tensor->defined()) fail(argument, expected, "None");
   }
   void absent(const char* argument, const OptionalTensor& tensor, const std::string& expected) const {
     if (tensor.has_value()) fail(argument, expected, "a tensor");
@@ -199,10 +208,10 @@ class Checker {
   }
 
   void geometry() const {
-    if (size("D") >= 0) one_of("head_dim", size("D"), {64, 96, 128, 256});
-    if (size("S") >= 0) one_of("page_size", size("S"), {16, 32, 64});
+    if (bound("D")) one_of("head_dim", size("D"), {64, 96, 128, 256});
+    if (bound("S")) one_of("page_size", size("S"), {16, 32, 64});
     const int64_t heads = size("Hq"), kv_heads = size("Hkv");
-    if (heads >= 0 && kv_heads >= 0 && !(kv_heads > 0 && heads > 0 && heads % kv_heads == 0))
+    if (bound("Hq") && bound("Hkv") && !(kv_heads > 0 && heads > 0 && heads % kv_heads == 0))
       fail("q", "num_qo_heads a multiple of num_kv_heads = " + std::to_string(kv_heads), std::to_string(heads));
   }
 
@@ -408,8 +417,8 @@ class Checker {
 
   const char* op_;
   const Tensor& like_;
-  ScalarType dtype_;
-  int32_t device_type_, device_index_;
+  ScalarType dtype_{};
+  int32_t device_type_ = 0, device_index_ = 0;
   bool grad_enabled_;
   std::vector<const char*> watched_names_;
   std::vector<Tensor> watched_;

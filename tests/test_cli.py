@@ -277,6 +277,7 @@ REFUSED = {
         "budget-log-steps: expected --budget-log FILE with it, got 4 alone",
     ),
     "drafts of nothing": ([*TINY, "--drafts", "prompt"], "drafts: expected --lossless with it, got prompt alone"),
+    "copies of what is on the device": ([*TINY, "--hot-tokens", "8"], "TwilightConfig: hot_tokens: expected 0 without offload, got 8"),
     "too many drafts": ([*TINY, "--lossless", "8"], "--lossless: expected 1..7, got 8"),
     "log of rounds": ([*TINY, "--lossless", "--budget-log", "x"], "budget-log: expected no --lossless, whose steps are"),
     "json in no folder": ([*TINY, "--json", "/no/such/x"], "json: expected a file in a folder"),

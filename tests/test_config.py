@@ -56,7 +56,7 @@ FIELDS = {
         "calibration": ((None, "a file"), ("", 3, b"a")),
         "kv_cache_dtype": (("auto", "fp8"), ("fp4", "float8_e4m3fn", None, 8, torch.float8_e4m3fn)),
         "offload": ((True, False, np.bool_(True), "a directory"), ("", 1, None, b"a")),
-        "hot_tokens": ((0, 1, np.int64(8192)), NOT_A_COUNT),
+        "hot_tokens": ((0, np.int64(0)), (1, *NOT_A_COUNT)),  # of what is not offloaded there are no copies
     },
     LayerOverride: {
         "selector": ((None, "dense", Quest()), ("quest", Quest, 1, np.array([1, 2]))),

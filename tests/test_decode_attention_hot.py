@@ -186,5 +186,5 @@ def test_rows_that_are_written_again_are_read_again(device):
 
 
 def test_copies_without_offload_are_refused():
-    with pytest.raises(ValueError, match="PagedKVCache: hot_tokens: expected 0 where K and V are on the device, got 8"):
-        PagedKVCache(TwilightConfig(dense_below=0, hot_tokens=8), 1, 4, 2, 64, 1, 128, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="TwilightConfig: hot_tokens: expected 0 without offload, got 8"):
+        TwilightConfig(dense_below=0, hot_tokens=8)

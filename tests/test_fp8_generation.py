@@ -7,8 +7,9 @@ pytest.importorskip("transformers")
 
 from test_lossless import make_model, prompts  # noqa: E402
 
-from twilight_ops import Full, TwilightConfig  # noqa: E402
+from twilight_ops import Full, SparQ, Tidal, TwilightConfig  # noqa: E402
 from twilight_ops.integration import Decoder, LosslessDecoder, Speculation, TwilightCache  # noqa: E402
+from twilight_ops.selectors._paged import read_keys  # noqa: E402
 
 FP8 = {"kv_cache_dtype": "fp8"}
 DENSE = TwilightConfig(Full(), dense_layers=2, **FP8)
@@ -107,3 +108,15 @@ def test_a_model_with_biased_keys_loses_nothing_more_than_another():
             steps.append(torch.cat([logits(model, one, ids[:, i : i + 1]) for i in range(8)], 1).log_softmax(-1))
         found.append(torch.nn.functional.kl_div(steps[1], steps[0], log_target=True, reduction="batchmean").item())
     assert found[1] < 4 * found[0] + 1e-4, f"KL without and with a bias: {found}"
+
+
+@pytest.mark.parametrize("selector", [SparQ(32, channels=48), Tidal(32, selection_layers=(0,))], ids=["sparq", "tidal"])
+def test_selectors_that_read_keys_read_what_they_stand_for(model, selector):
+    ids, _ = prompts((80,))
+    plain, cache = (make_cache(model, TwilightConfig(selector, top_p=1.0, dense_below=0, **settings), 1) for settings in ({}, FP8))
+    for filled in (plain, cache):
+        logits(model, filled, ids)
+    want, found = (read_keys(filled.paged.layers[0], filled.live_page_table)[:, :, :80] for filled in (plain, cache))
+    assert found.dtype == model.dtype
+    assert (found - want).abs().max() <= 2**-4 * (want - want.mean(2, keepdim=True)).abs().max()
+    assert logits(model, cache, ids[:, :1]).isfinite().all()

@@ -183,6 +183,7 @@ CASES = [
         "a tensor",
     ),
     Case("select_pages", "page_size", value(48), "one of 16, 32, 64", "48", blames="page_size"),
+    Case("select_pages", "page_size", value(-16), "one of 16, 32, 64", "-16"),
     Case("select_pages", "q", columns(63), "shape [P, Hkv, 2, D] with D = 63", "[8, 2, 2, 64]", blames="page_bounds"),
     Case("select_pages", "token_budget", value(0), ">= 1", "0"),
     Case("select_pages", "budget_fraction", value(1.5), "0 <= budget_fraction <= 1", "1.5"),
@@ -388,7 +389,13 @@ def mutated_arguments() -> list[Case]:
     return cases
 
 
-ALL_CASES = CASES + head_dim_cases() + oversized_tables() + mutated_arguments()
+def missing_tensors() -> list[Case]:
+    """None for every tensor that an operator must be given, which the dispatcher lets through."""
+    arguments = [(op, a) for op in backends.OPS for a in getattr(torch.ops.twilight, op).default._schema.arguments]
+    return [Case(op, a.name, NOTHING, "a tensor", "None") for op, a in arguments if str(a.type) == "Tensor"]
+
+
+ALL_CASES = CASES + head_dim_cases() + oversized_tables() + mutated_arguments() + missing_tensors()
 
 
 def refusal(case: Case, call: Callable) -> str:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -294,7 +295,7 @@ def test_steps_of_several_tokens_are_pruned_where_that_is_asked_for(model):
     assert cache.budget_report().sparse.calls == 4
     logits(model, tokens(1, 5), cache)
     assert cache.budget_report().sparse.calls == 4
-    with pytest.raises(ValueError, match="step_tokens: expected 1 to 8, got 9"):
+    with pytest.raises(ValueError, match="step_tokens: expected 1..8, got 9"):
         make_cache(model, step_tokens=9)
 
 
@@ -385,6 +386,52 @@ def test_layers_visited_twice_or_out_of_order_are_refused(model):
     finally:
         model.model.layers = layers
     assert not cache.filled
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cache_for_a_model_of_another_depth_is_refused(model, layers):
+    with pytest.raises(RuntimeError, match=f"cache .*: expected one made for a model of 2 layers, got one for {layers}"):
+        logits(model, tokens(), make_cache(make_model(layers=layers)))
+
+
+def test_a_model_that_leaves_layers_out_is_told_that_nothing_is_cached():
+    short = make_model(layers=3)
+    short.model.layers = short.model.layers[:2]
+    cache = make_cache(short)
+    for _ in range(2):  # one forward may fail and be tried again
+        logits(short, tokens(), cache)
+    with pytest.warns(UserWarning, match="TwilightCache: forwards end after 2 of 3 layers with attention and do not count"):
+        logits(short, tokens(), cache)
+    with pytest.raises(ValueError, match="generate: model: expected attention in all 3 layers"):
+        generate(short, tokens(), EXACT, max_new_tokens=2, capture="eager")
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"max_batch_size": 1.0}, "max_batch_size: expected an integer >= 1, got 1.0"),
+        ({"max_cache_len": "64"}, "max_cache_len: expected an integer >= 1, got '64'"),
+        ({"step_tokens": None}, "step_tokens: expected an integer 1..8, got None"),
+        ({"twilight": {"top_p": 0.5}}, "twilight: expected a TwilightConfig, got {'top_p': 0.5}"),
+        ({"device": "cpu", "dtype": torch.int32}, "dtype: expected torch.float32, torch.bfloat16, torch.float16, got torch.int32"),
+    ],
+)
+def test_what_a_cache_cannot_be_made_of_is_named(model, setting, message):
+    with pytest.raises(ValueError, match=f"TwilightCache: {re.escape(message)}"):
+        TwilightCache(model.config, **setting)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer >= 1, got 2.5"),
+        ({"eos_token_ids": 5}, "eos_token_ids: expected a sequence of tokens, got 5"),
+        ({"sampling": 0.7}, "sampling: expected a Sampling, got 0.7"),
+    ],
+)
+def test_what_generate_cannot_use_is_named(model, setting, message):
+    with pytest.raises(ValueError, match=f"generate: {re.escape(message)}"):
+        generate(model, tokens(), EXACT, **{"max_new_tokens": 2, "capture": "eager", **setting})
 
 
 def test_default_settings_sample_and_stream_on_a_padded_batch(model):

@@ -145,6 +145,8 @@ class TwilightConfig:
             offload=_offload,
             hot_tokens=integer(0),
         )
+        if self.hot_tokens and not self.offload:
+            refuse("TwilightConfig", "hot_tokens", "0 without offload", self.hot_tokens)
         if self.hot_tokens and self.kv_cache_dtype == "fp8":
             refuse("TwilightConfig", "hot_tokens", '0 with kv_cache_dtype "fp8", of which no copies are kept', self.hot_tokens)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._settings import integer, one_of, refuse
+from ._settings import integer, one_of
 from .config import TwilightConfig
 from .host_memory import HostMemory
 from .layer import PagedKVLayer, allocate_layer
@@ -81,8 +81,6 @@ class PagedKVCache:
         return cache
 
     def _lay_out(self, config: TwilightConfig, max_batch_size: int, max_cache_len: int, num_layers: int) -> None:
-        if config.hot_tokens and not config.offload:
-            refuse("PagedKVCache", "hot_tokens", "0 where K and V are on the device", config.hot_tokens)
         self.config, self.max_batch_size, self.num_layers = config, max_batch_size, num_layers
         self.max_pages = -(-max_cache_len // config.page_size)
         self.layers: list[PagedKVLayer] = []

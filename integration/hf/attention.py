@@ -123,6 +123,9 @@ def _refuse(
     if not isinstance(key, LayerKeys):
         fail("cache (past_key_values): expected a TwilightCache, got another cache or none")
     layer, key = key.layer, key.k
+    layers, cached = getattr(getattr(module, "config", None), "num_hidden_layers", None), layer.sequences.num_layers
+    if layers not in (None, cached):
+        fail(f"cache (past_key_values): expected one made for a model of {layers} layers, got one for {cached}")
     if torch.is_grad_enabled() and (module.training or query.requires_grad):
         fail("training is not supported: call model.eval() and wrap the call in torch.no_grad()")
     if dropout:

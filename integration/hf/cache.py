@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, get_layer_types_and_kwargs
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from ..._settings import integer, refuse
 from ...config import TwilightConfig
 from ...layer import PagedKVLayer
-from ...ops._checks import HEAD_DIMS, MAX_QUERY_TOKENS
+from ...ops._checks import FLOAT_DTYPES, HEAD_DIMS, MAX_QUERY_TOKENS
 from ...paged_kv_cache import PagedKVCache
 from ...report import BudgetReport, budget_report
 from .sequences import ROLLBACK, Recorder, Sequences, mark_static
@@ -281,15 +282,17 @@ class TwilightCache(Cache):
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("TwilightCache: config: expected a decoder, got an encoder-decoder model")
         config = config.get_text_config(decoder=True)
+        if not isinstance(twilight, TwilightConfig | None):
+            refuse("TwilightCache", "twilight", "a TwilightConfig", twilight)
         self.twilight = TwilightConfig() if twilight is None else twilight
         max_cache_len = config.max_position_embeddings if max_cache_len is None else max_cache_len
-        for name, value in (("max_batch_size", max_batch_size), ("max_cache_len", max_cache_len)):
-            if value < 1:
-                raise ValueError(f"TwilightCache: {name}: expected >= 1, got {value}")
-        if not 1 <= step_tokens <= MAX_QUERY_TOKENS:
-            raise ValueError(f"TwilightCache: step_tokens: expected 1 to {MAX_QUERY_TOKENS}, got {step_tokens}")
+        max_batch_size = integer(1)("TwilightCache", "max_batch_size", max_batch_size)
+        max_cache_len = integer(1)("TwilightCache", "max_cache_len", max_cache_len)
+        step_tokens = integer(1, MAX_QUERY_TOKENS)("TwilightCache", "step_tokens", step_tokens)
         if (device is None) != (dtype is None):
             raise ValueError("TwilightCache: device: expected device and dtype together, got one without the other")
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            refuse("TwilightCache", "dtype", ", ".join(map(str, FLOAT_DTYPES)), dtype)
         self.kinds, callers, heads, kv_heads = read_layers(config, max_cache_len)
         self._check_overrides()
         self.paged = PagedKVCache.without_layers(self.twilight, max_batch_size, max_cache_len, len(self._paged_layers()))
@@ -297,7 +300,7 @@ class TwilightCache(Cache):
         states = ", ".join(sorted({"linear_attention", "conv", HYBRID} & set(self.kinds))) or None
         slots = min(windows) + ROLLBACK if windows else None
         sharing = callers[-1] >= len(self.kinds)
-        self.sequences = Sequences(self.paged, callers, step_tokens, recorder, slots, states, sharing)
+        self.sequences = Sequences(self.paged, callers, step_tokens, recorder, slots, states, sharing, config.num_hidden_layers)
         self.max_batch_size, self.max_cache_len = max_batch_size, self.paged.max_cache_len
         layers: list = []
         for index, kind in enumerate(self.kinds):

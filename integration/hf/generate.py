@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..._settings import integer, normalise, number, share
+from ..._settings import integer, normalise, number, refuse, share
 from ...ops._checks import MAX_QUERY_TOKENS
 from ...report import BudgetReport
 from ..compile.cuda_graph import WARMUP_STEPS, CapturedStep
@@ -193,6 +193,8 @@ class Decoder:
         capture: str | None = None,
     ):
         device = execution_device(model)
+        if not isinstance(sampling, Sampling | None):
+            refuse("generate", "sampling", "a Sampling", sampling)
         self.model, self.cache, self.sampling = model, cache, sampling
         self.device = device
         self._chosen = capture is not None  # by the user, who then gets an error where the default would fall back
@@ -240,6 +242,8 @@ class Decoder:
 
     def stop_at(self, eos_token_ids: Sequence[int]) -> None:
         """Changes the tokens that end a sequence; () never stops. The graph stays: it reads them from a buffer."""
+        if isinstance(eos_token_ids, int):
+            refuse("generate", "eos_token_ids", "a sequence of tokens", eos_token_ids)
         if len(eos_token_ids) > MAX_END_TOKENS:
             raise ValueError(f"generate: eos_token_ids: expected at most {MAX_END_TOKENS}, got {len(eos_token_ids)}")
         self.stops = len(eos_token_ids) > 0
@@ -436,8 +440,7 @@ class Decoder:
         """Moves padding to the left; returns tokens and positions [B, T] (-1 for padding) and the lengths after the prompt [B]."""
         if input_ids.dim() != 2 or input_ids.shape[0] != self.batch_size or input_ids.shape[1] == 0:
             raise ValueError(f"generate: input_ids: expected shape [{self.batch_size}, T] with T >= 1, got {list(input_ids.shape)}")
-        if max_new_tokens < 1:
-            raise ValueError(f"generate: max_new_tokens: expected >= 1, got {max_new_tokens}")
+        max_new_tokens = integer(1)("generate", "max_new_tokens", max_new_tokens)
         ids = input_ids.to(self.device)
         mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(self.device).bool()
         if mask.shape != ids.shape:
@@ -491,6 +494,8 @@ class Decoder:
                 logits = self._forward(ids[:, part], positions[:, part].clamp(min=0), **padding, **keep)[:, -1]
             begin = end
         if isinstance(self.cache, TwilightCache):
+            if not self.cache.filled:
+                refuse("generate", "model", f"attention in all {self.cache.sequences.num_layers} layers", "one that leaves layers out")
             self.cache.sequences.begin_decoding()
         return logits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -101,6 +102,7 @@ class Sequences:
         slots: the least that a layer with a window remembers; None where no layer has one.
         states: the kind of layers that keep a state instead of tokens; None where there are none.
         sharing: whether layers attend to K and V of earlier ones.
+        num_layers: of the model.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class Sequences:
         slots: int | None = None,
         states: str | None = None,
         sharing: bool = False,
+        num_layers: int | None = None,
     ):
+        self.num_layers = num_layers
         self.paged, self.callers, self.step_tokens, self.recorder = paged, callers, step_tokens, recorder
         self.slots, self.states, self.sharing = slots, states, sharing
         self.reach: Tensor | None = None  # [max_batch_size] int32: the longest each sequence has been since the last reset
@@ -124,6 +128,7 @@ class Sequences:
     def _forget(self) -> None:
         self.filled = False
         self.forward: Forward | None = None
+        self.unfinished: int | None = None  # calls of attention in the forward before the last, where neither was done
         # Two prompts in a row show that one comes in chunks. Decode steps read only the second flag, so that all of them are one graph.
         self.after_prompt = self.in_chunks = False
         # transformers announces speculative decoding before its prompt, and a rollback of plain decoding after it.
@@ -236,6 +241,14 @@ class Sequences:
             positions = position_ids.expand(batch, -1)
         if paged.use_rows(batch):
             self._view_rows()
+        unfinished = None if self.forward is None else self.forward.calls
+        if unfinished is not None and unfinished == self.unfinished and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"TwilightCache: forwards end after {unfinished} of {len(self.callers)} layers with attention and do not count: they fail, "
+                "or the model leaves layers out",
+                stacklevel=2,
+            )
+        self.unfinished = unfinished
         self.forward = self._begin_prompt(tokens, live, positions) if self._is_prompt(tokens) else self._begin_step(tokens, live, positions)
         return self.forward
 

@@ -351,6 +351,7 @@ def generate(
     if cache is not None and config is not None:
         raise ValueError("generate: config: expected None together with cache, got a TwilightConfig")
     if cache is None:
+        max_new_tokens = integer(1)("generate", "max_new_tokens", max_new_tokens)
         ahead = 0 if speculate is None else speculation_of(speculate).drafts
         room = input_ids.shape[-1] + max_new_tokens + ahead if max_cache_len is None else max_cache_len
         chosen = max_cache_len is not None

@@ -39,11 +39,15 @@ NO_BACKWARD = ("a tensor that needs no gradient (there is no backward: call unde
 
 
 class Checker:
-    """Binds the size symbols (B, Hkv, D, ...) of one call and raises on the first argument that disagrees."""
+    """Binds the size symbols (B, Hkv, D, ...) of one call and raises on the first argument that disagrees.
 
-    def __init__(self, op: str, like: Tensor):
+    Args:
+        like: the first tensor that the operator checks, which refuses a None in its place.
+    """
+
+    def __init__(self, op: str, like: Tensor | None):
         self.op = op
-        self.device = like.device
+        self.device = None if like is None else like.device
         self.sizes: dict[str, int] = {}
         # An exported program is for inference, whatever its parameters ask for; the kernels look again when it runs.
         self.grad_enabled = torch.is_grad_enabled() and not torch.compiler.is_exporting()

@@ -53,6 +53,7 @@ def read_rows(state: Tensor, page_table: Tensor) -> Tensor:
 
 
 def read_keys(layer, page_table: Tensor) -> Tensor:
-    """K of every position in the cache, [B, Hkv, M * S, D]."""
+    """K of every position in the cache, [B, Hkv, M * S, D], as the model has it."""
     pages = layer.kv.k_cache[page_table.long().clamp(0, layer.kv.k_cache.shape[0] - 1)]  # [B, M, Hkv, S, D]
-    return pages.transpose(1, 2).flatten(2, 3)
+    keys = pages.transpose(1, 2).flatten(2, 3)
+    return keys if layer.scales is None else layer.scales.keys(keys, layer.dtype)
