@@ -20,9 +20,15 @@ import sysconfig
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+import setuptools
 from setuptools import Command, find_namespace_packages, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # an older one, which only --no-build-isolation brings here
+    got = f"got {setuptools.__version__} (python -m pip install -U setuptools)"
+    raise SystemExit(f"setup.py: setuptools: expected 77 or newer, {got}") from None
 
 ROOT = Path(__file__).resolve().parent
 LEAST_TORCH = (2, 11)

@@ -382,6 +382,7 @@ def test_a_folder_without_a_tokenizer_is_named(capsys, prose, tmp_path, command)
     }[command]
     code, _, err = run(capsys, command, "--model", tmp_path / "model", "--device", "cpu", *more)
     assert code == 2 and err.count("\n") == 1 and "expected a tokenizer beside the weights" in err
+    assert not err.endswith(":\n")
     assert not (tmp_path / "out").exists()
 
 

@@ -228,6 +228,26 @@ def test_hybrid_report_and_sizes_name_the_layers_that_are_not_ours():
     assert cache.nbytes()["others"] == 2 * 2 * (WINDOW + ROLLBACK + 1) * 64 * 4  # K and V, heads, slots, channels, bytes
 
 
+def test_hybrid_layers_are_read_alike_whichever_transformers_describes_them(monkeypatch):
+    from twilight_ops.integration.hf import cache
+
+    config = models("gemma3n_text")[0].config
+    expected, (types, settings) = cache.read_layers(config, MAX_CACHE_LEN), cache.get_layer_types_and_kwargs(config)
+    assert len(types) < config.num_hidden_layers  # the last ones share K and V
+    modes = ["store"] * len(types) + ["reuse"] * (config.num_hidden_layers - len(types))
+
+    def since_5_24(config):
+        types = ["dummy" if mode == "reuse" else kind for kind, mode in zip(config.layer_types, config.kv_sharing_modes, strict=True)]
+        return types, [settings if "sliding" in kind else {} for kind in types]
+
+    monkeypatch.setattr(cache, "get_layer_types_and_kwargs", since_5_24)
+    config.kv_sharing_modes = modes
+    assert cache.read_layers(config, MAX_CACHE_LEN) == expected
+    config.kv_sharing_modes = ["reuse", *modes[1:]]
+    with pytest.raises(ValueError, match="kv_sharing_modes: expected layers without K and V of their own at the end, got gemma3n_text"):
+        cache.read_layers(config, MAX_CACHE_LEN)
+
+
 def test_hybrid_a_model_of_windows_alone_says_that_nothing_is_pruned():
     ours, _ = models("mistral")
     with pytest.warns(UserWarning, match="expected a model with layers of full attention, got none: nothing is pruned"):

@@ -202,6 +202,22 @@ def test_a_failed_extension_leaves_no_older_one_of_its_own_in_the_source_folder(
     assert found == {"default": "", "avx512": "older"}
 
 
+def test_an_older_setuptools_is_named(tmp_path):
+    folder = tmp_path / "setuptools"
+    (folder / "command").mkdir(parents=True)
+    (folder / "__init__.py").write_text("__version__ = '65.5.0'\nCommand = find_namespace_packages = find_packages = setup = None\n")
+    (folder / "command" / "__init__.py").touch()
+    (folder / "command" / "build.py").write_text("build = None\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "setup.py"), "--version"],
+        capture_output=True,
+        text=True,
+        env=own_environment() | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert done.stderr == "setup.py: setuptools: expected 77 or newer, got 65.5.0 (python -m pip install -U setuptools)\n"
+
+
 def test_a_required_native_build_that_fails_is_an_error(builder):
     done = builder.run(AS_CUDA_BUILD, builder.cuda_home, "-q", "build", TWILIGHT_NATIVE="required", STUB_FAILS="-DUSE_CUDA")
     assert done.returncode != 0 and "Error" in done.stderr

@@ -428,14 +428,22 @@ def read_layers(config, max_cache_len: int) -> tuple[list[str | Window], list[in
         if not isinstance(size := getattr(config, field, None), int):
             fail(field, "one number for all layers", f"{size} in {name}")
     types, settings = get_layer_types_and_kwargs(config)
+    if isinstance(settings, dict):  # transformers 5.24 has settings a layer, before it one for all
+        settings = [settings] * len(types)
+    # Since 5.24 also layers that attend to K and V of earlier ones have a type. Before, only those at the end could, and had none.
+    shared = [mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ()][: len(types)]
+    while shared and shared.pop():
+        types = types[:-1]
+    if any(shared):
+        fail("kv_sharing_modes", "layers without K and V of their own at the end", f"{name}, which has them among others")
     unknown = sorted(set(types) - KINDS)
     if unknown:
         fail("layer_types", ", ".join(sorted(KINDS)), ", ".join(unknown))
     if getattr(config, "kv_lora_rank", None) is not None:
         fail("config", "K and V by head", f"{name} with multi-head latent attention")
     kinds: list[str | Window] = []
-    for kind in types:
-        width = settings.get("sliding_window")
+    for kind, setting in zip(types, settings, strict=False):
+        width = setting.get("sliding_window")
         if kind in (FULL, HYBRID, *STATES):
             kinds.append(kind)
         elif kind in ("sliding_attention", "chunked_attention") and width is not None and width < max_cache_len:
@@ -455,7 +463,7 @@ def read_layers(config, max_cache_len: int) -> tuple[list[str | Window], list[in
 
 
 FULL = "full_attention"
-# transformers' kinds of layers that keep a state of fixed size ("mlp" and "moe": none).
-STATES = ("linear_attention", "conv", "mlp", "moe")
+# transformers' kinds of layers that keep a state of fixed size ("mlp" and "moe", since 5.24 "dummy": none).
+STATES = ("linear_attention", "conv", "mlp", "moe", "dummy")
 HYBRID = "hybrid"  # attention to everything and a state, side by side
 KINDS = {FULL, HYBRID, "sliding_attention", "chunked_attention", *STATES}

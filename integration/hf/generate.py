@@ -341,7 +341,8 @@ class Decoder:
         Afterwards the cache holds everything but each sequence's last token: start the next turn's input with it.
 
         Args:
-            input_ids: [B, T] int64. attention_mask: [B, T], 0 for padding on either side; None: no padding.
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 0 for padding on either side; None: no padding.
             max_new_tokens: at least 1.
             prefill_chunk: tokens of the prompt a forward; None: all at once. The first chunk is what a shadow prefix is calibrated from.
             on_prefill: called with (tokens done, tokens in all) before the first chunk and after every layer, whose share of a chunk counts

@@ -92,7 +92,9 @@ def _named(model: str, expected: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first, *more = str(error).strip().splitlines() or [type(error).__name__]
+        if first.rstrip().endswith(":"):  # what follows belongs to it
+            first = " ".join(" ".join([first, *more]).split())
         raise ValueError(f"model: {model}: expected {expected}, got: {first}") from error
 
 

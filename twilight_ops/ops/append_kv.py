@@ -29,9 +29,12 @@ def append_kv(
 
     Args:
         k, v: [B, T, Hkv, D], fp32 (CPU only), bf16 or fp16; any strides, last dimension contiguous. Any T >= 1.
-        kv: of k's dtype or float8_e4m3fn. paging: `seq_lens` counts what is valid once this call is done; a page of -1 is none.
+        kv: of k's dtype or float8_e4m3fn.
+        paging: `seq_lens` counts what is valid once this call is done; a page of -1 is none.
         positions: [B, T] int32 or None; -1 skips the row.
-        shadow: None where nothing is pruned. bounds: None where Quest is not used. means: None where PageMean is not used.
+        shadow: None where nothing is pruned.
+        bounds: None where Quest is not used.
+        means: None where PageMean is not used.
         scales: of a cache in float8_e4m3fn, which stores `(k - k_shift) / k_descale` and `v / v_descale`, rounded to the nearest of its
             numbers: what is larger than 448 becomes 448, NaN stays NaN. The shadow is of k as given, bounds and means of what is stored.
 
