@@ -60,6 +60,16 @@ def test_info_names_the_kernels_of_every_operator(capsys):
     assert f"  {explain(**info._example(), device='cpu')}".splitlines()[0] in out.splitlines()
 
 
+def test_info_names_a_variable_that_nothing_reads(capsys, monkeypatch):
+    monkeypatch.setenv("TWILIGHT_CPU_BACKEND", "native")
+    monkeypatch.setenv("TWILIGHT_CPU_BACKED", "reference")
+    _, out, _ = run(capsys, "info")
+    assert [line for line in out.splitlines() if "nothing reads" in line] == [
+        "TWILIGHT_CPU_BACKED: expected one of TWILIGHT_CPU_BACKEND, TWILIGHT_CUDA_BACKEND, TWILIGHT_NATIVE, TWILIGHT_CPU_CAPABILITIES, "
+        "got a variable that nothing reads"
+    ]
+
+
 def test_python_m_runs_without_a_traceback():
     result = subprocess.run([sys.executable, "-m", "twilight_ops", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 2

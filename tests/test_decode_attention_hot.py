@@ -1,5 +1,7 @@
 """decode_attention_hot: what decode_attention gives, read from copies of rows that were kept lately."""
 
+import sys
+
 import pytest
 import torch
 from flat import reference
@@ -188,3 +190,9 @@ def test_rows_that_are_written_again_are_read_again(device):
 def test_copies_without_offload_are_refused():
     with pytest.raises(ValueError, match="TwilightConfig: hot_tokens: expected 0 without offload, got 8"):
         TwilightConfig(dense_below=0, hot_tokens=8)
+
+
+def test_there_are_no_more_copies_than_tokens():
+    config = TwilightConfig(Quest(32), dense_below=0, offload=True, hot_tokens=sys.maxsize)
+    cache = PagedKVCache(config, 1, 4, 2, 64, 1, 120, torch.float32, "cpu")
+    assert cache.layers[0].hot.hot_keys.shape == (1, 2, 128, 64)

@@ -123,7 +123,8 @@ class PagedKVCache:
             self.layers[-1] if self.layers else None,
             index=index,
             new_kv=None if self._host is None else self._host.new,
-            hot_rows=(self.max_batch_size, self.config.hot_tokens) if self.config.hot_tokens else None,
+            # A place for every token is as many as can be used.
+            hot_rows=(self.max_batch_size, min(self.config.hot_tokens, self.max_cache_len)) if self.config.hot_tokens else None,
         )
         self.allocate_table(device)
         self.layers.append(layer)

