@@ -103,6 +103,8 @@ types: venv
 
 coverage: venv
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal --cov=twilight_ops --cov=integration --cov-fail-under=90 tests
+	@echo 'Left out, for a GPU runs them (whole files: [tool.coverage.run] of pyproject.toml):'
+	@git grep -n '# gpu: ' -- twilight_ops integration
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
