@@ -3,7 +3,7 @@
 # test-vllm     the vLLM backend in a real vLLM, in an environment of its own, .venv-vllm, which vllm-env makes
 # lint, types   ruff and clang-format; mypy on the public surface. format mends most of the first
 # test-matrix   the installed wheel from another folder: avx2 and default, 1 and 2 threads, random order, 40 and 200 columns
-# coverage      all tests; fails where they ran less than 90% of the lines that a CPU can run, and lists the others
+# coverage      all tests; fails where they ran less than 90% of the lines of Python, and lists the others and the files left out
 # smoke         two minutes of evaluation that fail when a default has become worse
 # dist          what is published, in dist/: sdist, wheel, and where nvcc is a wheel with CUDA kernels
 # kernels-hub   the operators as Hugging Face's kernel-builder takes them, in build/kernels-hub
@@ -103,6 +103,7 @@ types: venv
 
 coverage: venv
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal --cov=twilight_ops --cov=integration --cov-fail-under=90 tests
+	@echo 'Left out (pyproject.toml):'; sed -n '/^omit = /,/^]/p' pyproject.toml
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile

@@ -80,11 +80,8 @@ def test_what_is_said_of_the_break_even_is_what_decides():
     from twilight_ops import Full, ShadowPrefix
     from twilight_ops.config import BREAK_EVEN
 
-    gpu, cpu, readme, faq = (
-        BREAK_EVEN["cuda"],
-        BREAK_EVEN["cpu"],
-        *((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/faq.md")),
-    )
+    gpu, cpu = BREAK_EVEN["cuda"], BREAK_EVEN["cpu"]
+    readme, faq = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/faq.md"))
     one, four, many = (f"{gpu.tokens(8 * batch, ShadowPrefix()):,}" for batch in (1, 4, 25))
     assert f"{gpu.row_tokens:,} tokens shared by batch x KV heads" in readme
     assert f"above {one} tokens of the whole batch (batch 1: {one}; batch 4: {four} each; batch 25: {many})" in faq
