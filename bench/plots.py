@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 from . import rows as results
-from .rows import latest, speed_up
+from .rows import EQUAL, is_peer, latest, speed_up
 
 FA2, HF_STATIC = "torch_fa2", "hf_static"
 STAGES = ("select", "estimate", "prune", "attend")
@@ -160,6 +160,45 @@ def draw_speedup(rows: Sequence[dict]) -> plt.Figure:
     return figure
 
 
+def draw_equal_accuracy(rows: Sequence[dict]) -> plt.Figure:
+    """Speed-up over the best dense attention of the same run, of dense kernels and of settings that are at equal accuracy alone."""
+    cells: dict[Cell, dict[str, dict]] = {}
+    for row in rows:
+        if "median_us" in row and "stage" not in row:
+            cells.setdefault(cell_of(row), {})[row.get("setting") or row["method"]] = row
+    equal = {
+        cell: by
+        for cell, by in cells.items()
+        if any(is_peer(r) for r in by.values()) and any(r.get("accuracy") == EQUAL for r in by.values())
+    }
+    if not equal:
+        raise ValueError("expected cells of decode_attention with a dense peer and settings at equal accuracy, got none")
+    names = [
+        n for n in LAYER_METHODS if any(n in by and (n == "twilight_dense" or by[n].get("accuracy") == EQUAL) for by in equal.values())
+    ]
+    figure, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    width = 0.85 / len(names)
+    for x, by in enumerate(equal.values()):
+        best = min(row["median_us"] for row in by.values() if is_peer(row))
+        for place, name in enumerate(names):
+            if name in by:
+                ratio = best / by[name]["median_us"]
+                bar = ax.bar(x + (place - (len(names) - 1) / 2) * width, ratio, width, color=LAYER_METHODS[name][1])
+                ax.bar_label(bar, [f"{ratio:.1f}"], fontsize=7)
+    ax.axhline(1.0, color="0.2", linestyle=":", linewidth=0.8)
+    labels = [f"batch {batch}\n{tokens(length)}\n{heads}/{kv_heads} heads" for batch, heads, kv_heads, length in equal]
+    ax.set_xticks(range(len(equal)), labels, fontsize=8)
+    ax.set_ylabel("times the best dense attention", fontsize=8)
+    handles = [Patch(color=LAYER_METHODS[name][1], label=LAYER_METHODS[name][0]) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    told = {", ".join(str(row[key]) for key in ("machine", "dtype") if key in row) for by in equal.values() for row in by.values()}
+    figure.suptitle(
+        "; ".join(["one layer of attention a decode step", *sorted(told), "keys and queries as a real model's, KL at most .015"]),
+        fontsize=9,
+    )
+    return figure
+
+
 def stages(rows: Sequence[dict]) -> list[tuple[str, dict[str, float], float | None]]:
     """(label, microseconds by stage, microseconds of decode_attention) of every shape and selector whose four stages were timed."""
     parts: dict[tuple, dict[str, float]] = {}
@@ -230,6 +269,7 @@ def draw_llama(rows: Sequence[dict]) -> plt.Figure:
 
 
 PLOTS: dict[str, Callable[[Sequence[dict]], plt.Figure]] = {
+    "decode_attention_equal_accuracy.png": draw_equal_accuracy,
     "decode_attention_speedup.png": draw_speedup,
     "decode_attention_stages.png": draw_stages,
     "decode_attention_phases.png": draw_phases,

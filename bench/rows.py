@@ -99,6 +99,11 @@ ACCURACY_LENGTH = 31_000
 EQUAL, NOT_EQUAL, NOT_MEASURED = "equal", "not at equal accuracy", "not measured"
 
 
+def is_peer(row: dict) -> bool:
+    """Whether a row of a layer call is another library's dense attention."""
+    return not row["method"].startswith(("twilight_", "speed_of_light_", "stages_"))
+
+
 def setting_of(config: TwilightConfig) -> str:
     """How `python -m twilight_ops eval` spells the method of a configuration, whose page size and dense_below it does not name."""
     from twilight_ops.evaluation.methods import Method

@@ -24,7 +24,7 @@ from twilight_ops.layer import allocate_layer
 from twilight_ops.ops._checks import HEAD_DIMS
 
 from . import rows
-from .rows import EQUAL, ROOT
+from .rows import EQUAL, ROOT, is_peer
 
 BLOCK = re.compile(r"(<!-- table: (\w+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 FILES = ("README.md", "docs/*.md")
@@ -135,7 +135,7 @@ def speed(found: Sequence[dict]) -> str:
     lines = []
     for shape in cells:
         cell = [row for row in timed if shape_of(row) == shape]
-        best = min((row for row in cell if _is_peer(row)), key=lambda row: row["median_us"])
+        best = min((row for row in cell if is_peer(row)), key=lambda row: row["median_us"])
         by_column = {_column(row): row for row in cell if row["method"].startswith("twilight_")}
         times = [_time(by_column.get(name), best) for name in ours]
         lines.append([shape, f"{best['median_us']:,.0f} ({best['method']})", *times])
@@ -144,10 +144,6 @@ def speed(found: Sequence[dict]) -> str:
 
 def _column(row: dict) -> str:
     return row.get("setting") or row["method"]
-
-
-def _is_peer(row: dict) -> bool:
-    return not row["method"].startswith(("twilight_", "speed_of_light_", "stages_"))
 
 
 def _time(row: dict | None, best: dict) -> str:

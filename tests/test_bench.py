@@ -544,6 +544,18 @@ def stage_rows() -> list[dict]:
     return [*(shared | {"stage": stage, "median_us": us} for stage, us in parts), shared | {"stage": "prune", "selector": "full"}]
 
 
+def test_what_is_not_at_equal_accuracy_is_not_drawn_beside_dense_attention():
+    shape = {"shape": {"B": 8, "Hq": 32, "Hkv": 8, "L": 32768}}
+    peer, ours = shape | {"method": "cudnn_sdpa", "median_us": 90.0}, shape | {"method": "twilight_quest:n/4:.95", "median_us": 30.0}
+    equal, other = (
+        {"setting": f"{name}:n/4:0.95", "accuracy": told} for name, told in (("quest", "equal"), ("page_mean", "not at equal accuracy"))
+    )
+    ax = plots.draw_equal_accuracy([peer, ours | equal, ours | other]).axes[0]
+    assert [round(bar.get_height(), 6) for bar in ax.patches] == [3.0]
+    with pytest.raises(ValueError, match="at equal accuracy, got none"):
+        plots.draw_equal_accuracy([peer, ours | other])
+
+
 def test_speedups_are_over_fa2_of_the_same_cell():
     inaccurate = row("twilight_shadow_prefix_eighth", 1.0, accuracy=rows.NOT_EQUAL)
     found = plots.speedups([*example_rows(), row("twilight_quest", 5.0, batch=8), inaccurate])
