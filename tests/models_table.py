@@ -500,7 +500,8 @@ take their share after pruning: p is a share of the tokens' weight. Where a mode
 them too; prompts, and layers with a window, do so in plain PyTorch.
 
 Models of images and text run on text; the few that need an image get one, through `model.generate` alone and with their vision tower left
-as it is: `attn_implementation={{"text_config": "twilight"}}`.
+as it is: `attn_implementation={{"text_config": "twilight"}}`. Where tokens of an image see each
+other (Gemma 3), they do so in a cache's first prompt.
 
 Written by `python tests/models_table.py --write`.
 """

@@ -61,12 +61,23 @@ def test_models_table_an_image_in_the_prompt_gives_the_logits_of_sdpa(name):
         models_table.compare("image", models_table.run_generate(model, ids, mask, past_key_values=cache, **image), expected)
 
 
-def test_models_table_image_tokens_that_see_each_other_are_refused():
-    model = models_table.make_model(FAMILIES["gemma3"], "twilight")
+def test_models_table_image_tokens_see_each_other_as_in_sdpa():
+    """In layers with and without a window; one sequence is padded, and the prompt has images of several tokens."""
+    family = FAMILIES["gemma3"]
     ids, mask = models_table.make_prompt(image=True)
-    cache = models_table.make_cache(model.config, "full")
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match="expected a mask of a window of 16 tokens, got one in which tokens"),
-    ):
-        models_table.run_generate(model, ids, mask, past_key_values=cache, token_type_ids=(ids == models_table.IMAGE_TOKEN).long())
+    kinds = torch.zeros_like(ids)
+    kinds[:, -20:-14] = kinds[:, -9:-3] = 1
+    with torch.no_grad():
+        expected = models_table.run_generate(models_table.make_model(family, "sdpa"), ids, mask, token_type_ids=kinds)
+        causal = models_table.run_generate(models_table.make_model(family, "sdpa"), ids, mask)
+        model = models_table.make_model(family, "twilight")
+        cache = models_table.make_cache(model.config, "shadow_prefix")
+        found = models_table.run_generate(model, ids, mask, past_key_values=cache, token_type_ids=kinds)
+        models_table.compare("image", found, expected)
+        with pytest.raises(AssertionError):
+            models_table.compare("image", causal, expected)
+        cache.reset()
+        model(ids[:, :4], past_key_values=cache)
+        mask = torch.full((2, 20, 1, 24), 3, dtype=torch.int8)
+        with pytest.raises(RuntimeError, match="later ones in a cache's first prompt alone, got another mask"):
+            model(ids[:, 4:], past_key_values=cache, attention_mask={"full_attention": mask, "sliding_attention": mask})

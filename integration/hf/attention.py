@@ -18,7 +18,7 @@ from ...layer import PagedKVLayer
 from .cache import AttentionLayer, LayerKeys, TwilightLayer, WindowLayer
 from .sequences import Forward
 from .streaming import BLOCK_TOKENS, attend_streamed
-from .windows import Ring, Scores, attend_masked, attend_run
+from .windows import Ring, Scores, attend_masked, attend_pairs, attend_run, sees
 
 # Arguments of transformers' attention functions that would change the result.
 _UNSUPPORTED = {
@@ -62,7 +62,7 @@ def twilight_attention(
     if not isinstance(key, LayerKeys) and not _is_causal(module, kwargs):
         # The encoder of a model with images or sound has no cache and is none of our business.
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    layer, key, live = _refuse(module, query, key, attention_mask, dropout, kwargs)
+    layer, key, live, pairs = _refuse(module, query, key, attention_mask, dropout, kwargs)
     dtype = query.dtype
     query, key, value = (_to_cache_dtype(tensor, layer.dtype) for tensor in (query, key, value))
     batch, _, tokens, head_dim = query.shape
@@ -72,13 +72,15 @@ def twilight_attention(
     stored = sequences.shares(layer.index, caller)
     forward = sequences.enter_layer(caller if stored else layer.index, batch, tokens, live, position_ids)
     attend_layer = _attend_window if isinstance(layer, WindowLayer) else _attend_paged
-    out = attend_layer(layer, query, key, value, forward, scores, stored)
+    out = attend_layer(layer, query, key, value, forward, scores, stored, pairs)
     sequences.leave_layer()
     return out.to(dtype), None
 
 
-def _attend_window(layer: WindowLayer, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scores: Scores, stored: bool) -> Tensor:
-    """Stores K and V in the layer's ring, unless they are `stored`, and attends to what its window shows, [B, T, Hq, D]."""
+def _attend_window(
+    layer: WindowLayer, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scores: Scores, stored: bool, pairs: Tensor | None
+) -> Tensor:
+    """Stores K and V in the layer's ring, unless they are `stored`, and attends to what its window, or `pairs`, shows, [B, T, Hq, D]."""
     ring = layer.ring
     if not forward.exact:
         return ring.step(query, key, value, forward, scores, stored).transpose(1, 2)
@@ -86,14 +88,14 @@ def _attend_window(layer: WindowLayer, query: Tensor, key: Tensor, value: Tensor
         ring = Ring(layer.window, *forward.past[layer.index])
     elif layer.sequences.sharing:
         forward.past[layer.index] = ring.keys.clone(), ring.values.clone()
-    out = ring.prompt(query, key, value, forward, scores)
+    out = ring.prompt(query, key, value, forward, scores) if pairs is None else attend_pairs(query, key, value, pairs, scores)
     if not stored:
         ring.write(key, value, forward.positions(), forward.seq_lens)
     return out.transpose(1, 2)
 
 
 def _attend_paged(
-    layer: TwilightLayer, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scores: Scores, stored: bool
+    layer: TwilightLayer, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scores: Scores, stored: bool, pairs: Tensor | None
 ) -> Tensor:
     """Stores K and V in the layer's pages, unless they are `stored`; attends to all of them in a prompt, to those that are kept in a decode
     step, [B, T, Hq, D]."""
@@ -103,6 +105,8 @@ def _attend_paged(
         paged.calibrate(q, k, forward.slots, scores.scale, v)
     if not stored:
         append(k, v, paged, forward.page_table, forward.seq_lens, forward.slots)
+    if pairs is not None:
+        return attend_pairs(query, key, value, pairs, scores).transpose(1, 2)
     if forward.exact:
         return _attend_exactly(query, key, value, paged, forward, scores)
     step = (forward.padding_first(q), paged, forward.page_table, forward.seq_lens, scores.scale)
@@ -117,8 +121,9 @@ def _attend_paged(
 
 def _refuse(
     module: torch.nn.Module, query: Tensor, key: LayerKeys, attention_mask: Tensor | None, dropout: float, kwargs: dict
-) -> tuple[AttentionLayer, Tensor, Tensor | None]:
-    """Raises for anything not supported, before the cache is touched; returns the layer, K, and the mask [B, T] of the new columns."""
+) -> tuple[AttentionLayer, Tensor, Tensor | None, Tensor | None]:
+    """Raises for anything not supported, before the cache is touched; returns the layer, K, and the masks of the new columns: [B, T], and
+    [B, 1, T, T] of pairs where tokens see later ones."""
 
     if not isinstance(key, LayerKeys):
         fail("cache (past_key_values): expected a TwilightCache, got another cache or none")
@@ -142,10 +147,28 @@ def _refuse(
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             fail(f"{name}: expected None, because {meaning} is not supported")
-    live = None
-    if own is not None or attention_mask is not None:
+    live = pairs = None
+    if attention_mask is not None and attention_mask.dtype == torch.int8:
+        live, pairs = _read_pairs(attention_mask, layer)
+    elif own is not None or attention_mask is not None:
         live = _read_mask(attention_mask, query, own, layer.sequences.paged.max_cache_len)
-    return layer, key, live
+    return layer, key, live, pairs
+
+
+def _read_pairs(mask: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor | None]:
+    """From a mask [B, T, 1, N] of `twilight_mask`: which of the new columns are tokens, [B, T], and, where some see later ones, which each
+    sees, [B, 1, T, T]."""
+    tokens, columns = mask.shape[1], torch.arange(mask.shape[3], device=mask.device)
+    shown, live = (mask.transpose(1, 2) & 1).bool(), (mask[:, 0, 0] & 2).bool()
+    window = layer.window if isinstance(layer, WindowLayer) else None
+    before = sees(window, columns[-tokens:, None], columns) & live[:, None, None] & live[:, None, -tokens:, None]
+    plain = torch.equal(shown & live[:, None, -tokens:, None], before)
+    if not plain and (layer.sequences.filled or tokens < len(columns) or not bool((shown | ~before).all())):
+        fail(
+            "attention_mask: expected tokens that see all before them, in their window, and later ones in a cache's first prompt alone, "
+            "got another mask, as of blocks or packed sequences"
+        )
+    return live[:, -tokens:], None if plain else shown
 
 
 def _read_mask(mask: Tensor | None, query: Tensor, window: int | None, max_cache_len: int) -> Tensor | None:
@@ -157,7 +180,7 @@ def _read_mask(mask: Tensor | None, query: Tensor, window: int | None, max_cache
             fail(f"attention_mask: expected a {kind}, got a window of {mask.shape[2]} tokens")
         return mask[:, 0, 0].bool() if mask.shape[3] else None
     if window is not None or mask.dtype == torch.uint8:
-        what = "a causal one without" if mask is None or mask.dtype == torch.bool else "one in which tokens see later ones,"
+        what = "a causal one without" if mask is None or mask.dtype == torch.bool else "one in which tokens see others,"
         fail(f"attention_mask: expected a {kind}, got {what} a window, blocks or packed sequences")
     if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens):
         fail(f"attention_mask: expected a 2-dimensional padding mask, got a custom mask of shape {list(mask.shape)}")
@@ -202,8 +225,9 @@ def twilight_mask(
     Returns:
         [B, 1, 1, T] bool, so that transformers takes it for a finished mask; None where there is no mask. Of a window of W tokens the same
         as uint8 [B, 1, W, T], or [B, 1, W, 0] where there is no mask, so that a layer can tell whether it is its own. A mask that is more
-        than that is an empty uint8 tensor [B, 1, 0, 0], refused by the layer that uses it: models make masks that none of their layers
-        reads.
+        than that, as of images whose tokens see each other, is int8 [B, T, 1, N] over the N columns so far, with bit 0 where a column sees
+        another and bit 1 where that is a token; in a trace an empty uint8 tensor [B, 1, 0, 0]. The layer that uses it refuses what it
+        cannot do: models make masks that none of their layers reads.
 
     Raises:
         RuntimeError: no new tokens, or a mask that does not cover them.
@@ -218,13 +242,31 @@ def twilight_mask(
         )
     windowed = local_size is not None and not use_vmap and (allow_is_causal_skip or q_length == 1)
     if mask_function is not causal_mask_function and not windowed:
-        return torch.empty((batch_size, 1, 0, 0), dtype=torch.uint8, device=device)
+        if torch.compiler.is_compiling():
+            return torch.empty((batch_size, 1, 0, 0), dtype=torch.uint8, device=device)
+        return _pairs(batch_size, q_length, int(q_offset), mask_function, attention_mask, use_vmap, device)
     live = _live(attention_mask, q_length, q_offset)
     if not windowed:
         return live
     if live is None:
         return torch.empty((batch_size, 1, local_size, 0), dtype=torch.uint8, device=device)
     return live.to(torch.uint8).expand(-1, -1, local_size, -1)
+
+
+def _pairs(
+    batch: int, tokens: int, seen: int, mask_function, attention_mask: Tensor | None, use_vmap: bool, device: torch.device | str
+) -> Tensor:
+    """Which of the columns so far each new one sees, and which are tokens: int8 [B, T, 1, N], see `twilight_mask`."""
+    columns = seen + tokens
+    if attention_mask is None:
+        live = torch.ones(batch, columns, dtype=torch.bool, device=device)
+    elif attention_mask.shape[1] == columns:
+        live = attention_mask.bool()
+    else:
+        fail(f"attention_mask: expected a column for each of the {seen} cached and {tokens} new tokens, got {attention_mask.shape[1]}")
+    sizes = {"batch_size": batch, "q_length": tokens, "kv_length": columns, "q_offset": seen, "device": device}
+    how = {"mask_function": mask_function, "attention_mask": attention_mask, "allow_is_causal_skip": False, "use_vmap": use_vmap}
+    return (sdpa_mask(**sizes, **how).to(torch.int8) + 2 * live[:, None, None].to(torch.int8)).transpose(1, 2)
 
 
 def _live(attention_mask: Tensor | None, tokens: int, seen: int | Tensor) -> Tensor | None:

@@ -104,6 +104,21 @@ def attend_run(q: Tensor, k: Tensor, v: Tensor, start: int, scores: Scores, wind
     return torch.cat(out, dim=2)
 
 
+def attend_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scores: Scores) -> Tensor:
+    """Attention of a prompt on itself in blocks of rows; pairs [B, 1, T, T] bool: which columns a column sees, of padding none.
+
+    Args:
+        q: [B, Hq, T, D]. k, v: [B, Hkv, T, D].
+
+    Returns:
+        [B, Hq, T, D].
+    """
+    tokens = q.shape[2]
+    visible = pairs | torch.eye(tokens, dtype=torch.bool, device=q.device)  # nobody reads the output of padding, but no row is empty
+    blocks = [slice(begin, begin + BLOCK) for begin in range(0, tokens, BLOCK)]
+    return torch.cat([attend_masked(q[:, :, rows], k, v, visible[:, :, rows], scores) for rows in blocks], dim=2)
+
+
 def sees(window: Window | None, positions: Tensor, keys: Tensor) -> Tensor:
     """Whether tokens at `positions` see those at `keys`, which broadcast; keys below 0 are none."""
     causal = (keys <= positions) & (keys >= 0)
