@@ -327,7 +327,7 @@ REFUSED = {
     "no temperature": ([*TINY, "--temperature", "nan"], "--temperature: expected a number >= 0"),
     "a field of dense": (
         [*TINY, "--selector", "dense:page_size=64"],
-        "selector: expected dense without",
+        "selector: expected dense or dense:kv_cache_dtype=fp8, got",
     ),
     "a field twice": (
         [*TINY, "--selector", "quest:page_size=16,page_size=64"],
