@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -61,6 +62,8 @@ def test_info_names_the_kernels_of_every_operator(capsys):
 
 
 def test_info_names_a_variable_that_nothing_reads(capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("TWILIGHT_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("TWILIGHT_CPU_BACKEND", "native")
     monkeypatch.setenv("TWILIGHT_CPU_BACKED", "reference")
     _, out, _ = run(capsys, "info")
