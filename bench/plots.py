@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from . import rows as results
 from .rows import EQUAL, is_peer, latest, speed_up
 
-FA2, HF_STATIC = "torch_fa2", "hf_static"
+FA2, DENSE, HF_STATIC = "torch_fa2", "twilight_dense", "hf_static"
 STAGES = ("select", "estimate", "prune", "attend")
 # What the fused kernel does between two readings of the clock, by what it is for.
 PHASES_OF = {
@@ -38,7 +38,7 @@ LAYER_METHODS = {
     "flashinfer": ("FlashInfer", "0.5"),
     "flashinfer_tensor_cores": ("FlashInfer, tensor cores", "0.62"),
     "flex_attention": ("FlexAttention", "0.75"),
-    "twilight_dense": ("ours, dense", "C4"),
+    DENSE: ("ours, dense", "C4"),
     "stages_quest": ("ours, Quest, Triton stages", "C9"),
     "stages_shadow_prefix_eighth": ("ours, shadow prefix, Triton stages", "C1"),
     "twilight_quest": ("ours, Quest", "C0"),
@@ -162,23 +162,21 @@ def draw_speedup(rows: Sequence[dict]) -> plt.Figure:
 
 def draw_equal_accuracy(rows: Sequence[dict]) -> plt.Figure:
     """Speed-up over the best dense attention of the same run, of dense kernels and of settings that are at equal accuracy alone."""
-    cells: dict[Cell, dict[str, dict]] = {}
+    drawn: dict[Cell, dict[str, dict]] = {}
     for row in rows:
-        if "median_us" in row and "stage" not in row:
-            cells.setdefault(cell_of(row), {})[row.get("setting") or row["method"]] = row
-    equal = {
+        if "median_us" in row and "stage" not in row and (is_peer(row) or row["method"] == DENSE or row.get("accuracy") == EQUAL):
+            drawn.setdefault(cell_of(row), {})[row.get("setting") or row["method"]] = row
+    drawn = {
         cell: by
-        for cell, by in cells.items()
-        if any(is_peer(r) for r in by.values()) and any(r.get("accuracy") == EQUAL for r in by.values())
+        for cell, by in drawn.items()
+        if any(map(is_peer, by.values())) and any(row.get("accuracy") == EQUAL for row in by.values())
     }
-    if not equal:
+    if not drawn:
         raise ValueError("expected cells of decode_attention with a dense peer and settings at equal accuracy, got none")
-    names = [
-        n for n in LAYER_METHODS if any(n in by and (n == "twilight_dense" or by[n].get("accuracy") == EQUAL) for by in equal.values())
-    ]
+    names = [name for name in LAYER_METHODS if any(name in by and not is_peer(by[name]) for by in drawn.values())]
     figure, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
     width = 0.85 / len(names)
-    for x, by in enumerate(equal.values()):
+    for x, by in enumerate(drawn.values()):
         best = min(row["median_us"] for row in by.values() if is_peer(row))
         for place, name in enumerate(names):
             if name in by:
@@ -186,14 +184,16 @@ def draw_equal_accuracy(rows: Sequence[dict]) -> plt.Figure:
                 bar = ax.bar(x + (place - (len(names) - 1) / 2) * width, ratio, width, color=LAYER_METHODS[name][1])
                 ax.bar_label(bar, [f"{ratio:.1f}"], fontsize=7)
     ax.axhline(1.0, color="0.2", linestyle=":", linewidth=0.8)
-    labels = [f"batch {batch}\n{tokens(length)}\n{heads}/{kv_heads} heads" for batch, heads, kv_heads, length in equal]
-    ax.set_xticks(range(len(equal)), labels, fontsize=8)
+    labels = [f"batch {batch}\n{tokens(length)}\n{heads}/{kv_heads} heads" for batch, heads, kv_heads, length in drawn]
+    ax.set_xticks(range(len(drawn)), labels, fontsize=8)
     ax.set_ylabel("times the best dense attention", fontsize=8)
     handles = [Patch(color=LAYER_METHODS[name][1], label=LAYER_METHODS[name][0]) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    told = {", ".join(str(row[key]) for key in ("machine", "dtype") if key in row) for by in equal.values() for row in by.values()}
+    told = {", ".join(str(row[key]) for key in ("machine", "dtype") if key in row) for by in drawn.values() for row in by.values()}
     figure.suptitle(
-        "; ".join(["one layer of attention a decode step", *sorted(told), "keys and queries as a real model's, KL at most .015"]),
+        "; ".join(
+            ["one layer of attention a decode step", *sorted(told), f"keys and queries as a real model's, KL at most {results.MAX_KL}"]
+        ),
         fontsize=9,
     )
     return figure

@@ -296,9 +296,6 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
 
   const int64_t element_size = element_kernels(dtype).element_size, batch = k.size(0), tokens = k.size(1);
   const bool is_fp8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
-  const auto floats = [](const OptionalTensor& tensor) {
-    return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
-  };
   const Paging paging(page_table, seq_lens, k_cache.size(0), k_cache.size(2));
   const AppendCall call{Strided(k, element_size),
                         Strided(v, element_size),
@@ -306,13 +303,13 @@ void append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
                         region_of(v_cache, static_cast<char*>(v_cache.mutable_data_ptr())),
                         written_region_or_null(k_quant),
                         written_region_or_null(k_scale),
-                        channel_order.has_value() ? channel_order->const_data_ptr<int32_t>() : nullptr,
-                        prefix_channels.has_value() ? prefix_channels->const_data_ptr<int32_t>() : nullptr,
-                        floats(k_center),
+                        data_or_null<int32_t>(channel_order),
+                        data_or_null<int32_t>(prefix_channels),
+                        data_or_null<float>(k_center),
                         is_fp8,
-                        floats(k_descale),
-                        floats(v_descale),
-                        floats(k_shift),
+                        data_or_null<float>(k_descale),
+                        data_or_null<float>(v_descale),
+                        data_or_null<float>(k_shift),
                         written_region_or_null(page_bounds),
                         written_region_or_null(bounds_scale),
                         written_region_or_null(page_means),

@@ -18,9 +18,9 @@ struct KVCache {
           const OptionalTensor& v_descale, const OptionalTensor& k_shift)
       : k(region_of(k_cache)),
         v(region_of(v_cache)),
-        k_descale(k_descale.has_value() ? k_descale->const_data_ptr<float>() : nullptr),
-        v_descale(v_descale.has_value() ? v_descale->const_data_ptr<float>() : nullptr),
-        k_shift(k_shift.has_value() ? k_shift->const_data_ptr<float>() : nullptr),
+        k_descale(data_or_null<float>(k_descale)),
+        v_descale(data_or_null<float>(v_descale)),
+        k_shift(data_or_null<float>(k_shift)),
         num_pages(k_cache.size(0)),
         kv_heads(k_cache.size(1)),
         page_size(k_cache.size(2)),

@@ -59,7 +59,7 @@ int64_t collect(const float* weights, int64_t n, float cutoff, uint32_t* keys) {
 
 PruneOptions::PruneOptions(double top_p, const OptionalTensor& head_top_p, const Limits& limits)
     : top_p(top_p),
-      per_head(head_top_p.has_value() ? head_top_p->const_data_ptr<float>() : nullptr),
+      per_head(data_or_null<float>(head_top_p)),
       batch_stride(0),
       head_stride(0),
       sink_tokens(limits.sink_tokens),

@@ -37,4 +37,10 @@ Region<char> written_region_or_null(const Optional& tensor) {
   return tensor.has_value() ? region_of(*tensor, static_cast<char*>(tensor->mutable_data_ptr())) : Region<char>{};
 }
 
+// Elements of an optional tensor, whose dtype was checked.
+template <class T, class Optional>
+const T* data_or_null(const Optional& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
 }  // namespace twilight

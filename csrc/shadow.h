@@ -24,7 +24,7 @@ struct Shadow {
             k_scale.size(1),
             k_scale.size(2),
             channel_order.size(1),
-            k_center.has_value() ? k_center->const_data_ptr<float>() : nullptr};
+            data_or_null<float>(k_center)};
   }
 
   // Page means are rows of a shadow whose pages hold one token each: select_tokens's scan scores them, all of them or

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "capacity.h"
+#include "region.h"
 #include "softmax.h"
 
 namespace twilight {
@@ -14,9 +15,7 @@ struct Budget {
   const int32_t* head_token_budget;  // [Hkv] or null
 
   Budget(const Limits& limits, double budget_fraction, const OptionalTensor& head_token_budget)
-      : limits(limits),
-        budget_fraction(budget_fraction),
-        head_token_budget(head_token_budget.has_value() ? head_token_budget->const_data_ptr<int32_t>() : nullptr) {}
+      : limits(limits), budget_fraction(budget_fraction), head_token_budget(data_or_null<int32_t>(head_token_budget)) {}
 
   int64_t tokens(int64_t h, int64_t length) const {
     if (head_token_budget != nullptr) return std::max(head_token_budget[h], 0);

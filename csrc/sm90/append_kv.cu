@@ -40,11 +40,6 @@ void launch_for(int head_dim, const AppendParams& p, int batch, cudaStream_t str
   launch<T, E, 256>(p, batch, stream);
 }
 
-template <typename V>
-const V* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const V*>(tensor->const_data_ptr()) : nullptr;
-}
-
 // Arguments were checked by append_kv.
 void fused_append_kv(TWILIGHT_APPEND_KV_ARGUMENTS) {
   const int batch = k.size(0), device = k.get_device_index();

@@ -29,11 +29,6 @@ Launcher launcher_of(bool is_float8, int head_dim) {
   return head_dim == 64 ? launch_fused_decode<T, T, 64> : launch_fused_decode<T, T, 128>;
 }
 
-template <typename V>
-const V* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const V*>(tensor->const_data_ptr()) : nullptr;
-}
-
 cudaError_t read_limits(int device, DeviceLimits& limits) {
   const cudaError_t error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...reference._paging import soft_capped
 from .sequences import Forward
 
 # Rows of a prompt that attend at once where their scores are made as a whole.
@@ -66,9 +67,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, score
     if scores.plain:
         out = scaled_dot_product_attention(rows, k, v, visible, scale=scores.scale)
     else:
-        logits = (rows @ k.transpose(-1, -2)).float() * scores.scale
-        if scores.softcap is not None:
-            logits = torch.tanh(logits / scores.softcap) * scores.softcap
+        logits = soft_capped((rows @ k.transpose(-1, -2)).float() * scores.scale, scores.softcap)
         if visible is not None:
             logits = logits.masked_fill(~visible, -torch.inf)
         if scores.sinks is not None:

@@ -14,6 +14,7 @@ from ..config import TwilightConfig
 from ..integration.hf.generate import cache_argument
 from ..ops.estimate_weights import estimate_weights
 from ..ops.prune_top_p import prune_top_p
+from ..reference._paging import soft_capped
 from ..selectors import Full
 from .prefill import Prefill, attention, cache_of
 
@@ -73,8 +74,7 @@ def exact_weights(q: Tensor, layer, page_table: Tensor, seq_lens: Tensor, sm_sca
     keys = rows.double() if layer.scales is None else layer.scales.keys(rows, torch.float64)
     grouped = q[:, 0].double().unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("bhgd,bhnd->bhgn", grouped, keys).flatten(1, 2) * sm_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = soft_capped(logits, softcap)
     live = torch.arange(keys.shape[2], device=q.device) < seq_lens[:, None, None]
     return logits.masked_fill(~live, -torch.inf).softmax(-1)
 
