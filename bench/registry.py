@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from twilight_ops import Full, PagedKVLayer, PageMean, Quest, ShadowPrefix, TwilightConfig, decode_step
+from twilight_ops import DoubleSparsity, Full, PagedKVLayer, PageMean, Quest, ShadowPrefix, Streaming, TwilightConfig, decode_step
 from twilight_ops.evaluation.methods import parse_method
 
 from . import heads, peers, rows, speed_of_light, timing, workload
@@ -212,8 +212,7 @@ def triton_stages() -> Callable:
 
 def decode_arguments(data: Workload, index: int, layer: PagedKVLayer) -> dict[str, object]:
     """Of `decode_attention`, with the sinks and the newest tokens that the layer's configuration keeps."""
-    always = {"sink_tokens": layer.plan.sink_tokens, "recent_tokens": layer.plan.recent_tokens}
-    return call_arguments("decode_attention", data, index, layer, **always)
+    return call_arguments("decode_attention", data, index, layer, **layer.policy.always._asdict())
 
 
 def twilight_method(family: str, name: str, data: Workload, options: argparse.Namespace) -> Method:
@@ -245,7 +244,9 @@ def twilight_method(family: str, name: str, data: Workload, options: argparse.Na
     settings = {"dense_below": plan.dense_below, "top_p": plan.top_p}
     if plan.selector is not None:
         settings |= {"token_budget": plan.selector.token_budget, "budget_fraction": plan.selector.budget_fraction}
-    check = exact_check(data.expected[0]) if dense else sparse_check(data.expected[1], plan.top_p)
+    # These two choose candidates that may lack any mass: their rows say how much.
+    asked = 0.0 if isinstance(config.selector, DoubleSparsity | Streaming) else plan.top_p
+    check = exact_check(data.expected[0]) if dense else sparse_check(data.expected[1], asked)
     return Method(f"{family}_{name}", calls, report, settings, check)
 
 
@@ -267,12 +268,12 @@ def light_chunks(data: Workload, index: int, arguments: dict) -> list[speed_of_l
     return speed_of_light.decode_chunks(arguments, candidates, (kept, counts))
 
 
-def reads_means(name: str, options: argparse.Namespace) -> bool:
-    """Whether a contender selects by means of pages, which the reading kernel does not know."""
+def has_light(name: str, options: argparse.Namespace) -> bool:
+    """Whether the reading kernel knows what a contender selects by: it knows neither means of pages nor windows."""
     if name not in options.settings:
-        return name in ("shadow_prefix_levels", "page_mean")
+        return name not in ("shadow_prefix_levels", "page_mean")
     selector = parse_method(name).selector
-    return isinstance(selector, PageMean) or getattr(selector, "page_fraction", 1.0) < 1.0
+    return not isinstance(selector, PageMean | Streaming) and getattr(selector, "page_fraction", 1.0) == 1.0
 
 
 def light_method(name: str, data: Workload, options: argparse.Namespace) -> Method:
@@ -301,7 +302,10 @@ def decode_entries(options: argparse.Namespace) -> list[Entry]:
         except ValueError as error:
             options.error(f"--{error}")
         if method.selector is None or method.selector.kernel == "given":
-            options.error(f"--settings: expected a selector whose data the bench keeps (full, quest, page_mean, shadow_prefix), got {text}")
+            kept = "full, quest, page_mean, shadow_prefix, double_sparsity, streaming"
+            options.error(f"--settings: expected a selector whose data the bench keeps ({kept}), got {text}")
+        if isinstance(method.selector, DoubleSparsity) and options.kv_cache_dtype != "auto":
+            options.error(f"--settings: expected K and V in the model's dtype with double_sparsity, got {options.kv_cache_dtype}")
     gpu, both = ("cuda",), DEVICES
     configurations = {"dense": both, "quest": both, "shadow_prefix": ("cpu",), "shadow_prefix_eighth": both, "full": ("cpu",)}
     configurations |= {"shadow_prefix_levels": both, "page_mean": both}
@@ -309,7 +313,7 @@ def decode_entries(options: argparse.Namespace) -> list[Entry]:
     on_gpu = [name for name, devices in configurations.items() if "cuda" in devices]
     sparse = {name: partial(prunes, name) for name in on_gpu if name != "dense"}
     found = [*peers.PEERS]
-    for name in (name for name in on_gpu if not reads_means(name, options)):
+    for name in (name for name in on_gpu if has_light(name, options)):
         wanted = {"wanted": sparse[name]} if name in sparse else {}
         found.append(Entry(f"speed_of_light_{name}", partial(light_method, name), gpu, "bound", **wanted))
     found += [Entry(f"twilight_{name}", partial(twilight_method, "twilight", name), devices) for name, devices in configurations.items()]

@@ -10,7 +10,20 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from twilight_ops import Always, Explanation, PagedKVCache, PagedKVLayer, Paging, Quest, ShadowPrefix, TwilightConfig, decode_step, explain
+from twilight_ops import (
+    Always,
+    DoubleSparsity,
+    Explanation,
+    PagedKVCache,
+    PagedKVLayer,
+    Paging,
+    Quest,
+    ShadowPrefix,
+    Streaming,
+    TwilightConfig,
+    decode_step,
+    explain,
+)
 from twilight_ops.arguments import Scales
 from twilight_ops.capacity import COUNTER_CANDIDATES, COUNTER_KEPT, COUNTER_ROWS
 from twilight_ops.ops import operator as twilight_operator
@@ -232,8 +245,23 @@ class Workload:
         for i, layer in enumerate(self.cache.layers):
             plan = config.layer_plan(i, device.type, self.sizes.lists)
             policy = plan.policy(self.cache.max_cache_len, self.sizes.num_qo_heads, self.sizes.num_kv_heads, device)
-            found.append(replace(layer, plan=plan, policy=policy, budget_counters=torch.zeros_like(layer.budget_counters)))
+            layer = replace(layer, plan=plan, policy=policy, budget_counters=torch.zeros_like(layer.budget_counters))
+            if isinstance(config.selector, Streaming):
+                config.selector.allocate(layer, ())  # its sinks
+            found.append(self._with_heavy_channels(layer, found) if isinstance(config.selector, DoubleSparsity) else layer)
         return found
+
+    def _with_heavy_channels(self, layer: PagedKVLayer, before: list[PagedKVLayer]) -> PagedKVLayer:
+        """The layer with codes of its own, of which as many channels lead as Double Sparsity has heavy ones."""
+        shadow = layer.shadow._replace(**{name: getattr(layer.shadow, name).clone() for name in ("k_quant", "k_scale", "prefix_channels")})
+        layer = replace(layer, shadow=shadow)
+        if before:
+            for target, source in zip(layer.shadow[:4], before[0].shadow[:4], strict=True):
+                target.copy_(source)
+        else:
+            layer.plan.selector.reset(layer)
+            _fill(layer, self.cache, self.keys, self.values)  # K, V and means become what they were
+        return layer
 
     @cached_property
     def contiguous_kv(self) -> list[tuple[Tensor, Tensor]]:
@@ -406,10 +434,7 @@ def build(
         layer.means = allocate_means(layer)
     first = cache.layers[0]
     calibrate(first)
-    for start in range(0, length, FILL_CHUNK):
-        stop = min(length, start + FILL_CHUNK)
-        cache.seq_lens.fill_(stop)
-        decode_step.append(keys[:, start:stop], values[:, start:stop], first, cache.page_table, cache.seq_lens)
+    _fill(first, cache, keys, values)
     if first.scales is not None:  # peers and checks are given what is stored
         for b, table in enumerate(cache.page_table):
             for rows, stored in zip((keys[b], values[b]), _read(first, table, length, sizes.dtype), strict=True):
@@ -418,6 +443,14 @@ def build(
         for target, source in zip(layer.tensors(), first.tensors(), strict=True):
             target.copy_(source)
     return Workload(sizes, queries, cache, keys, values, data, min(copies, sets))
+
+
+def _fill(layer: PagedKVLayer, cache: PagedKVCache, keys: Tensor, values: Tensor) -> None:
+    """Appends K and V [B, L, Hkv, D] to an empty layer."""
+    for start in range(0, keys.shape[1], FILL_CHUNK):
+        stop = min(keys.shape[1], start + FILL_CHUNK)
+        cache.seq_lens.fill_(stop)
+        decode_step.append(keys[:, start:stop], values[:, start:stop], layer, cache.page_table, cache.seq_lens)
 
 
 def _read(layer: PagedKVLayer, table: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ os.environ.update(
 
 import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 
 VOCABULARY = 256
 GPU = torch.cuda.is_available()
@@ -70,6 +71,7 @@ class Engine:
         llm, self.llm = self.llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+            type(current_platform)._global_graph_pool = None  # which died with this engine's graphs
 
 
 def several(seed: int) -> tuple[list[list[int]], list[int]]:
