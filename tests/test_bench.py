@@ -19,7 +19,7 @@ import twilight_ops  # noqa: E402
 from bench import base, checks, fit, heads, peers, phases, registry, rows, run, speed_of_light, timing, workload  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.workload import Sizes, buffer_sets  # noqa: E402
-from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig, kernels  # noqa: E402
+from twilight_ops import DoubleSparsity, Full, Quest, ShadowPrefix, TwilightConfig, kernels  # noqa: E402
 
 SMALL = Sizes(2, 1, 8, 2, 128, 16, 1024, torch.float32)
 GIB = 2**30
@@ -84,6 +84,21 @@ def test_exact_is_sdpa(data):
     ours, our_lse = workload.call("decode_attention", data, 1, layer=layer)()
     torch.testing.assert_close(ours, out)
     torch.testing.assert_close(our_lse, lse)
+
+
+@torch.inference_mode()
+def test_double_sparsity_has_codes_of_its_own_and_leaves_the_others_theirs(data):
+    """Its prefix is its heavy channels; K, V and the shadow that other selectors read stay as they were."""
+    before = [t.clone() for layer in data.cache.layers for t in layer.tensors()]
+    layers = data.layers(TwilightConfig(selector=DoubleSparsity(128, 0.25, heavy_channels=24), top_p=0.95, dense_below=0))
+    assert all(torch.equal(a, b) for a, b in zip(before, (t for layer in data.cache.layers for t in layer.tensors()), strict=True))
+    for layer, other in zip(layers, data.cache.layers, strict=True):
+        assert (layer.shadow.prefix_channels == 24).all() and layer.shadow.k_quant.data_ptr() != other.shadow.k_quant.data_ptr()
+    kept, counts = kept_of(workload.call_arguments("decode_attention", data, 1, layers[1]))
+    cache = data.cache
+    candidates = layers[1].plan.selector.select(data.queries[1], layers[1], cache.page_table, cache.seq_lens, data.sm_scale).indices
+    for b, h in ((b, h) for b in range(2) for h in range(2)):
+        assert 0 < counts[b, h] < 300 and set(kept[b, h, : counts[b, h]].tolist()) <= set(candidates[b, h].tolist())
 
 
 def test_a_spread_of_logits_is_the_one_asked_for():
