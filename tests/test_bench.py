@@ -94,7 +94,7 @@ def test_double_sparsity_has_codes_of_its_own_and_leaves_the_others_theirs(data)
     assert all(torch.equal(a, b) for a, b in zip(before, (t for layer in data.cache.layers for t in layer.tensors()), strict=True))
     for layer, other in zip(layers, data.cache.layers, strict=True):
         assert (layer.shadow.prefix_channels == 24).all() and layer.shadow.k_quant.data_ptr() != other.shadow.k_quant.data_ptr()
-    kept, counts = kept_of(workload.call_arguments("decode_attention", data, 1, layers[1]))
+    kept, counts = kept_of(registry.decode_arguments(data, 1, layers[1]))
     cache = data.cache
     candidates = layers[1].plan.selector.select(data.queries[1], layers[1], cache.page_table, cache.seq_lens, data.sm_scale).indices
     for b, h in ((b, h) for b in range(2) for h in range(2)):
