@@ -123,6 +123,26 @@ def test_rows_are_decode_steps_because_the_engine_says_so(counts, prefilling, mo
     assert split_rows(np.array(counts, dtype=np.int32), flags, most, sum(counts)) == expected
 
 
+@pytest.mark.parametrize(
+    ("counts", "prefilling", "most", "expected"),
+    [
+        ([1, 1, 1], [False, False, True], 1, (3, 1)),  # a prompt's last token
+        ([1, 1, 0, 0], [True, True], 1, (2, 1)),
+        ([3, 3, 3], [False, True, True], 8, (3, 3)),
+        ([9, 9], [True, True], 8, (0, 0)),
+        ([1, 2], [False, True], 1, (1, 1)),  # no graph has rows like these
+        ([1, 1, 40], [False, True, True], 1, (1, 1)),
+        ([], [], 1, (0, 0)),
+    ],
+)
+def test_rows_that_a_full_graph_replays_are_decode_steps(counts, prefilling, most, expected):
+    """vLLM chooses a graph by the numbers of tokens alone. A prompt's row that the metadata left out would be written at old positions."""
+    assert (
+        split_rows(np.array(counts, dtype=np.int32), torch.tensor(prefilling, dtype=torch.bool), most, sum(counts), replays=True)
+        == expected
+    )
+
+
 def test_padded_rows_of_a_graph_are_decode_rows_of_length_zero():
     assert split_rows(np.array([1, 1, 0, 0]), None, 1, 4) == (4, 1)
 

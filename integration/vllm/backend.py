@@ -12,7 +12,7 @@ import torch
 import vllm
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -207,7 +207,9 @@ class TwilightMetadataBuilder(AttentionMetadataBuilder[TwilightMetadata]):
             refuse(WHERE, "causal", "True", "another mask")
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy()
         counts = np.diff(starts)
-        decodes, query_tokens = split_rows(counts, m.is_prefilling, self.reorder_batch_threshold, m.num_actual_tokens)
+        # Only known once all layers have said what they support.
+        replays = self.vllm_config.compilation_config.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        decodes, query_tokens = split_rows(counts, m.is_prefilling, self.reorder_batch_threshold, m.num_actual_tokens, replays)
         ragged = self._ragged(m, counts[:decodes]) if decodes else None
         positions = self._positions(m, decodes, query_tokens) if decodes and ragged is None else None
         prompts = self._prompts(m, decodes, starts) if counts[decodes:].any() else None

@@ -99,18 +99,24 @@ def carve_layer(
     return layer
 
 
-def split_rows(counts: np.ndarray, is_prefilling: Tensor | None, most_tokens: int, total_tokens: int) -> tuple[int, int]:
+def split_rows(
+    counts: np.ndarray, is_prefilling: Tensor | None, most_tokens: int, total_tokens: int, replays: bool = False
+) -> tuple[int, int]:
     """How many of the first rows are decode steps, and the most tokens that one of them has.
 
     What a row is, the engine says and not its length: the last token of a prompt is a prompt. With drafts, the host knows no exact length
-    of a decode row, so that short prompts before one run as decode steps too.
+    of a decode row, so that short prompts before one run as decode steps too. So does what is left of a prompt in a batch whose rows are
+    alike: vLLM asks for no more before it replays a full graph, which knows decode steps alone.
 
     Args:
         counts: tokens of each row; 0 is padding.
         is_prefilling: [B] bool on the host, or fewer, False for the others; None: no row is.
         most_tokens: of a decode row.
         total_tokens: in the batch; a graph's padding counts.
+        replays: whether the engine has full graphs of decode steps.
     """
+    if replays and len(counts) and _uniform(counts):
+        is_prefilling = None
     decode = counts <= most_tokens
     short = _leading(decode)
     if is_prefilling is not None:
