@@ -215,7 +215,7 @@ def test_host_memory_is_touched_as_zeros_and_asked_for_in_one_line():
         host_memory._touched(1 << 48)
 
 
-def test_zeros_on_a_cpu_lie_in_large_pages_where_they_fill_one():
+def test_zeros_on_a_cpu_lie_in_large_pages():
     large, small = (host_memory.zeros((rows, 1 << 10), torch.bfloat16) for rows in (1 << 11, 4))
     assert not large.any() and large.shape == (1 << 11, 1 << 10) and not small.any() and small.dtype == torch.bfloat16
     head = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")

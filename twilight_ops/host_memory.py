@@ -56,7 +56,7 @@ def available_memory() -> int:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU, in large pages where they fill one and the kernel has any: scattered rows then wait for no walk of page tables."""
+    """Zeros on the CPU; from half a large page on they lie in such pages, where the kernel has any, which scattered reads find sooner."""
     count = prod(shape)
     if count * dtype.itemsize < LARGE_PAGE // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device="cpu")
