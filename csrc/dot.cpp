@@ -5,17 +5,16 @@ namespace {
 
 constexpr int64_t kAhead = 32;  // rows between a prefetch and its use
 
+// Into the second level, which takes more lines at a time than the first.
+inline void prefetch(const void* line) { __builtin_prefetch(line, /*for writing=*/0, /*locality=*/2); }
+
 // A tile of kRows query rows by kLanes / kRows rows of the cache fills kLanes accumulators, which one transposing sum
 // reduces.
 template <class E, int kRows>
 void dot_rows(const void* const* rows, int64_t count, int64_t length, const float* q, float* out, int64_t out_stride) {
   constexpr int kTokens = kLanes / kRows;
-  const int64_t bytes = length * sizeof(E);
   for (int64_t i = 0; i < count; i += kTokens) {
-    if (i + kAhead < count)
-      for (int t = 0; t < kTokens; ++t)
-        for (int64_t line = 0; line < bytes; line += 64)
-          __builtin_prefetch(static_cast<const char*>(rows[i + kAhead + t]) + line);
+    const void* const* ahead = rows + (i + kAhead < count ? i + kAhead : i);
     VecF sum[kLanes];
 #pragma GCC unroll 16
     for (int a = 0; a < kLanes; ++a) sum[a] = VecF{};
@@ -23,6 +22,9 @@ void dot_rows(const void* const* rows, int64_t count, int64_t length, const floa
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) row[t] = static_cast<const E*>(rows[i + t]);
     for (int64_t d = 0; d < length; d += kLanes) {
+      if (d * sizeof(E) % 64 == 0)  // not all at once: full buffers would stop the arithmetic
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) prefetch(static_cast<const E*>(ahead[t]) + d);
       VecF k[kTokens];
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) k[t] = load_float(row[t] + d);
@@ -53,7 +55,7 @@ int64_t accumulate_columns(const void* const* rows, int64_t count, int64_t lengt
       const E* row = static_cast<const E*>(rows[i]) + column;
       if (i + kAhead < count)
         for (int64_t line = 0; line < static_cast<int64_t>(kWidth * kLanes * sizeof(E)); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(static_cast<const E*>(rows[i + kAhead]) + column) + line);
+          prefetch(reinterpret_cast<const char*>(static_cast<const E*>(rows[i + kAhead]) + column) + line);
       VecF v[kWidth];
 #pragma GCC unroll 8
       for (int c = 0; c < kWidth; ++c) v[c] = load_float(row + c * kLanes);

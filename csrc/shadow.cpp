@@ -51,8 +51,7 @@ template <class Refs>
 constexpr int64_t kTokensPerRef = std::is_same_v<Refs, RunRefs> ? kLanes : 1;
 
 // Plain loads only, so that many cache misses are under way at once: gathers would wait for each other's lines, and
-// arithmetic in between would fill the core's window. Software prefetch, in one go or between the multiplications,
-// measured no faster.
+// arithmetic in between would fill the core's window.
 template <class Refs>
 void ShadowQuery::fill(Half half, Stage& stage, const Refs& refs, int64_t count, uint32_t* pairs) const {
   constexpr int64_t kTokens = kTokensPerRef<Refs>;
@@ -68,13 +67,31 @@ void ShadowQuery::fill(Half half, Stage& stage, const Refs& refs, int64_t count,
   }
 }
 
+template <class Refs>
+void ShadowQuery::list_lines(Half half, const Refs& refs, int64_t count, Ahead& ahead) const {
+  constexpr int64_t kTokens = kTokensPerRef<Refs>;
+  const int64_t size = shadow_->page_size, prefix = prefix_words_, tail = tail_words_;
+  const auto add = [&](const uint32_t* from, int64_t words) {
+    for (int64_t w = 0; w < words; w += 16) ahead.lines[ahead.count++] = from + w;
+    if (words > 0) ahead.lines[ahead.count++] = from + words - 1;
+  };
+  for (int64_t t = 0; t < count; t += kTokens) {
+    const int64_t page = refs.page[t / kTokens], at = refs.slot[t / kTokens];
+    const uint32_t* from = shadow_->codes.at<const uint32_t>(page, h_);
+    if (half != kTail) add(from + at * prefix, kTokens * prefix);
+    if (half != kPrefix) add(from + size * prefix + at * tail, kTokens * tail);
+    if (half != kTail) ahead.lines[ahead.count++] = shadow_->scale.at<const uint32_t>(page, h_) + at;
+  }
+}
+
 template <int kRows, int kBlocks>
-void ShadowQuery::multiply_rows(Half half, const Stage& stage, int64_t count, int64_t row,
-                                const Epilogue& epilogue) const {
+void ShadowQuery::multiply_rows(Half half, const Stage& stage, int64_t count, int64_t row, const Epilogue& epilogue,
+                                Ahead& ahead) const {
   const uint32_t* codes = half == kTail ? stage.tail : stage.prefix;
   const int64_t words = half == kTail ? tail_words_ : prefix_words_, dim = shadow_->head_dim;
   const float* q = q_ + row * dim + (half == kTail ? 8 * prefix_words_ : 0);
   const VecI offsets = lane_index() * static_cast<int32_t>(words);
+  const int64_t step = ceil_div(ahead.count, std::max<int64_t>(1, ceil_div(count, kBlocks * kLanes) * words));
   for (int64_t i = 0; i < count; i += kBlocks * kLanes) {
     VecF sum[kRows][kBlocks];
 #pragma GCC unroll 4
@@ -85,6 +102,7 @@ void ShadowQuery::multiply_rows(Half half, const Stage& stage, int64_t count, in
       VecU word[kBlocks];
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) word[b] = gather(codes + (i + b * kLanes) * words + w, offsets);
+      ahead.prefetch(step);
 #pragma GCC unroll 8
       for (int n = 0; n < 8; ++n) {
         VecF code[kBlocks];
@@ -106,11 +124,11 @@ void ShadowQuery::multiply_rows(Half half, const Stage& stage, int64_t count, in
 }
 
 void ShadowQuery::multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
-                           int64_t out_stride) const {
+                           int64_t out_stride, Ahead& ahead) const {
   for_row_blocks(rows_, [&](int64_t r, auto rows) {
     constexpr int kRows = decltype(rows)::value, kBlocks = kRows < 4 || kLanes == 16 ? 4 : 2;  // registers hold no more
     const Epilogue epilogue{pairs, totals_[half == kTail] + r, out + r * out_stride, out_stride, half == kTail};
-    multiply_rows<kRows, kBlocks>(half, stage, count, r, epilogue);
+    multiply_rows<kRows, kBlocks>(half, stage, count, r, epilogue, ahead);
   });
 }
 
@@ -142,12 +160,18 @@ void ShadowQuery::logits(Half half, const Refs& refs, int64_t count, uint32_t* p
                          int64_t out_stride) const {
   if (one_by_one_) return one_by_one(half, refs, count, pairs, out, out_stride);
   Stage stage;
-  for (int64_t i = 0; i < count; i += kStage) {
-    const int64_t n = std::min(kStage, count - i);
+  Ahead ahead;
+  const auto from = [&](int64_t i) {
     const int64_t ref = i / kTokensPerRef<Refs>;
-    fill(half, stage, Refs{refs.page + ref, refs.slot + ref}, round_up(n, kPad), pairs + i);
-    if (half != kTail) multiply(kPrefix, stage, pairs + i, n, out + i, out_stride);
-    if (half != kPrefix) multiply(kTail, stage, pairs + i, n, out + i, out_stride);
+    return Refs{refs.page + ref, refs.slot + ref};
+  };
+  for (int64_t i = 0; i < count; i += kStage) {
+    const int64_t n = std::min(kStage, count - i), next = i + n;
+    fill(half, stage, from(i), round_up(n, kPad), pairs + i);
+    ahead.count = ahead.issued = 0;
+    list_lines(half, from(next), std::min(kStage, count - next), ahead);
+    if (half != kTail) multiply(kPrefix, stage, pairs + i, n, out + i, out_stride, ahead);
+    if (half != kPrefix) multiply(kTail, stage, pairs + i, n, out + i, out_stride, ahead);
   }
 }
 

@@ -92,12 +92,27 @@ class ShadowQuery {
     uint32_t prefix[kStage * 32 + kLanes], tail[kStage * 32 + kLanes];
   };
 
+  // Lines that the next stage reads: prefetched a few at a time between the multiplications of this one, because a full
+  // queue of misses would stop them.
+  struct Ahead {
+    const uint32_t* lines[kStage * 8];
+    int64_t count, issued;
+
+    void prefetch(int64_t most) {
+      for (const int64_t stop = std::min(count, issued + most); issued < stop; ++issued)
+        __builtin_prefetch(lines[issued], /*for writing=*/0, /*locality=*/2);
+    }
+  };
+
+  template <class Refs>
+  void list_lines(Half half, const Refs& refs, int64_t count, Ahead& ahead) const;
   template <class Refs>
   void fill(Half half, Stage& stage, const Refs& refs, int64_t count, uint32_t* pairs) const;
-  void multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out,
-                int64_t out_stride) const;
+  void multiply(Half half, const Stage& stage, const uint32_t* pairs, int64_t count, float* out, int64_t out_stride,
+                Ahead& ahead) const;
   template <int kRows, int kBlocks>
-  void multiply_rows(Half half, const Stage& stage, int64_t count, int64_t row, const Epilogue& epilogue) const;
+  void multiply_rows(Half half, const Stage& stage, int64_t count, int64_t row, const Epilogue& epilogue,
+                     Ahead& ahead) const;
   template <class Refs>
   void one_by_one(Half half, const Refs& refs, int64_t count, uint32_t* pairs, float* out, int64_t out_stride) const;
 
