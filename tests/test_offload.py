@@ -228,6 +228,9 @@ def test_zeros_on_a_cpu_lie_in_large_pages():
             flags = line.split()
     assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
 
+    with pytest.raises(RuntimeError, match="memory"):  # in PyTorch's words
+        host_memory.zeros((1 << 50,), torch.uint8)
+
 
 def test_available_memory_is_what_the_control_group_leaves(monkeypatch):
     files = {

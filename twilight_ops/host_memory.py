@@ -56,12 +56,16 @@ def available_memory() -> int:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU; from half a large page on they lie in such pages, where the kernel has any, which scattered reads find sooner."""
+    """Zeros on the CPU; from half a large page on they lie in such pages, where the kernel has any, which scattered reads find sooner.
+
+    As with torch.zeros, memory is taken when a page is first written.
+    """
     count = prod(shape)
-    if count * dtype.itemsize < LARGE_PAGE // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device="cpu")
-    mapping = _in_large_pages(-(-count * dtype.itemsize // LARGE_PAGE) * LARGE_PAGE)
-    return torch.frombuffer(mapping, dtype=dtype, count=count).view(*shape)
+    if count * dtype.itemsize >= LARGE_PAGE // 2 and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # PyTorch says that there is none
+            mapping = _in_large_pages(-(-count * dtype.itemsize // LARGE_PAGE) * LARGE_PAGE)
+            return torch.frombuffer(mapping, dtype=dtype, count=count).view(*shape)
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 class HostMemory:
@@ -135,19 +139,20 @@ def _mapped_file(nbytes: int, directory: str) -> mmap.mmap:
 
 
 def _touched(nbytes: int) -> mmap.mmap:
-    """Zeros in large pages, which pinning finds there."""
+    """Zeros in large pages, every one of them touched by all threads at once: pinning finds them there."""
     try:
-        return _in_large_pages(nbytes)
+        mapping = _in_large_pages(nbytes)
     except OSError as error:
         raise ValueError(f"TwilightConfig: offload: expected {size(nbytes)} of host memory, got none: {error.strerror}") from error
+    torch.frombuffer(mapping, dtype=torch.uint8).fill_(0)
+    return mapping
 
 
 def _in_large_pages(nbytes: int) -> mmap.mmap:
-    """Zeros in large pages, every one of them touched by all threads at once."""
+    """Zeros, in large pages as they are touched."""
     mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # of a kernel without large pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    torch.frombuffer(mapping, dtype=torch.uint8).fill_(0)
     return mapping
 
 
