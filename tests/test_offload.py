@@ -215,23 +215,6 @@ def test_host_memory_is_touched_as_zeros_and_asked_for_in_one_line():
         host_memory._touched(1 << 48)
 
 
-def test_zeros_on_a_cpu_lie_in_large_pages():
-    large, small = (host_memory.zeros((rows, 1 << 10), torch.bfloat16) for rows in (1 << 11, 4))
-    assert not large.any() and large.shape == (1 << 11, 1 << 10) and not small.any() and small.dtype == torch.bfloat16
-    head = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")
-    flags, inside = [], False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := head.match(line):
-            begin, end = (int(edge, 16) for edge in found.groups())
-            inside = begin <= large.data_ptr() < end
-        elif inside and line.startswith("VmFlags:"):
-            flags = line.split()
-    assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
-
-    with pytest.raises(RuntimeError, match="memory"):  # in PyTorch's words
-        host_memory.zeros((1 << 50,), torch.uint8)
-
-
 def test_available_memory_is_what_the_control_group_leaves(monkeypatch):
     files = {
         "/sys/fs/cgroup/memory.max": "1000000",

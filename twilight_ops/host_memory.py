@@ -1,4 +1,4 @@
-"""Host memory: large pages for a cache on a CPU; for K and V outside the device what kernels read over the bus, or a mapped file."""
+"""Memory for K and V outside the device: pinned host memory that kernels read over the bus; on a CPU a mapped file without a name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from ._settings import refuse
 
 MAPPED_FOR_ALL = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 ALIGNMENT = mmap.ALLOCATIONGRANULARITY  # bytes; of every tensor
-LARGE_PAGE = 2 << 20  # bytes
 
 
 def size(nbytes: float) -> str:
@@ -53,19 +52,6 @@ def available_memory() -> int:
         if most is not None and now is not None:
             free.append(most - now + _entry(f"{folder}/memory.stat", cached))
     return max(0, min(free))
-
-
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU; from half a large page on they lie in such pages, where the kernel has any, which scattered reads find sooner.
-
-    As with torch.zeros, memory is taken when a page is first written.
-    """
-    count = prod(shape)
-    if count * dtype.itemsize >= LARGE_PAGE // 2 and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # PyTorch says that there is none
-            mapping = _in_large_pages(-(-count * dtype.itemsize // LARGE_PAGE) * LARGE_PAGE)
-            return torch.frombuffer(mapping, dtype=dtype, count=count).view(*shape)
-    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 class HostMemory:
@@ -139,20 +125,14 @@ def _mapped_file(nbytes: int, directory: str) -> mmap.mmap:
 
 
 def _touched(nbytes: int) -> mmap.mmap:
-    """Zeros in large pages, every one of them touched by all threads at once: pinning finds them there."""
+    """Zeros in large pages, every one of them touched by all threads at once: pinning then finds them there."""
     try:
-        mapping = _in_large_pages(nbytes)
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ValueError(f"TwilightConfig: offload: expected {size(nbytes)} of host memory, got none: {error.strerror}") from error
-    torch.frombuffer(mapping, dtype=torch.uint8).fill_(0)
-    return mapping
-
-
-def _in_large_pages(nbytes: int) -> mmap.mmap:
-    """Zeros, in large pages as they are touched."""
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # of a kernel without large pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
+    torch.frombuffer(mapping, dtype=torch.uint8).fill_(0)
     return mapping
 
 

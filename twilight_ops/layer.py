@@ -29,7 +29,6 @@ from .arguments import (
 )
 from .calibration import restore
 from .capacity import COUNTER_COLUMNS, Limits
-from .host_memory import zeros
 
 
 @dataclass(frozen=True)
@@ -299,7 +298,7 @@ def allocate_layer(
     `new_kv` makes K and V where those alone lie elsewhere, outside the device; `hot_rows`: sequences, and rows a KV head that each has
     copies of on it.
     """
-    new_pages = new_pages or (zeros if device.type == "cpu" else partial(torch.zeros, device=device))
+    new_pages = new_pages or partial(torch.zeros, device=device)
     if index is None:
         index = 0 if previous is None else previous.index + 1
     rows = (num_pages, num_kv_heads, page_size, head_dim)
