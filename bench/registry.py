@@ -250,14 +250,15 @@ def twilight_method(family: str, name: str, data: Workload, options: argparse.Na
     return Method(f"{family}_{name}", calls, report, settings, check)
 
 
-def light_chunks(data: Workload, index: int, arguments: dict) -> list[speed_of_light.Chunks]:
+def light_chunks(data: Workload, index: int, layer: PagedKVLayer) -> list[speed_of_light.Chunks]:
     """What one call must read, with the candidates and kept tokens that it chooses."""
+    arguments = decode_arguments(data, index, layer)
     if arguments["selector"] == "dense":
         return speed_of_light.decode_chunks(arguments)
     sizes = data.sizes
     chosen = {name: arguments[name] for name in ("token_budget", "budget_fraction", "sink_tokens", "recent_tokens")}
     op = workload.SELECT_OPS[arguments["selector"]]
-    candidates = operator(op)(**call_arguments(op, data, index, **chosen))
+    candidates = operator(op)(**call_arguments(op, data, index, layer, **chosen))
     max_tokens = data.paging.page_table.shape[1] * sizes.page_size
     positions = torch.empty((sizes.batch, sizes.num_kv_heads, max_tokens), dtype=torch.int32, device=data.keys.device)
     counts = positions.new_empty((sizes.batch, sizes.num_kv_heads))
@@ -279,7 +280,7 @@ def has_light(name: str, options: argparse.Namespace) -> bool:
 def light_method(name: str, data: Workload, options: argparse.Namespace) -> Method:
     """The reading kernel with the cluster size that serves it best."""
     layers = data.layers(config_of(name, data, options))
-    chunks = [light_chunks(data, i, decode_arguments(data, i, layer)) for i, layer in enumerate(layers)]
+    chunks = [light_chunks(data, i, layer) for i, layer in enumerate(layers)]
     by_cluster: dict[int, float] = {}
     units = data.sizes.lists
     for size in (c for c in speed_of_light.CLUSTER_SIZES if c == 1 or units * c <= speed_of_light.MAX_BLOCKS):

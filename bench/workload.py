@@ -253,12 +253,10 @@ class Workload:
 
     def _with_heavy_channels(self, layer: PagedKVLayer, before: list[PagedKVLayer]) -> PagedKVLayer:
         """The layer with codes of its own, of which as many channels lead as Double Sparsity has heavy ones."""
-        shadow = layer.shadow._replace(**{name: getattr(layer.shadow, name).clone() for name in ("k_quant", "k_scale", "prefix_channels")})
-        layer = replace(layer, shadow=shadow)
-        if before:
-            for target, source in zip(layer.shadow[:4], before[0].shadow[:4], strict=True):
-                target.copy_(source)
-        else:
+        source = before[0].shadow if before else layer.shadow
+        codes = {name: getattr(source, name).clone() for name in ("k_quant", "k_scale", "prefix_channels")}
+        layer = replace(layer, shadow=layer.shadow._replace(**codes))
+        if not before:
             layer.plan.selector.reset(layer)
             _fill(layer, self.cache, self.keys, self.values)  # K, V and means become what they were
         return layer

@@ -95,7 +95,7 @@ class ShadowQuery {
   // Lines that the next stage reads: prefetched a few at a time between the multiplications of this one, because a full
   // queue of misses would stop them.
   struct Ahead {
-    const uint32_t* lines[kStage * 8];
+    const uint32_t* lines[kStage * 8];  // 256 channels of a token lie in five at most, its scale in one
     int64_t count, issued;
 
     void prefetch(int64_t most) {
