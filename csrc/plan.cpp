@@ -73,8 +73,7 @@ struct FusedCall {
   explicit FusedCall(const PlanRequest& r)
       : request(r),
         limits(r.limits()),
-        // Where no row can be long enough for anything else, all of them are dense.
-        selector(limits.max_tokens <= limits.dense_below ? Selector::kDense : r.selector),
+        selector(r.running_selector()),
         prunes(r.prunes && selector != Selector::kDense),
         capacity(by_page() ? page_capacity(limits, r.page_size, r.budget_fraction)
                            : token_capacity(limits, r.budget_fraction)),
@@ -96,7 +95,11 @@ std::string refusal(const PlanRequest& r) {
     return "selector: expected dense, full, quest, page_mean, shadow_prefix or streaming, got given";
   if (r.dtype_bits != 16) return got("q: expected a dtype of 16 bits", r.dtype_bits);
   if (r.head_dim != 64 && r.head_dim != 128) return got("head_dim: expected 64 or 128", r.head_dim);
-  if (r.rows() > kMaxRows) return got("q: expected at most 8 query rows a KV head", r.rows());
+  const bool dense = r.running_selector() == Selector::kDense;
+  if (r.rows() > (dense ? kMaxDenseRows : kMaxRows)) {
+    return got(dense ? "q: expected at most 32 query rows a KV head" : "q: expected at most 8 query rows a KV head",
+               r.rows());
+  }
   if (r.selector == Selector::kQuest && r.bounds_bits != 8) return got("page_bounds: expected 8 bits", r.bounds_bits);
   if (r.softcap != 0) {
     char text[64];
@@ -146,7 +149,7 @@ int64_t lay_out(const FusedCall& call, int cluster_size, SharedLayout& at) {
 
   // A dense row streams its pages through all of this.
   if (call.limits.dense_below > 0 || (!by_page && !by_token && !call.prunes)) {
-    end = std::max<int64_t>(end, at.scratch_at + kStreamSlots * kWarps * kTileTokens * head_dim * 2);
+    end = std::max<int64_t>(end, at.scratch_at + stream_slots(rows) * kWarps * kTileTokens * head_dim * 2);
   }
   return end;
 }

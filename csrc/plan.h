@@ -29,13 +29,15 @@ Selector selector_named(const Name& name) {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxRows = 8;        // query rows of a KV head: the columns of one tensor-core product
+constexpr int kMaxDenseRows = 32;  // where nothing selects or prunes: of four
 constexpr int kTileTokens = 16;    // rows of one tensor-core product
 constexpr int kBlockTokens = 128;  // a block's share of a sequence is a multiple of this
 constexpr int kMaxClusterSize = 16;
 constexpr int kScoreBins = 1 << (31 - kScoreBinShift);
 // Bins of weights that have any mass, 2^-31 to 1, and some above.
 constexpr int kWeightBins = 1024, kLowestWeightBin = (127 - 31) << (23 - kWeightBinShift);
-constexpr int kStreamSlots = 3;  // tiles of keys or of values that a warp holds or has on their way
+// Tiles of keys or of values that a warp holds or has on their way: more where each takes longer to use.
+constexpr int stream_slots(int padded_rows) { return padded_rows <= kMaxRows ? 3 : 5; }
 
 constexpr int blocks_of(int size, int items) { return (items + size - 1) / size; }
 
@@ -49,10 +51,11 @@ constexpr int tiles_of_pages(int pages, int page_size) {
 }
 
 // Query rows that a kernel was compiled for.
-constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; }
+constexpr int padded_rows(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : round_up(rows, 8); }
 
 // sizeof(FusedShared), the part of shared memory that depends on nothing else; the kernel asserts it.
 constexpr int fused_shared_bytes(int head_dim, int padded_rows) {
+  if (padded_rows > kMaxRows) return head_dim == 64 ? 1840 + 692 * padded_rows : 1840 + 1076 * padded_rows;
   if (head_dim == 64) return padded_rows == 1 ? 3136 : padded_rows == 4 ? 6192 : 10288;
   return padded_rows == 1 ? 4160 : padded_rows == 4 ? 9520 : 16688;
 }
@@ -93,6 +96,11 @@ struct PlanRequest {
   }
   int64_t kept_pages() const {
     return kept_pages_capacity(limits(), page_size, budget_fraction, page_fraction, min_scored_tokens);
+  }
+  // Where no row can be long enough for anything else, all of them are dense.
+  Selector running_selector() const {
+    const Limits of_rows = limits();
+    return of_rows.max_tokens <= of_rows.dense_below ? Selector::kDense : selector;
   }
   int64_t rows() const { return query_tokens * group_size; }
   int64_t units() const { return batch * kv_heads; }

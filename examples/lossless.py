@@ -13,6 +13,7 @@ import torch
 from twilight_ops import Full, TwilightConfig
 from twilight_ops.cli.models import add_model_arguments, load_model
 from twilight_ops.evaluation import texts
+from twilight_ops.evaluation.methods import parse_method
 from twilight_ops.integration import Decoder, LosslessDecoder, Sampling, Speculation, TwilightCache
 
 
@@ -20,7 +21,9 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args)
     documents = texts.build(args.text, args.batch, args.length, lambda text: tokenizer(text)["input_ids"])
     ids = torch.stack([torch.as_tensor(document.ids[: args.length]) for document in documents])
-    dense, sparse = TwilightConfig(Full(), dense_layers=1 << 20), TwilightConfig(dense_below=0)
+    method = parse_method(args.setting, "setting")
+    dense = TwilightConfig(Full(), dense_layers=1 << 20)
+    sparse = TwilightConfig(method.selector, top_p=method.top_p, **{"dense_below": 0, **dict(method.settings)})
     ways = {
         "dense": (dense, None),
         "sparse drafts": (sparse, Speculation(args.drafts, adapt=not args.fixed)),
@@ -52,6 +55,7 @@ if __name__ == "__main__":
     parser.add_argument("--text", choices=texts.KINDS, default="mixed")
     for name, value in (("length", 1000), ("new-tokens", 64), ("batch", 1), ("drafts", 5), ("prefill-chunk", None)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--setting", default="shadow_prefix:.95", help="selector and p of sparse drafts, as `eval --methods` takes them")
     parser.add_argument("--fixed", action="store_true", help="always draft as many tokens, to measure their acceptance")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--capture", choices=("cuda_graph", "compile", "eager"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from twilight_ops import backends, capacity, launch_plan
 from twilight_ops.ops.decode_attention import OPERATOR as DECODE_ATTENTION
 
-MAX_ROWS = 8  # query rows of a KV head that the kernel takes
+MAX_ROWS, MAX_DENSE_ROWS = 8, 32  # query rows of a KV head that the kernel takes
 
 needs_plan = pytest.mark.skipif(
     "native" not in (backends.CPU.name, backends.CUDA.name), reason="the launch plan is in the native modules, and none is loaded"
@@ -100,6 +100,30 @@ def random_call(seed: int, longest: int = 1500, device: str = "cpu", fp8: bool =
         levels = [[rng.uniform(0.5, 1.0) for _ in range(kv_heads * group)] for _ in shape.seq_lens]
         overrides["head_top_p"] = torch.tensor(levels, device=device)
     return inputs, overrides, rng.choice([1, 2, 4])
+
+
+def many_rows_call(seed: int, longest: int = 1500, device: str = "cpu", fp8: bool = False) -> tuple[DecodeInputs, dict, int]:
+    """A ragged dense call of more rows than a sparse one may have, as the check of drafted tokens is: (inputs, overrides, cluster size)."""
+    rng = random.Random(seed)
+    rows = [(group, tokens) for group in (1, 3, 4, 5, 8, 16, 32) for tokens in range(1, 9) if MAX_ROWS < group * tokens <= MAX_DENSE_ROWS]
+    (group, query_tokens), kv_heads, page_size = rng.choice(rows), rng.choice([1, 2]), rng.choice([16, 32, 64])
+    head_dim = rng.choice([64, 128])
+    dtype = FP8_DTYPES[head_dim] if fp8 else rng.choice([torch.bfloat16, torch.float16])
+    lengths = tuple(rng.choice([0, 1, query_tokens, page_size + 1, rng.randint(1, longest), longest]) for _ in range(rng.choice([1, 2])))
+    shape = Shape(lengths if max(lengths) else (5,), kv_heads * group, kv_heads, head_dim, page_size, query_tokens, dtype)
+    inputs = make_inputs(shape, seed=seed, spread=rng.choice([3.7, 1.0, 8.0, 40.0]), bounds_dtype="uint8")
+    inputs = in_fp8(inputs) if fp8 else inputs
+    if device != "cpu":
+        inputs = on_device(inputs, device)
+    by_length = {"selector": "quest", "token_budget": 64, "dense_below": inputs.max_tokens}
+    return inputs, rng.choice([{"selector": "dense"}, {"selector": "dense"}, by_length]), rng.choice([1, 2, 4])
+
+
+def far_below_zero(inputs: DecodeInputs) -> DecodeInputs:
+    """Every logit is far below zero: what starts a softmax sum must not be larger."""
+    inputs.q.abs_()
+    inputs.k_cache.copy_(inputs.k_cache.float().abs().neg().to(inputs.k_cache.dtype))
+    return inputs
 
 
 def extreme_call(seed: int, device: str = "cpu") -> tuple[DecodeInputs, dict, int]:

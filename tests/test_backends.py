@@ -197,6 +197,7 @@ def test_a_table_no_longer_than_dense_below_runs_dense():
         ("quest", {"dtype_bits": 32}, "q: expected a dtype of 16 bits, got 32"),
         ("quest", {"head_dim": 96}, "head_dim: expected 64 or 128, got 96"),
         ("quest", {"query_tokens": 3}, "q: expected at most 8 query rows a KV head, got 12"),
+        ("dense", {"query_tokens": 9}, "q: expected at most 32 query rows a KV head, got 36"),
         ("quest", {"bounds_bits": 16}, "page_bounds: expected 8 bits, got 16"),
         ("quest", {"num_pages": 2**21}, "k_cache: expected fewer than 2**32 words of 16 bytes, of 4 in the shadow, got 4294967296"),
         ("quest", {"max_pages": 0}, "page_table: expected at least one page, got 0"),

@@ -47,6 +47,7 @@ def test_a_machine_without_a_gpu_says_what_an_h200_would_do():
         (Shape((70,), 2, 2, 96, 16, 1, torch.float16), {}, "head_dim: expected 64 or 128, got 96"),
         (Shape((70,), 2, 2, 64, 16, 1, torch.float32), {}, "q: expected a dtype of 16 bits, got 32"),
         (Shape((70,), 8, 2, 64, 16, 4, torch.float16), {}, "q: expected at most 8 query rows a KV head, got 16"),
+        (Shape((70,), 72, 2, 64, 16, 1, torch.float16), {"selector": "dense"}, "q: expected at most 32 query rows a KV head, got 36"),
         (Shape((70,), 2, 2, 64, 16, 1, torch.float16), {"softcap": 50.0}, "softcap: expected None, got 50"),
         (
             Shape((70,), 2, 2, 64, 16, 1, torch.float16),

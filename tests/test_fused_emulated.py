@@ -13,7 +13,17 @@ import pytest
 import torch
 from comparisons import assert_same_state
 from flat import reference
-from fused_calls import FP8_DTYPES, assert_as_reference, extreme_call, needs_plan, observed, random_call, request_of
+from fused_calls import (
+    FP8_DTYPES,
+    assert_as_reference,
+    extreme_call,
+    far_below_zero,
+    many_rows_call,
+    needs_plan,
+    observed,
+    random_call,
+    request_of,
+)
 from inputs import CACHE_TENSORS, Shape, in_fp8, interleaved, make_inputs, strided
 from test_strides import check_append
 
@@ -176,9 +186,23 @@ def test_fused_kernel_on_float8_keeps_the_reference_sets_and_values(emulator, se
     check(emulator, inputs, overrides, cluster_size, seed)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["model", "fp8"])
+@pytest.mark.parametrize("seed", range(16))
+def test_dense_calls_of_many_rows_give_the_reference_values(emulator, seed, fp8):
+    inputs, overrides, cluster_size = many_rows_call(seed, fp8=fp8)
+    check(emulator, inputs, overrides, cluster_size, seed)
+
+
+@pytest.mark.parametrize("query_tokens", [1, 3, 5, 8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_logits_far_below_zero_give_the_reference_values(emulator, head_dim, query_tokens):
+    inputs = far_below_zero(make_inputs(Shape((300, 40), 4, 1, head_dim, 16, query_tokens, torch.bfloat16), spread=40.0))
+    check(emulator, inputs, {"selector": "dense"}, 2, seed=1)
+
+
 @pytest.mark.parametrize("head_dim, dtype", FP8_DTYPES.items())
 @pytest.mark.parametrize("cluster_size", [1, 4])
-@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("group", [1, 3, 8, 32])
 def test_dense_rows_of_float8_are_streamed_as_the_reference_reads_them(emulator, group, cluster_size, head_dim, dtype):
     """More tiles than a warp holds at a time, and rows that end inside one."""
     inputs = in_fp8(make_inputs(Shape((1900, 37), group * 2, 2, head_dim, 32, 1, dtype), bounds_dtype="uint8"))

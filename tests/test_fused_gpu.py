@@ -9,7 +9,7 @@ import pytest
 import torch
 from comparisons import assert_same_state
 from flat import reference
-from fused_calls import assert_as_reference, extreme_call, observed, planned, random_call, request_of
+from fused_calls import assert_as_reference, extreme_call, far_below_zero, many_rows_call, observed, planned, random_call, request_of
 from inputs import SHAPES, Shape, in_fp8, interleaved, make_inputs, on_device
 from test_strides import check_append, check_reads
 
@@ -52,6 +52,39 @@ def test_calls_on_caches_in_float8_are_as_the_reference(block):
     for seed in range(100 * block, 100 + 100 * block):
         inputs, overrides, cluster_size = random_call(seed, longest=5000, device="cuda", fp8=True)
         assert_as_reference(inputs, overrides, run_with(cluster_size))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["model", "fp8"])
+def test_dense_calls_of_many_rows_are_as_the_reference(fp8):
+    for seed in range(100):
+        inputs, overrides, cluster_size = many_rows_call(seed, longest=5000, device="cuda", fp8=fp8)
+        assert_as_reference(inputs, overrides, run_with(cluster_size))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("fp8", [False, True], ids=["model", "fp8"])
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (128, torch.bfloat16)])
+@pytest.mark.parametrize("query_tokens", [1, 2, 3, 5, 8])
+def test_logits_far_below_zero_are_as_the_reference(query_tokens, head_dim, dtype, fp8):
+    """Of many rows a compiler once left all sums but the first eight's to start at zero."""
+    inputs = far_below_zero(make_inputs(Shape((3000, 40), 8, 2, head_dim, 16, query_tokens, dtype), spread=40.0))
+    inputs = on_device(in_fp8(inputs) if fp8 else inputs, "cuda")
+    assert_as_reference(inputs, {"selector": "dense"}, run_with(2))
+
+
+@pytest.mark.parametrize("cluster_size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("query_tokens", [3, 6, 8])
+def test_rows_of_several_tokens_are_those_of_one_token_at_a_time(query_tokens, cluster_size):
+    """A check of drafts against dense steps of one token: the same rows up to the order in which tokens are added."""
+    shape = Shape((9001, 517), 8, 2, 128, 16, query_tokens, torch.bfloat16)
+    inputs = on_device(make_inputs(shape), "cuda")
+    together, lse = run_with(cluster_size)(inputs.arguments("decode_attention", selector="dense"))
+    for i in range(query_tokens):
+        arguments = inputs.arguments("decode_attention", selector="dense")
+        arguments |= {"q": inputs.q[:, i : i + 1], "seq_lens": inputs.seq_lens - (query_tokens - 1 - i)}
+        alone, alone_lse = run_with(cluster_size)(arguments)
+        torch.testing.assert_close(together[:, i : i + 1], alone, rtol=2**-7, atol=2**-9)
+        torch.testing.assert_close(lse[:, i : i + 1], alone_lse, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -120,12 +153,20 @@ def test_append_kv_writes_what_the_reference_writes(stored, dtype, head_dim, bou
 
 
 @pytest.mark.parametrize(
-    "heads, head_dim, query_tokens, served",
-    [(8, 128, 1, True), (16, 128, 1, False), (8, 96, 1, False), (4, 64, 2, True), (4, 64, 4, False)],
+    "selector, heads, head_dim, query_tokens, served",
+    [
+        ("full", 8, 128, 1, True),
+        ("full", 16, 128, 1, False),
+        ("full", 8, 96, 1, False),
+        ("full", 4, 64, 2, True),
+        ("full", 4, 64, 4, False),
+        ("dense", 4, 64, 8, True),
+        ("dense", 33, 64, 1, False),
+    ],
 )
-def test_calls_beyond_the_kernel_are_left_to_the_stages(heads, head_dim, query_tokens, served):
+def test_calls_beyond_the_kernel_are_left_to_the_stages(selector, heads, head_dim, query_tokens, served):
     inputs = on_device(make_inputs(Shape((100,), heads, 1, head_dim, 16, query_tokens, torch.bfloat16)), "cuda")
-    arguments = inputs.arguments("decode_attention")
+    arguments = inputs.arguments("decode_attention", selector=selector)
     plan = launch_plan.plan_of(request_of(arguments)._replace(device=launch_plan.limits_of(0)))
     assert plan.serves == served
     if not served:

@@ -13,7 +13,7 @@ struct TileStream {
   using E = typename C::E;
   static constexpr bool kStreams = true, kFromHost = false;
   static constexpr int D = C::D, kPiece = 16 / sizeof(E), kRowChunks = D / kPiece;  // of 16 bytes
-  static constexpr int kSlots = kStreamSlots * 2 / sizeof(E);                       // in the same memory
+  static constexpr int kSlots = stream_slots(C::RP) * 2 / sizeof(E);                // in the same memory
   const C& c;
   const Share share;
   const View<uint4> tiles;
@@ -71,13 +71,13 @@ struct TileStream {
   }
 };
 
-// What every logit of row `warp` lacks, because keys are stored less a shift.
+// What every logit of a row lacks, because keys are stored less a shift.
 template <class C>
-__device__ __forceinline__ float missing_logit(const C& c, const Queries<C::D, C::RP>& q) {
+__device__ __forceinline__ float missing_logit(const C& c, const Queries<C::D, C::RP>& q, int row) {
   if (!C::kIsFloat8 || c.p.k_shift == nullptr) return 0.0f;
-  const auto* row = reinterpret_cast<const typename C::T*>(q.rows[c.warp]);
+  const auto* channels = reinterpret_cast<const typename C::T*>(q.rows[row]);
   float sum = 0.0f;
-  for (int d = c.lane; d < C::D; d += 32) sum += to_float(row[d]) * c.p.k_shift[c.head * C::D + d];
+  for (int d = c.lane; d < C::D; d += 32) sum += to_float(channels[d]) * c.p.k_shift[c.head * C::D + d];
   return warp_sum(sum) * c.p.sm_scale;
 }
 
@@ -94,15 +94,16 @@ __device__ __forceinline__ bool writes_alone(const C& c) {
 }
 
 // Exact attention over Entries, or over what a TileStream brings, by tiles of 16 a warp; hands every block of the
-// cluster its part of this one's result. Both products are of tokens or channels by query rows: a thread's two columns
-// are rows 2t and 2t + 1.
+// cluster its part of this one's result. Both products are of tokens or channels by eight query rows: a thread's two
+// columns of the n-th are rows 8n + 2t and 8n + 2t + 1.
 template <class C, class From>
 __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, View<float> warp_rows, Sums<C::RP>& sums,
                        OutputState<C::D, C::RP>& output) {
   using T = typename C::T;
   using E = typename C::E;
   constexpr bool kStreams = From::kStreams;
-  constexpr int D = C::D, RP = C::RP;
+  constexpr int D = C::D, RP = C::RP, kColumns = C::kColumns;
+  static_assert(kStreams || kColumns == 1, "more rows than eight are dense");
   constexpr int kQuarters = D / 32;  // loads of 8 channels a thread makes of a key
   constexpr int kHalves = D / 64;    // and of a value
   constexpr int kProducts = D / 16;
@@ -112,8 +113,14 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
   const auto key_eight = [&](int j) { return kStreams ? 4 * j + c.t : KeyShare::eight(j, c.t); };
   const auto value_eight = [&](int j) { return kStreams ? 8 * j + c.g : ValueShare::eight(j, c.g); };
   const float log2_scale = c.log2_scale() * c.k_descale();
-  float peak[2] = {kEmptyPeak, kEmptyPeak}, z[2] = {};
-  float o[kProducts][4] = {};
+  float peak[kColumns][2], z[kColumns][2], o[kColumns][kProducts][4];
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    peak[n][0] = peak[n][1] = kEmptyPeak;
+    z[n][0] = z[n][1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4 * kProducts; ++i) o[n][i / 4][i % 4] = 0.0f;
+  }
 #pragma unroll 1
   for (int base = c.warp * kTileTokens; base < from.count; base += kWarps * kTileTokens) {
     // Keys of tokens g and g + 8, values of 2t, 2t + 1, 2t + 8 and 2t + 9.
@@ -131,7 +138,7 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
           keys[i][j] = from.at(c.g + 8 * i, key_eight(j));
         }
       }
-      from.pass();
+      if (kColumns == 1) from.pass();
     } else {
       if (c.lane < kTileTokens && base + c.lane < from.count) mine = from.at(base + c.lane);
       key_at = c.chunk_of(c.p.k_cache, mine.x);
@@ -142,14 +149,21 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
         KeyShare::load(keys[i], c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i)), c.t);
       }
     }
-    float acc[4] = {};
+    float acc[kColumns][4];
+#pragma unroll
+    for (int i = 0; i < 4 * kColumns; ++i) acc[i / 4][i % 4] = 0.0f;
 #pragma unroll
     for (int j = 0; j < kQuarters; ++j) {
-      const uint4 queries = c.g < RP ? q.rows[c.g % RP][key_eight(j)] : make_uint4(0, 0, 0, 0);
       const uint4 one = keys[0][j].widen(T()), other = keys[1][j].widen(T());
-      mma(acc, one.x, other.x, one.y, other.y, queries.x, queries.y, T());
-      mma(acc, one.z, other.z, one.w, other.w, queries.z, queries.w, T());
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        const uint4 queries = c.g < RP ? q.rows[(8 * n + c.g) % RP][key_eight(j)] : make_uint4(0, 0, 0, 0);
+        mma(acc[n], one.x, other.x, one.y, other.y, queries.x, queries.y, T());
+        mma(acc[n], one.z, other.z, one.w, other.w, queries.z, queries.w, T());
+      }
     }
+    // There are no registers for more keys than the products are at.
+    if constexpr (kStreams && kColumns > 1) from.pass();
     // There are no registers for keys and values at a time.
     if (!kStreams) {
 #pragma unroll
@@ -164,34 +178,38 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
         }
       }
     }
-    float weights[2][2], scale[2];  // of token g + 8 i and row 2t + k
+    float scale[kColumns][2];
+    uint32_t upper[kColumns][2], lower[kColumns][2];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int row = 2 * c.t + k;
-      const int horizon = row < RP ? q.horizon[row % RP] : -1;
-      float logit[2], top = peak[k];
+    for (int n = 0; n < kColumns; ++n) {
+      float weights[2][2];  // of token g + 8 i and row 8 n + 2 t + k
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int row = 8 * n + 2 * c.t + k;
+        const int horizon = row < RP ? q.horizon[row % RP] : -1;
+        float logit[2], top = peak[n][k];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          logit[i] = position[i] <= horizon ? acc[n][2 * i + k] * log2_scale : -infinity();
+          top = fmaxf(top, logit[i]);
+        }
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
+        scale[n][k] = exp2_fast(peak[n][k] - top);
+        weights[0][k] = exp2_fast(logit[0] - top);
+        weights[1][k] = exp2_fast(logit[1] - top);
+        z[n][k] = z[n][k] * scale[n][k] + weights[0][k] + weights[1][k];
+        peak[n][k] = top;
+      }
+      // Each weight as the sum of two of T, which keeps what rounding to one would lose.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        logit[i] = position[i] <= horizon ? acc[2 * i + k] * log2_scale : -infinity();
-        top = fmaxf(top, logit[i]);
+        const uint32_t packed = pack2(weights[i][0], weights[i][1], T());
+        const float2 rounded = unpack2(packed, T());
+        upper[n][i] = transpose8(packed);
+        lower[n][i] = transpose8(pack2(weights[i][0] - rounded.x, weights[i][1] - rounded.y, T()));
       }
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
-      scale[k] = exp2_fast(peak[k] - top);
-      weights[0][k] = exp2_fast(logit[0] - top);
-      weights[1][k] = exp2_fast(logit[1] - top);
-      z[k] = z[k] * scale[k] + weights[0][k] + weights[1][k];
-      peak[k] = top;
-    }
-    // Each weight as the sum of two of T, which keeps what rounding to one would lose.
-    uint32_t upper[2], lower[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t packed = pack2(weights[i][0], weights[i][1], T());
-      const float2 rounded = unpack2(packed, T());
-      upper[i] = transpose8(packed);
-      lower[i] = transpose8(pack2(weights[i][0] - rounded.x, weights[i][1] - rounded.y, T()));
     }
     if constexpr (kStreams) {
       from.wait();
@@ -213,52 +231,56 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
     }
 #pragma unroll
     for (int j = 0; j < kProducts; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) o[j][c] *= scale[c & 1];
       // Row g of product j is channel j of the thread's first eight; row g + 8 the same of its second, or four further.
       const int e = kHalves == 2 ? j : j + 4, h = kHalves - 1;
       const uint32_t a0 = channel_pair(values[0][0], values[1][0], j), a2 = channel_pair(values[2][0], values[3][0], j);
       const uint32_t a1 = channel_pair(values[0][h], values[1][h], e), a3 = channel_pair(values[2][h], values[3][h], e);
-      mma(o[j], a0, a1, a2, a3, upper[0], upper[1], T());
-      mma(o[j], a0, a1, a2, a3, lower[0], lower[1], T());
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) o[n][j][c] *= scale[n][c & 1];
+        mma(o[n][j], a0, a1, a2, a3, upper[n][0], upper[n][1], T());
+        mma(o[n][j], a0, a1, a2, a3, lower[n][0], lower[n][1], T());
+      }
     }
   }
   if (kStreams) sync_block("tiles read");  // partial results take their place
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const int row = 2 * c.t + k;
+  for (int i = 0; i < 2 * kColumns; ++i) {
+    const int n = i / 2, k = i % 2, row = 8 * n + 2 * c.t + k;
+    const auto& of = o[n];
     if (row < RP) {
       float4* rows = reinterpret_cast<float4*>(&warp_rows[(c.warp * RP + row) * D]);
       float4* to = rows + 2 * value_eight(0);
       if (kHalves == 2) {
         float4* other = rows + 2 * value_eight(1);
-        to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
-        to[1] = make_float4(o[4 % kProducts][k], o[5 % kProducts][k], o[6 % kProducts][k], o[7 % kProducts][k]);
-        other[0] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
-        other[1] = make_float4(o[4 % kProducts][2 + k], o[5 % kProducts][2 + k], o[6 % kProducts][2 + k],
-                               o[7 % kProducts][2 + k]);
+        to[0] = make_float4(of[0][k], of[1][k], of[2][k], of[3][k]);
+        to[1] = make_float4(of[4 % kProducts][k], of[5 % kProducts][k], of[6 % kProducts][k], of[7 % kProducts][k]);
+        other[0] = make_float4(of[0][2 + k], of[1][2 + k], of[2][2 + k], of[3][2 + k]);
+        other[1] = make_float4(of[4 % kProducts][2 + k], of[5 % kProducts][2 + k], of[6 % kProducts][2 + k],
+                               of[7 % kProducts][2 + k]);
       } else {
-        to[0] = make_float4(o[0][k], o[1][k], o[2][k], o[3][k]);
-        to[1] = make_float4(o[0][2 + k], o[1][2 + k], o[2][2 + k], o[3][2 + k]);
+        to[0] = make_float4(of[0][k], of[1][k], of[2][k], of[3][k]);
+        to[1] = make_float4(of[0][2 + k], of[1][2 + k], of[2][2 + k], of[3][2 + k]);
       }
     }
-    z[k] += __shfl_xor_sync(~0u, z[k], 4);
-    z[k] += __shfl_xor_sync(~0u, z[k], 8);
-    z[k] += __shfl_xor_sync(~0u, z[k], 16);
-    if (c.g == 0 && row < RP) sums.of_warps[c.warp][row] = make_float2(peak[k], z[k]);
+    z[n][k] += __shfl_xor_sync(~0u, z[n][k], 4);
+    z[n][k] += __shfl_xor_sync(~0u, z[n][k], 8);
+    z[n][k] += __shfl_xor_sync(~0u, z[n][k], 16);
+    if (c.g == 0 && row < RP) sums.of_warps[c.warp][row] = make_float2(peak[n][k], z[n][k]);
   }
   sync_block("warps' rows written");
   if (kStreams) c.cluster.started();
-  if (c.warp < RP) {
-    const float2 own = part_of(c, sums.of_warps, kWarps);
-    const SoftmaxSum all = publish_row_sum(c, own, sums);
+  for_own_rows(c, [&](int row) {
+    const float2 own = part_of(c, sums.of_warps, row, kWarps);
+    const SoftmaxSum all = publish_row_sum(c, row, own, sums);
     const float share = c.v_descale() * (!writes_alone(c) ? 1.0f : all.z == 0.0f ? 0.0f : 1.0f / all.z);
-    if (c.lane < kWarps) output.rescale[c.lane][c.warp] = exp2_fast(own.x - all.peak) * share;
+    if (c.lane < kWarps) output.rescale[c.lane][row] = exp2_fast(own.x - all.peak) * share;
     if (writes_alone(c)) {
-      const float missing = missing_logit(c, q);
-      if (c.lane == 0) write_lse(c, c.warp, all.peak, all.z, missing);
+      const float missing = missing_logit(c, q, row);
+      if (c.lane == 0) write_lse(c, row, all.peak, all.z, missing);
     }
-  }
+  });
   sync_block("factors known");
   const int slice = RP * D / c.cluster.size;
 #pragma unroll 1

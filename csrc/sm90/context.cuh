@@ -7,8 +7,8 @@
 namespace twilight {
 namespace {
 
-// Made once the length is known, and the same from then on. D channels, RP query rows padded to 1, 4 or 8; Element is
-// what the caches hold.
+// Made once the length is known, and the same from then on. D channels, RP query rows padded to 1, 4, 8 or, of dense
+// rows, 16, 24 or 32; Element is what the caches hold.
 template <typename Value, int kHeadDim, int kPaddedRows, Selector kChosen, bool kTokensOfPages = false,
           typename Element = Value>
 struct Context {
@@ -26,6 +26,7 @@ struct Context {
   static constexpr bool kOnlyDense = kSelector == Selector::kDense;
   static constexpr int kWords = D / 8;    // 32-bit words of codes a row
   static constexpr int kCopies = 8 / RP;  // tiles that share one accumulator: its eight columns are RP rows of each
+  static constexpr int kColumns = RP <= kMaxRows ? 1 : RP / kMaxRows;  // products whose columns are the rows
 
   const FusedParams& p;
   const Cluster cluster;
@@ -221,10 +222,20 @@ __device__ __forceinline__ void clear_histogram(const C& c, View<uint32_t> histo
   for (int i = 0; i < kVectors; i += kThreads) histogram.as<uint4>()[i + c.tid()] = make_uint4(0, 0, 0, 0);
 }
 
-// A lane's part of the sum of row `warp`, and what up to kParts of them add up to.
+// Calls `work` with the rows of this warp.
+template <class C, class Work>
+__device__ __forceinline__ void for_own_rows(const C& c, const Work& work) {
+#pragma unroll
+  for (int i = 0; i < C::kColumns; ++i) {
+    const int row = c.warp + i * kWarps;
+    if (row < C::RP) work(row);
+  }
+}
+
+// A lane's part of the sum of a row, and what up to kParts of them add up to.
 template <class C>
-__device__ __forceinline__ float2 part_of(const C& c, const float2 (*parts)[C::RP], int count) {
-  return c.lane < count ? parts[c.lane][c.warp] : make_float2(kEmptyPeak, 0.0f);
+__device__ __forceinline__ float2 part_of(const C& c, const float2 (*parts)[C::RP], int row, int count) {
+  return c.lane < count ? parts[c.lane][row] : make_float2(kEmptyPeak, 0.0f);
 }
 template <int kParts>
 __device__ __forceinline__ SoftmaxSum merge_parts(float2 part) {
@@ -235,14 +246,14 @@ __device__ __forceinline__ SoftmaxSum merge_parts(float2 part) {
   return all;
 }
 
-// Merges the warps' sums of row `warp`, hands the result to every block of the cluster and returns it.
+// Merges the warps' sums of a row, hands the result to every block of the cluster and returns it.
 template <class C>
-__device__ __forceinline__ SoftmaxSum publish_row_sum(const C& c, float2 own, Sums<C::RP>& sums) {
+__device__ __forceinline__ SoftmaxSum publish_row_sum(const C& c, int row, float2 own, Sums<C::RP>& sums) {
   SoftmaxSum all = merge_parts<kWarps>(own);
   all.peak = __shfl_sync(~0u, all.peak, 0);
   all.z = __shfl_sync(~0u, all.z, 0);
   if (c.lane < c.cluster.size) {
-    c.cluster.write(&sums.of_blocks[c.cluster.rank][c.warp], c.lane, make_float2(all.peak, all.z));
+    c.cluster.write(&sums.of_blocks[c.cluster.rank][row], c.lane, make_float2(all.peak, all.z));
   }
   return all;
 }
@@ -258,14 +269,14 @@ __device__ void publish_sums(const C& c, SoftmaxSum (&sum)[2], Sums<C::RP>& sums
     if (c.g == 0 && 2 * c.t + k < RP) sums.of_warps[c.warp][2 * c.t + k] = make_float2(sum[k].peak, sum[k].z);
   }
   sync_block("sums of warps written");
-  if (c.warp < RP) publish_row_sum(c, part_of(c, sums.of_warps, kWarps), sums);
+  if (c.warp < RP) publish_row_sum(c, c.warp, part_of(c, sums.of_warps, c.warp, kWarps), sums);
 }
 
 // What the rows' logits are lowered by, once the cluster has met.
 template <class C>
 __device__ void read_norms(const C& c, const Sums<C::RP>& sums, float* norms) {
   if (c.warp < C::RP) {
-    const SoftmaxSum all = merge_parts<kMaxClusterSize>(part_of(c, sums.of_blocks, c.cluster.size));
+    const SoftmaxSum all = merge_parts<kMaxClusterSize>(part_of(c, sums.of_blocks, c.warp, c.cluster.size));
     if (c.lane == 0) norms[c.warp] = c.warp < c.rows ? all.norm() : infinity();
   }
   sync_block("norms known");

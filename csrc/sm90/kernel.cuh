@@ -17,7 +17,7 @@ namespace {
 
 // Blocks a multiprocessor, which caps the registers.
 template <int RP>
-constexpr int kMinBlocks = RP == 8 ? 1 : 2;
+constexpr int kMinBlocks = RP >= kMaxRows ? 1 : 2;
 
 // Makes the first tokens and the newest `wanted` in all candidates, of which no score is needed; returns this block's
 // run of slots.
@@ -102,30 +102,34 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<RP>) fused_decode_kernel(
   const Survivors survivors{fixed.survivors, shared.survivors()};
   Entries<C> entries{candidates, survivors, Listed::kCandidates, 0, run.count};
   int kept_tokens = candidate_tokens, list_start = run.first;
-  if (prunes) {
-    find_thresholds(c, candidates, total_slots, shadow, fixed.queries, shared.estimates(), fixed.sums,
-                    shared.thresholds());
-    entries.list = Listed::kOwnSurvivors;
-    entries.count = list_survivors(c, candidates, shared.estimates(), fixed.thresholds, fixed.scan_totals, survivors);
-    TWILIGHT_PHASE("survivors listed");
-    if (cluster.size > 1 && p.slot_capacity > kUnsharedSlots) {
-      cluster.sync("survivors listed");
-      kept_tokens = count_survivors(c, survivors);
-      const int even = blocks_of(cluster.size, kept_tokens);
-      list_start = cluster.rank * even;
-      entries.list = Listed::kSharedSurvivors;
-      entries.start = list_start;
-      entries.count = min(max(kept_tokens - list_start, 0), even);
-      TWILIGHT_PHASE("survivors shared out");
+  if constexpr (!C::kOnlyDense) {
+    if (prunes) {
+      find_thresholds(c, candidates, total_slots, shadow, fixed.queries, shared.estimates(), fixed.sums,
+                      shared.thresholds());
+      entries.list = Listed::kOwnSurvivors;
+      entries.count = list_survivors(c, candidates, shared.estimates(), fixed.thresholds, fixed.scan_totals, survivors);
+      TWILIGHT_PHASE("survivors listed");
+      if (cluster.size > 1 && p.slot_capacity > kUnsharedSlots) {
+        cluster.sync("survivors listed");
+        kept_tokens = count_survivors(c, survivors);
+        const int even = blocks_of(cluster.size, kept_tokens);
+        list_start = cluster.rank * even;
+        entries.list = Listed::kSharedSurvivors;
+        entries.start = list_start;
+        entries.count = min(max(kept_tokens - list_start, 0), even);
+        TWILIGHT_PHASE("survivors shared out");
+      }
     }
   }
 
   if (dense) {
     attend(c, stream, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
-  } else if (p.in_host_memory) {
-    attend(c, HostEntries<C>{entries}, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
-  } else {
-    attend(c, entries, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
+  } else if constexpr (!C::kOnlyDense) {
+    if (p.in_host_memory) {
+      attend(c, HostEntries<C>{entries}, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
+    } else {
+      attend(c, entries, fixed.queries, shared.warp_rows(), fixed.sums, fixed.output);
+    }
   }
   TWILIGHT_PHASE("attended");
   write_output(c, fixed.queries, fixed.sums, fixed.output, shared.warp_rows());

@@ -31,15 +31,24 @@ namespace twilight {
 extern __shared__ __align__(16) char dynamic_shared[];
 #endif
 
-template <int D, int RP>
+template <int D, int RP, bool kReadsCodes = RP <= kMaxRows>
 struct Queries {
-  uint4 codes[D / 8][RP];  // ordered channels 8w..8w+7 as fp16, in the order mma_codes4 unpacks them
+  static constexpr int kRowChunks = D / 8;  // from a row to the next
+  uint4 codes[D / 8][RP];                   // ordered channels 8w..8w+7 as fp16, in the order mma_codes4 unpacks them
   // Channels 4w..4w+3: negative part against the minima, then positive part against the maxima.
   uint2 bounds[D / 2][RP];
-  uint4 rows[RP][D / 8];  // as the model made them
+  uint4 rows[RP][kRowChunks];  // as the model made them
   float gain[RP], sum[RP], prefix_sum[RP];
   int horizon[RP];  // the last position a row sees
   int order[D];
+};
+
+// Half a line between rows: eight threads then read two rows from other banks.
+template <int D, int RP>
+struct Queries<D, RP, false> {
+  static constexpr int kRowChunks = D / 8 + 4;
+  uint4 rows[RP][kRowChunks];
+  int horizon[RP];
 };
 
 // (peak, z) of softmax sums: of scores, of weights, of the output.

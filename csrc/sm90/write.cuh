@@ -12,17 +12,17 @@ template <class C>
 __device__ void write_output(const C& c, const Queries<C::D, C::RP>& q, const Sums<C::RP>& sums,
                              const OutputState<C::D, C::RP>& output, View<float> factors) {
   if (writes_alone(c)) return;
-  if (c.warp < C::RP) {
-    const float2 own = part_of(c, sums.of_blocks, c.cluster.size);
+  for_own_rows(c, [&](int row) {
+    const float2 own = part_of(c, sums.of_blocks, row, c.cluster.size);
     const SoftmaxSum all = merge_parts<kMaxClusterSize>(own);
     const float top = __shfl_sync(~0u, all.peak, 0), z = __shfl_sync(~0u, all.z, 0);
     if (c.lane < c.cluster.size)
-      factors[c.warp * kMaxClusterSize + c.lane] = z == 0.0f ? 0.0f : exp2_fast(own.x - top) / z;
+      factors[row * kMaxClusterSize + c.lane] = z == 0.0f ? 0.0f : exp2_fast(own.x - top) / z;
     if (c.cluster.rank == 0) {
-      const float missing = missing_logit(c, q);
-      if (c.lane == 0) write_lse(c, c.warp, top, z, missing);
+      const float missing = missing_logit(c, q, row);
+      if (c.lane == 0) write_lse(c, row, top, z, missing);
     }
-  }
+  });
   sync_block("factors of blocks known");
   const int slice = C::RP * C::D / c.cluster.size;
 #pragma unroll 1

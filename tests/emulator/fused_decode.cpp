@@ -39,10 +39,20 @@ void run_selector(const FusedParams& p) {
 
 template <typename T, typename E, int D>
 void run_rows(const FusedParams& p) {
-  const int rows = p.query_tokens * p.group_size;
-  if (rows == 1) return run_selector<T, E, D, 1>(p);
-  if (rows <= 4) return run_selector<T, E, D, 4>(p);
-  run_selector<T, E, D, 8>(p);
+  switch (twilight::padded_rows(p.query_tokens * p.group_size)) {
+    case 1:
+      return run_selector<T, E, D, 1>(p);
+    case 4:
+      return run_selector<T, E, D, 4>(p);
+    case 8:
+      return run_selector<T, E, D, 8>(p);
+    case 16:
+      return twilight::fused_decode_kernel<T, E, D, 16, Selector::kDense>(p);
+    case 24:
+      return twilight::fused_decode_kernel<T, E, D, 24, Selector::kDense>(p);
+    default:
+      return twilight::fused_decode_kernel<T, E, D, 32, Selector::kDense>(p);
+  }
 }
 
 template <typename T, typename E, int D>

@@ -33,10 +33,13 @@ void launch_rows(const FusedParams& p, int grid, int cluster_size, int shared_by
 
 template <typename T, typename E, int D>
 void launch_fused_decode(const FusedParams& p, int grid, int cluster_size, int shared_bytes, cudaStream_t stream) {
-  const int rows = p.query_tokens * p.group_size;
-  const auto launcher = rows == 1   ? launch_rows<T, E, D, 1>
-                        : rows <= 4 ? launch_rows<T, E, D, 4>
-                                    : launch_rows<T, E, D, 8>;
+  const int rows = padded_rows(p.query_tokens * p.group_size);
+  const auto launcher = rows == 1    ? launch_rows<T, E, D, 1>
+                        : rows == 4  ? launch_rows<T, E, D, 4>
+                        : rows == 8  ? launch_rows<T, E, D, 8>
+                        : rows == 16 ? launch_kernel<T, E, D, 16, Selector::kDense>
+                        : rows == 24 ? launch_kernel<T, E, D, 24, Selector::kDense>
+                                     : launch_kernel<T, E, D, 32, Selector::kDense>;
   launcher(p, grid, cluster_size, shared_bytes, stream);
 }
 
