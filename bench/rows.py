@@ -94,7 +94,7 @@ def cpu_name() -> str:
 
 # Beyond either, what a setting does is no speed-up of the same computation.
 MAX_KL, MAX_PERPLEXITY_CHANGE = 0.015, 0.01
-ACCURACY = RESULTS / "accuracy_qwen.jsonl"
+ACCURACY = tuple(RESULTS / f"accuracy_qwen{name}.jsonl" for name in ("", "_frontier"))
 ACCURACY_LENGTH = 31_000
 EQUAL, NOT_EQUAL, NOT_MEASURED = "equal", "not at equal accuracy", "not measured"
 
@@ -113,14 +113,15 @@ def setting_of(config: TwilightConfig) -> str:
     return Method(config.selector, config.top_p, tuple((name, value) for name, value in given.items() if value is not None)).setting
 
 
-def accuracy_of(setting: str, path: Path = ACCURACY) -> dict[str, object]:
+def accuracy_of(setting: str, *paths: Path) -> dict[str, object]:
     """Columns of a row: what `python -m twilight_ops eval` found of its setting on a real model at 31k tokens, the worst of its runs.
 
     `accuracy` is "equal" up to a KL of MAX_KL to dense and MAX_PERPLEXITY_CHANGE, "not at equal accuracy" beyond, and "not measured"
-    where the file of results has no such row.
+    where no file of results, by default ACCURACY, has such a row.
     """
     found = [
         row
+        for path in paths or ACCURACY
         for row in (read(path) if path.exists() else ())
         if row.get("task") == "language" and row["length"] >= ACCURACY_LENGTH and row["setting"] == setting
     ]

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import torch
 
-from twilight_ops import Paging, TwilightConfig, explain
+from twilight_ops import Full, Paging, TwilightConfig, explain
 from twilight_ops.evaluation.methods import selector_classes
 from twilight_ops.explanation import FUSED
 from twilight_ops.layer import allocate_layer
@@ -172,16 +172,22 @@ def serving(found: Sequence[dict]) -> str:
 
 def support() -> str:
     """Which kernel serves decode_attention, by head dimension: asked of `twilight_ops.explain`."""
+    dense = TwilightConfig(Full(), dense_layers=1)
     lines = []
     for head_dim in HEAD_DIMS:
-        fused = [rows for rows in range(1, 65) if _serves(head_dim, rows) == FUSED]
-        sm90 = f"fused up to {max(fused)} query rows a KV head, then Triton" if fused else "Triton"
+        rows, dense_rows = (_fused_rows(head_dim, config) for config in (TwilightConfig(dense_below=0), dense))
+        sm90 = f"fused up to {rows} query rows a KV head, dense ones up to {dense_rows}, then Triton" if rows else "Triton"
         lines.append([str(head_dim), "C++ (avx512, avx2, any)", sm90, "Triton"])
     return markdown(("head dimension", "CPU, fp32 / bf16 / fp16", "sm_90, bf16 / fp16", "sm_80 and newer, bf16 / fp16"), lines)
 
 
-def _serves(head_dim: int, query_rows: int) -> str:
-    plan = TwilightConfig().layer_plan(0, "cuda", 8)
+def _fused_rows(head_dim: int, config: TwilightConfig) -> int:
+    """Most query rows a KV head that the fused kernel serves, 0 for none."""
+    return max((rows for rows in range(1, 65) if _serves(head_dim, rows, config) == FUSED), default=0)
+
+
+def _serves(head_dim: int, query_rows: int, config: TwilightConfig) -> str:
+    plan = config.layer_plan(0, "cuda", 8)
     layer = allocate_layer(plan, 2048, 8 * query_rows, 8, head_dim, 16, torch.bfloat16, torch.device("meta"))
     q = torch.empty(1, 1, 8 * query_rows, head_dim, dtype=torch.bfloat16, device="meta")
     paging = Paging(*(torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((1, 2048), (1,))))

@@ -25,18 +25,15 @@ def run(args: argparse.Namespace) -> None:
     dense = TwilightConfig(Full(), dense_layers=1 << 20)
     sparse = TwilightConfig(method.selector, top_p=method.top_p, **{"dense_below": 0, **dict(method.settings)})
     ways = {
-        "dense": (dense, None),
-        "sparse drafts": (sparse, Speculation(args.drafts, adapt=not args.fixed)),
-        "prompt drafts": (dense, Speculation(args.drafts, source="prompt")),
+        "dense": (Decoder, dense, {}),
+        "sparse drafts": (LosslessDecoder, sparse, {"speculation": Speculation(args.drafts, adapt=not args.fixed)}),
+        "prompt drafts": (LosslessDecoder, dense, {"speculation": Speculation(args.drafts, source="prompt")}),
     }
     expected = None
-    for name, (config, speculation) in ways.items():
+    for name, (make, config, more) in ways.items():
         cache = TwilightCache(model.config, config, args.batch, args.length + args.new_tokens + args.drafts, warn_never_sparse=False)
         sampling = Sampling(args.temperature) if args.temperature else None
-        options = {"batch_size": args.batch, "sampling": sampling, "eos_token_ids": (), "capture": args.capture}
-        decoder = (
-            Decoder(model, cache, **options) if speculation is None else LosslessDecoder(model, cache, speculation=speculation, **options)
-        )
+        decoder = make(model, cache, batch_size=args.batch, sampling=sampling, eos_token_ids=(), capture=args.capture, **more)
         found = decoder.generate(ids, max_new_tokens=args.new_tokens, prefill_chunk=args.prefill_chunk)
         line = f"{name}: {args.batch / found.ms_per_token * 1e3:.1f} tokens a second"
         if (drafts := found.drafts) is None:
