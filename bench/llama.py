@@ -24,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,11 +37,13 @@ from transformers.distributed import DistributedConfig
 
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.decode_step import append, decode_step
+from twilight_ops.evaluation import methods
 from twilight_ops.integration import CapturedStep, Decoder, LosslessDecoder, Speculation, TwilightCache, join_linears
 from twilight_ops.integration.hf.generate import cache_argument
 
 from .rows import WORLD_SIZE, accuracy_of, setting_of, speed_up
 from .run import Entry, Op, tokens_of
+from .settings import add_settings, parsed_settings
 from .timing import Method, Timing, read_bandwidth, step_us
 from .workload import ENERGY_DECAY, PAGE_COHERENCE, SPREAD, candidate_budget
 
@@ -78,22 +80,31 @@ PREFILL_REPEATS = 5
 def twilight_config(method: str, context: int, head_dim: int, options: argparse.Namespace, prompt: bool = False) -> TwilightConfig:
     """A method's configuration; budgets are the paper's for Quest and an eighth of the context for the shadow prefix.
 
-    A prompt of the first layers alone leaves none of them dense, and calibrates the prefix itself.
+    A prompt of the first layers alone leaves none of them dense, and calibrates the prefix itself. Other methods are of --settings.
     """
-    selectors = {
-        "dense": Full(),
-        "quest": Quest(token_budget=candidate_budget("quest", context)),
-        "full": Full(),
-        "shadow_prefix": ShadowPrefix(prefix_channels=None if prompt else max(8, head_dim // 4)),
-    }
-    return TwilightConfig(
-        selector=selectors[method.removesuffix("+twilight")],
-        top_p=options.top_p if method.endswith("+twilight") else 1.0,
+    if method in options.settings:
+        chosen = methods.parse_method(method)
+    else:
+        selectors = {
+            "dense": Full(),
+            "quest": Quest(token_budget=candidate_budget("quest", context)),
+            "full": Full(),
+            "shadow_prefix": ShadowPrefix(),
+        }
+        name, pruned = method.removesuffix("+twilight"), method.endswith("+twilight")
+        chosen = methods.Method(selectors[name], options.top_p if pruned else 1.0)
+    selector = chosen.selector
+    if isinstance(selector, ShadowPrefix) and not prompt:
+        selector = replace(selector, prefix_channels=max(8, head_dim // 4))
+    settings = dict(
+        selector=selector,
+        top_p=chosen.top_p,
         page_size=PAGE_SIZE,
         dense_layers=1 << 20 if method == "dense" else 0 if prompt else options.dense_layers,
         dense_below=options.dense_below,
         kv_cache_dtype=options.kv_cache_dtype,
     )
+    return TwilightConfig(**{**settings, **dict(chosen.settings)})
 
 
 @dataclass
@@ -293,7 +304,7 @@ def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Met
             columns["attention_ms"] = attention_ms(cache, data.context, data.batch, options.steps)
             if budget is not None:
                 columns |= {"live": budget.live, "candidates": budget.candidates.mean, "kept": budget.kept.mean}
-                columns["captured_mass"] = budget.captured_mass
+                columns |= {"captured_mass": budget.captured_mass, "top_p": cache.twilight.top_p}
                 columns |= accuracy_of(setting_of(cache.twilight))
         if options.device == "cuda" and WORLD_SIZE == 1:  # shards of the random layers share one layer's memory
             columns["peak_over_kv"] = (torch.cuda.max_memory_allocated() - data.weight_bytes - data.kv_bytes) / data.kv_bytes
@@ -323,7 +334,8 @@ def lossless_method(name: str, data: Decoding, options: argparse.Namespace) -> M
         check = statistics.median(step_us(decoder.step, options.steps, options.device)) / 1e3
         columns: dict[str, object] = {"graphs": decoder.graphs, "drafts": drafts, "acceptance": options.acceptance, "check_ms": check}
         if (budget := cache.budget_report().sparse) is not None:
-            columns |= {"kept": budget.kept.mean, "captured_mass": budget.captured_mass} | accuracy_of(setting_of(cache.twilight))
+            columns |= {"kept": budget.kept.mean, "captured_mass": budget.captured_mass, "top_p": cache.twilight.top_p}
+            columns |= accuracy_of(setting_of(cache.twilight))
         return columns | {"setup_s": round(time.perf_counter() - started, 1)}
 
     return Method(name, [], report, sampled=lambda seconds: step_us(step, options.steps, options.device))
@@ -446,6 +458,7 @@ class ModelOp(Op):
         p.add_argument("--layers", type=int, metavar="N", help="fewer layers than the model has, for a quick look")
         p.add_argument("--prefill-layers", type=int, default=4, metavar="N", help="first layers that a prompt goes through; default: 4")
         p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="default: 0.85")
+        add_settings(p)
         p.add_argument("--spread", type=float, default=SPREAD, metavar="STD", help="of the logits; default: 3.7")
         p.add_argument("--dense-layers", type=int, default=2, metavar="N", help="first layers that attend to everything; default: 2")
         p.add_argument("--dense-below", type=int, metavar="N", help="tokens up to which all attend to everything; default: as shipped")
@@ -464,7 +477,8 @@ class ModelOp(Op):
         return "1:32k"
 
     def entries(self, options: argparse.Namespace) -> list[Entry]:
-        return [Entry(name, partial(self.prepare, name), kind="peer" if name == self.peer else "ours") for name in (self.peer, *self.ours)]
+        names = (self.peer, *self.ours, *parsed_settings(options))
+        return [Entry(name, partial(self.prepare, name), kind="peer" if name == self.peer else "ours") for name in names]
 
     def prepare(self, name: str, data: Decoding, options: argparse.Namespace) -> Method:
         self.release(options.device)  # each method has the whole device

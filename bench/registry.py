@@ -19,6 +19,7 @@ from . import heads, peers, rows, speed_of_light, timing, workload
 from .checks import captured_mass, exact_check, sparse_check
 from .peers import FA2
 from .run import DEVICES, Entry, Op, tokens_of
+from .settings import add_settings, parsed_settings
 from .timing import Method, Timing
 from .workload import Sizes, Workload, call_arguments, operator
 
@@ -297,12 +298,8 @@ def light_method(name: str, data: Workload, options: argparse.Namespace) -> Meth
 def decode_entries(options: argparse.Namespace) -> list[Entry]:
     if options.query_tokens != 1:
         options.error(f"--query-tokens: dense peers attend with one query token a sequence, expected 1, got {options.query_tokens}")
-    for text in options.settings:
-        try:
-            method = parse_method(text, "settings")
-        except ValueError as error:
-            options.error(f"--{error}")
-        if method.selector is None or method.selector.kernel == "given":
+    for text, method in parsed_settings(options).items():
+        if method.selector.kernel == "given":
             kept = "full, quest, page_mean, shadow_prefix, double_sparsity, streaming"
             options.error(f"--settings: expected a selector whose data the bench keeps ({kept}), got {text}")
         if isinstance(method.selector, DoubleSparsity) and options.kv_cache_dtype != "auto":
@@ -330,13 +327,7 @@ def decode_options(p: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="candidates; of Quest on a GPU at most a quarter of the length; default: 8192",
     )
-    p.add_argument(
-        "--settings",
-        nargs="+",
-        default=[],
-        metavar="NAME:BUDGET:P",
-        help="more methods, spelt as for `python -m twilight_ops eval`, e.g. quest:n/4:.95 shadow_prefix:.85",
-    )
+    add_settings(p)
     shipped = "default: as shipped, the break-even in twilight_ops/config.py"
     p.add_argument("--dense-below", type=int, metavar="N", help=f"tokens up to which Twilight attends to everything; {shipped}")
 

@@ -150,6 +150,24 @@ def test_later_rows_replace_earlier_ones_and_ratios_stay_in_their_cell():
     assert rows.speed_up(row("quest", 3.0, batch=2), found, "dense") is None
 
 
+def test_a_setting_is_a_further_method_with_its_own_p(tmp_path):
+    path, setting = tmp_path / "llama.jsonl", "page_mean:n/8:.9"
+    more = ["--shapes", "2:2k", "--settings", setting, "--methods", "dense", setting, "--dense-below", "0", "--json", str(path)]
+    assert main([*DECODE, *more]) == 0
+    found = {row["method"]: row for row in rows.read(path)}
+    assert set(found) == {"dense", setting}
+    row = found[setting]
+    assert row["top_p"] == 0.9 and row["setting"] == "page_mean:n/8:0.9:dense_layers=2"
+    assert row["kept"] < row["candidates"] < row["live"] / 4
+
+
+@pytest.mark.parametrize("text", ["dense", "nothing:.9"])
+def test_a_setting_that_is_no_selector_is_refused(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*DECODE, "--settings", text])
+    assert "--settings: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["32768", "x:1", "0:1k", "1:0", "1:32k:32/8", ":"])
 def test_a_malformed_cell_is_refused(text, capsys):
     with pytest.raises(SystemExit, match="2"):
