@@ -75,6 +75,7 @@ PROBE_TOKENS = 64  # whose queries are measured
 EXTRA_OVER_KV = 0.17  # beside K and V, what the largest batch leaves room for
 RESERVE_BYTES = 6 << 30  # left free for workspaces, logits and graph pools when the largest batch is computed
 PREFILL_REPEATS = 5
+FILLED = ("full", "quest", "page_mean", "shadow_prefix", "streaming")  # selectors whose data can be written without a prompt
 
 
 def twilight_config(method: str, context: int, head_dim: int, options: argparse.Namespace, prompt: bool = False) -> TwilightConfig:
@@ -94,9 +95,9 @@ def twilight_config(method: str, context: int, head_dim: int, options: argparse.
         name, pruned = method.removesuffix("+twilight"), method.endswith("+twilight")
         chosen = methods.Method(selectors[name], options.top_p if pruned else 1.0)
     selector = chosen.selector
-    if isinstance(selector, ShadowPrefix) and not prompt:
+    if isinstance(selector, ShadowPrefix) and selector.prefix_channels is None and not prompt:
         selector = replace(selector, prefix_channels=max(8, head_dim // 4))
-    settings = dict(
+    return TwilightConfig(
         selector=selector,
         top_p=chosen.top_p,
         page_size=PAGE_SIZE,
@@ -104,7 +105,6 @@ def twilight_config(method: str, context: int, head_dim: int, options: argparse.
         dense_below=options.dense_below,
         kv_cache_dtype=options.kv_cache_dtype,
     )
-    return TwilightConfig(**{**settings, **dict(chosen.settings)})
 
 
 @dataclass
@@ -304,7 +304,7 @@ def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Met
             columns["attention_ms"] = attention_ms(cache, data.context, data.batch, options.steps)
             if budget is not None:
                 columns |= {"live": budget.live, "candidates": budget.candidates.mean, "kept": budget.kept.mean}
-                columns |= {"captured_mass": budget.captured_mass, "top_p": cache.twilight.top_p}
+                columns["captured_mass"] = budget.captured_mass
                 columns |= accuracy_of(setting_of(cache.twilight))
         if options.device == "cuda" and WORLD_SIZE == 1:  # shards of the random layers share one layer's memory
             columns["peak_over_kv"] = (torch.cuda.max_memory_allocated() - data.weight_bytes - data.kv_bytes) / data.kv_bytes
@@ -334,8 +334,7 @@ def lossless_method(name: str, data: Decoding, options: argparse.Namespace) -> M
         check = statistics.median(step_us(decoder.step, options.steps, options.device)) / 1e3
         columns: dict[str, object] = {"graphs": decoder.graphs, "drafts": drafts, "acceptance": options.acceptance, "check_ms": check}
         if (budget := cache.budget_report().sparse) is not None:
-            columns |= {"kept": budget.kept.mean, "captured_mass": budget.captured_mass, "top_p": cache.twilight.top_p}
-            columns |= accuracy_of(setting_of(cache.twilight))
+            columns |= {"kept": budget.kept.mean, "captured_mass": budget.captured_mass} | accuracy_of(setting_of(cache.twilight))
         return columns | {"setup_s": round(time.perf_counter() - started, 1)}
 
     return Method(name, [], report, sampled=lambda seconds: step_us(step, options.steps, options.device))
@@ -477,7 +476,13 @@ class ModelOp(Op):
         return "1:32k"
 
     def entries(self, options: argparse.Namespace) -> list[Entry]:
-        names = (self.peer, *self.ours, *parsed_settings(options))
+        for text, setting in parsed_settings(options).items():
+            if setting.name not in FILLED or text in self.ours:
+                options.error(f"--settings: expected one of {', '.join(FILLED)} with a budget, a field or p, got {text}")
+            if setting.settings:
+                named = ", ".join(f"--{name.replace('_', '-')}" for name, _ in setting.settings)
+                options.error(f"--settings: expected fields of a selector, and {named} for all methods, got {text}")
+        names = (self.peer, *self.ours, *options.settings)
         return [Entry(name, partial(self.prepare, name), kind="peer" if name == self.peer else "ours") for name in names]
 
     def prepare(self, name: str, data: Decoding, options: argparse.Namespace) -> Method:

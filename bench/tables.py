@@ -31,6 +31,7 @@ FILES = ("README.md", "docs/*.md")
 
 FIELDS = {"budget_fraction": "tokens", "page_fraction": "pages"}
 WORDS = {"kv_cache_dtype": "K and V in {}", "recent_tokens": "{} newest tokens", "sink_tokens": "{} sinks"}
+WORDS |= {"min_scored_tokens": "at least {} tokens scored"}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -47,7 +48,8 @@ def named(setting: str) -> str:
         elif "=" in part:
             fields = dict(field.split("=") for field in part.split(" ")[0].split(","))
             words += [f"{parts_of(value)} the {FIELDS[field]}" for field, value in sorted(fields.items()) if field in FIELDS]
-            words += [WORDS[field].format(value) for field, value in fields.items() if field in WORDS]
+            told = {field: value for field, value in fields.items() if (field, value) != ("min_scored_tokens", "0")}  # no floor
+            words += [WORDS[field].format(value) for field, value in told.items() if field in WORDS]
             words += [" ".join(part.split(" ")[1:])] if " " in part else []
         else:
             words.append(part)

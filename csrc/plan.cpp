@@ -95,12 +95,13 @@ std::string refusal(const PlanRequest& r) {
     return "selector: expected dense, full, quest, page_mean, shadow_prefix or streaming, got given";
   if (r.dtype_bits != 16) return got("q: expected a dtype of 16 bits", r.dtype_bits);
   if (r.head_dim != 64 && r.head_dim != 128) return got("head_dim: expected 64 or 128", r.head_dim);
-  const bool dense = r.running_selector() == Selector::kDense;
+  const Selector selector = r.running_selector();
+  const bool dense = selector == Selector::kDense;
   if (r.rows() > (dense ? kMaxDenseRows : kMaxRows)) {
     return got(dense ? "q: expected at most 32 query rows a KV head" : "q: expected at most 8 query rows a KV head",
                r.rows());
   }
-  if (r.selector == Selector::kQuest && r.bounds_bits != 8) return got("page_bounds: expected 8 bits", r.bounds_bits);
+  if (selector == Selector::kQuest && r.bounds_bits != 8) return got("page_bounds: expected 8 bits", r.bounds_bits);
   if (r.softcap != 0) {
     char text[64];
     std::snprintf(text, sizeof(text), "softcap: expected None, got %g", r.softcap);

@@ -29,7 +29,7 @@ Selector selector_named(const Name& name) {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxRows = 8;        // query rows of a KV head: the columns of one tensor-core product
-constexpr int kMaxDenseRows = 32;  // where nothing selects or prunes: of four
+constexpr int kMaxDenseRows = 32;  // where the selector that runs is kDense: of four
 constexpr int kTileTokens = 16;    // rows of one tensor-core product
 constexpr int kBlockTokens = 128;  // a block's share of a sequence is a multiple of this
 constexpr int kMaxClusterSize = 16;

@@ -18,12 +18,12 @@ from twilight_ops.integration import Decoder, LosslessDecoder, Sampling, Specula
 
 
 def run(args: argparse.Namespace) -> None:
+    method = parse_method(args.setting, "setting")
+    sparse = TwilightConfig(method.selector, top_p=method.top_p, **{"dense_below": 0, **dict(method.settings)})
     model, tokenizer = load_model(args)
     documents = texts.build(args.text, args.batch, args.length, lambda text: tokenizer(text)["input_ids"])
     ids = torch.stack([torch.as_tensor(document.ids[: args.length]) for document in documents])
-    method = parse_method(args.setting, "setting")
     dense = TwilightConfig(Full(), dense_layers=1 << 20)
-    sparse = TwilightConfig(method.selector, top_p=method.top_p, **{"dense_below": 0, **dict(method.settings)})
     ways = {
         "dense": (Decoder, dense, {}),
         "sparse drafts": (LosslessDecoder, sparse, {"speculation": Speculation(args.drafts, adapt=not args.fixed)}),

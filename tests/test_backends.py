@@ -187,6 +187,7 @@ def test_as_many_blocks_share_a_head_as_were_fastest(selector, generated):
 def test_a_table_no_longer_than_dense_below_runs_dense():
     assert planned("quest", 1, 512, 32, 8, dense_below=511).selector == "quest"
     assert planned("quest", 1, 512, 32, 8, dense_below=512) == planned("dense", 1, 512, 32, 8, dense_below=512)
+    assert planned("quest", 1, 512, 32, 8, dense_below=512, bounds_bits=16, query_tokens=8).serves
 
 
 @needs_plan

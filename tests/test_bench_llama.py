@@ -157,12 +157,14 @@ def test_a_setting_is_a_further_method_with_its_own_p(tmp_path):
     found = {row["method"]: row for row in rows.read(path)}
     assert set(found) == {"dense", setting}
     row = found[setting]
-    assert row["top_p"] == 0.9 and row["setting"] == "page_mean:n/8:0.9:dense_layers=2"
+    assert row["setting"] == "page_mean:n/8:0.9:dense_layers=2"
     assert row["kept"] < row["candidates"] < row["live"] / 4
+    assert main([*DECODE, *more, "--resume"]) == 0
+    assert len(rows.read(path)) == 2, "measured again"
 
 
-@pytest.mark.parametrize("text", ["dense", "nothing:.9"])
-def test_a_setting_that_is_no_selector_is_refused(text, capsys):
+@pytest.mark.parametrize("text", ["dense", "nothing:.9", "sparq:.9", "quest", "full:.9:kv_cache_dtype=fp8"])
+def test_a_setting_that_cannot_be_filled_or_told_apart_is_refused(text, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*DECODE, "--settings", text])
     assert "--settings: " in capsys.readouterr().err

@@ -7,7 +7,7 @@ namespace twilight {
 namespace {
 
 // The tokens of a dense row come in tiles of 16, one after another to each warp: their keys, then their values, the
-// next two on their way while one is used.
+// next kSlots - 1 on their way while one is used.
 template <class C>
 struct TileStream {
   using E = typename C::E;
