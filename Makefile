@@ -3,6 +3,7 @@
 # test-vllm     the vLLM backend in a real vLLM, in an environment of its own, .venv-vllm, which vllm-env makes
 # lint, types   ruff and clang-format; mypy on the public surface. format mends most of the first
 # test-matrix   the installed wheel from another folder: avx2 and default, 1 and 2 threads, random order, 40 and 200 columns
+# test-newest   the tests of models, with the newest transformers that is known to work
 # coverage      all tests; fails where they ran less than 90% of the lines of Python, and lists the others and the files left out
 # smoke         two minutes of evaluation that fail when a default has become worse
 # dist          what is published, in dist/: sdist, wheel, and where nvcc is a wheel with CUDA kernels
@@ -69,7 +70,7 @@ $(VLLM_VENV)/.installed: $(VLLM_VENV)/.requirements pyproject.toml setup.py $(NA
 test-vllm: vllm-env
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -q --durations=8 tests/vllm_engine
 
-.PHONY: dist help types test-wheel test-matrix coverage
+.PHONY: dist help types test-wheel test-matrix test-newest coverage
 dist: venv
 	$(PY) tools/dist.py
 
@@ -97,6 +98,13 @@ OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,append_kv attend_spars
 test-matrix: test-wheel
 	$(call WHEEL_PYTEST,ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 COLUMNS=40) -n auto --dist worksteal -m "not slow" tests
 	$(call WHEEL_PYTEST,ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 COLUMNS=200) $(OPERATOR_TESTS)
+
+# What `pip install '.[hf]'` brings, beside the pinned one that all other tests run with.
+NEWEST := build/newest
+test-newest: venv
+	$(PIP) install --quiet --no-deps --upgrade --target $(NEWEST) transformers==5.24.0
+	PYTHONPATH=$(CURDIR)/$(NEWEST) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal \
+		$(addprefix tests/test_,$(addsuffix .py,models_table hybrid ordinary_use examples llama lossless export docs))
 
 types: venv
 	$(PY) -m mypy

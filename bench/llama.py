@@ -255,7 +255,7 @@ def hf_static_step(data: Decoding, options: argparse.Namespace) -> Callable[[], 
     cache.early_initialization(batch, context.key_std.shape[1], config.head_dim, model.dtype, device)
     context.fill_static(cache, batch)
     forget_peak(device)
-    forward, held = model.forward, {cache_argument(model): cache}
+    forward, held = model.forward, cache_argument(model, cache)
     if not options.eager:
         forward = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -358,7 +358,7 @@ def prefill_method(name: str, data: Decoding, options: argparse.Namespace) -> Me
         if cache is not None:
             cache.reset()
         held = DynamicCache(config=model.config) if cache is None else cache
-        model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): held})
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(model, held))
 
     def sample(seconds: float) -> list[float]:
         with first_layers(model, options.prefill_layers):

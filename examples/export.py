@@ -49,8 +49,11 @@ class Step(torch.nn.Module):
     """One decode step of a model; the cache's tensors are its buffers, and it writes no others."""
 
     def __init__(self, model, cache):
+        from twilight_ops.integration import cache_argument
+
         super().__init__()
         self.model, self.cache = model, cache
+        (self.name,) = cache_argument(model, cache)  # of the cache among the model's arguments
         self.tensors = cache.tensors()
         for index, tensor in enumerate(self.tensors):
             # Inductor takes lengths of up to 8 sequences for numbers that never change, unless they have two dimensions.
@@ -61,7 +64,7 @@ class Step(torch.nn.Module):
         # A trace sees buffers as other tensors, so it gets a cache of those.
         memo = {id(tensor): getattr(self, f"cache_{index}").view(tensor.shape) for index, tensor in enumerate(self.tensors)}
         cache = copy.deepcopy(self.cache, memo)
-        return self.model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        return self.model(input_ids=token, position_ids=position, **{self.name: cache}, use_cache=True).logits.argmax(-1)
 
 
 def tokens_of(step, token) -> list[int]:

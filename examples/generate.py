@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from twilight_ops import ShadowPrefix, TwilightConfig
-from twilight_ops.integration import TwilightCache
+from twilight_ops.integration import TwilightCache, cache_argument
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     # dense_below=0 prunes at every length; left out, it is the length from which pruning is faster here.
     cache = TwilightCache(model.config, TwilightConfig(ShadowPrefix(), top_p=args.p, dense_below=0), max_cache_len=length)
     streamer = TextStreamer(tokenizer, skip_prompt=True)
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens, do_sample=False, streamer=streamer)
+    model.generate(**inputs, **cache_argument(model, cache), max_new_tokens=args.new_tokens, do_sample=False, streamer=streamer)
     print(cache.budget_report().summary)
 
 

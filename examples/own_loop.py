@@ -10,17 +10,17 @@ import torch
 
 from twilight_ops import TwilightConfig
 from twilight_ops.cli.models import add_model_arguments, load_model
-from twilight_ops.integration import TwilightCache
+from twilight_ops.integration import TwilightCache, cache_argument
 
 
 @torch.no_grad()
 def continuation(model, cache: TwilightCache, tokens: list[int], count: int) -> list[int]:
     """`count` tokens after a prompt."""
-    new = tokens
+    new, held = tokens, cache_argument(model, cache)
     for _ in range(count):
         ids = torch.tensor([new], device=model.device)
         position = torch.arange(len(tokens) - len(new), len(tokens), device=model.device)[None]
-        logits = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = model(input_ids=ids, position_ids=position, **held, use_cache=True, logits_to_keep=1).logits[0, -1]
         recent = torch.tensor(tokens[-8:], device=model.device)
         new = [int(logits.index_fill(0, recent, -torch.inf).argmax())]
         tokens = tokens + new

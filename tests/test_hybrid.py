@@ -233,7 +233,8 @@ def test_hybrid_layers_are_read_alike_whichever_transformers_describes_them(monk
 
     config = models("gemma3n_text")[0].config
     expected, (types, settings) = cache.read_layers(config, MAX_CACHE_LEN), cache.get_layer_types_and_kwargs(config)
-    assert len(types) < config.num_hidden_layers  # the last ones share K and V
+    if len(types) == config.num_hidden_layers:
+        pytest.skip("this transformers describes layers that share K and V as since 5.24, and all tests of them run so")
     modes = ["store"] * len(types) + ["reuse"] * (config.num_hidden_layers - len(types))
 
     def since_5_24(config):

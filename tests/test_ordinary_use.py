@@ -17,9 +17,14 @@ pytest.importorskip("transformers")
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from twilight_ops import Full, ShadowPrefix, TwilightConfig  # noqa: E402
-from twilight_ops.integration import Decoder, Sampling, TwilightCache, generate  # noqa: E402
+from twilight_ops.integration import (  # noqa: E402
+    Decoder,
+    Sampling,
+    TwilightCache,
+    cache_argument,  # noqa: E402
+    generate,
+)
 from twilight_ops.integration.hf.attention import twilight_mask  # noqa: E402
-from twilight_ops.integration.hf.generate import cache_argument  # noqa: E402
 from twilight_ops.integration.hf.sequences import live_columns  # noqa: E402
 
 EXACT = TwilightConfig(Full(), top_p=1.0, dense_below=0)
@@ -56,7 +61,7 @@ def make_cache(model, config=EXACT, batch=1, length=128, **kwargs):
 
 @torch.no_grad()
 def logits(model, ids, cache=None, **kwargs):
-    cache = {} if cache is None else {cache_argument(model): cache}
+    cache = {} if cache is None else cache_argument(model, cache)
     return model(ids, **cache, **kwargs).logits
 
 
@@ -106,8 +111,7 @@ def test_a_second_turn_of_unequal_length_continues_a_batch(model, dense, new):
     turn[0, :3] = 0
 
     def chat(model, cache):
-        name = cache_argument(model)
-        kwargs = {"max_new_tokens": 6, "do_sample": False, name: cache}
+        kwargs = {"max_new_tokens": 6, "do_sample": False, **cache_argument(model, cache)}
         out = model.generate(first, attention_mask=torch.ones_like(first), **kwargs)
         ids = torch.cat([out, turn], 1)
         mask = torch.ones_like(ids)
@@ -226,7 +230,7 @@ def test_another_attention_names_twilight(dense):
     for attention in ("sdpa", "eager"):
         dense.set_attn_implementation(attention)
         with pytest.raises(RuntimeError, match='attn_implementation: expected "twilight"'):
-            dense.generate(tokens(), max_new_tokens=2, **{cache_argument(dense): make_cache(dense)})
+            dense.generate(tokens(), max_new_tokens=2, **cache_argument(dense, make_cache(dense)))
     dense.set_attn_implementation("sdpa")
 
 
@@ -302,7 +306,7 @@ def test_steps_of_several_tokens_are_pruned_where_that_is_asked_for(model):
 def test_speculative_steps_of_transformers_are_pruned_and_prompts_after_them_are_not(model):
     ids = tokens(1, 12).repeat(1, 4)
     cache = make_cache(model, PRUNED)
-    kwargs = {"max_new_tokens": 12, "do_sample": False, cache_argument(model): cache}
+    kwargs = {"max_new_tokens": 12, "do_sample": False, **cache_argument(model, cache)}
     model.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=3, **kwargs)
     calls = cache.budget_report().sparse.calls
     assert calls > 0
@@ -321,7 +325,7 @@ def test_a_compiled_step_takes_caches_of_several_lengths(model, fullgraph):
     compiled._compile_all_devices = True
     expected = None
     for room in (64, 96, 160):
-        kwargs = {"max_new_tokens": 4, "do_sample": False, cache_argument(model): make_cache(model, length=room)}
+        kwargs = {"max_new_tokens": 4, "do_sample": False, **cache_argument(model, make_cache(model, length=room))}
         out = model.generate(tokens(1, 20), compile_config=compiled, **kwargs)
         assert expected is None or torch.equal(out, expected)
         expected = out

@@ -3,7 +3,7 @@
 from ..compile import CapturedStep, join_linears
 from .attention import twilight_attention
 from .cache import TwilightCache
-from .generate import Decoder, Generation, Sampling
+from .generate import Decoder, Generation, Sampling, cache_argument
 from .speculate import LosslessDecoder, Speculation, generate
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Sampling",
     "Speculation",
     "TwilightCache",
+    "cache_argument",
     "generate",
     "join_linears",
     "twilight_attention",

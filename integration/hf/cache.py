@@ -50,6 +50,10 @@ _FOREIGN_ATTENTION = (
 )
 
 
+# Models that expand a mask [B, T] themselves and fail on what generate() makes for a compileable cache.
+OWN_MASKS = ("kosmos_2_text_model",)
+
+
 class AttentionLayer(CacheLayerMixin):
     """What transformers sees of a layer with K and V; hands itself to the attention function, which stores them."""
 
@@ -122,6 +126,15 @@ class TwilightLayer(AttentionLayer):
         self.place, self.warn_never_sparse = place, warn_never_sparse  # place: among the layers of `sequences.paged`
         self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads  # of the whole model
         self.paged: PagedKVLayer | None = None  # this layer of `sequences.paged`, once it is allocated
+
+    @property
+    def keys(self) -> Tensor | None:
+        """None of its own, which Mllama asks an allocated layer since transformers 5.24: pages hold them."""
+        return torch.empty(0) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, none: None) -> None:
+        """For the base class's constructor."""
 
     def _allocate(self, k: Tensor, v: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         sequences, paged = self.sequences, self.sequences.paged
@@ -282,6 +295,8 @@ class TwilightCache(Cache):
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("TwilightCache: config: expected a decoder, got an encoder-decoder model")
         config = config.get_text_config(decoder=True)
+        if config.model_type in OWN_MASKS:
+            raise ValueError(f"TwilightCache: config: expected a model that takes transformers' masks, got {config.model_type}")
         if not isinstance(twilight, TwilightConfig | None):
             refuse("TwilightCache", "twilight", "a TwilightConfig", twilight)
         self.twilight = TwilightConfig() if twilight is None else twilight

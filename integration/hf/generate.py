@@ -222,7 +222,7 @@ class Decoder:
         self.stop_at(eos_token_ids)
         self.breaks = 0
         self._traced: list[int] = []  # nodes of each graph that was traced
-        self._cache_name = cache_argument(model)
+        self._held = cache_argument(model, cache)
         if self.capture != "eager" and any(getattr(hook, "offload", False) for hook in _hooks(model)):
             self._fall_back("weights that accelerate loads for every layer can be neither compiled nor recorded")
         self.captured = self._make_step(type(self).step_eager)  # None: eager
@@ -305,7 +305,7 @@ class Decoder:
 
     def _forward(self, ids: Tensor, positions: Tensor, **kwargs) -> Tensor:
         """Logits [B, T, V]."""
-        return self.model(input_ids=ids, position_ids=positions, use_cache=True, **{self._cache_name: self.cache}, **kwargs).logits
+        return self.model(input_ids=ids, position_ids=positions, use_cache=True, **self._held, **kwargs).logits
 
     def step_eager(self) -> None:
         """One decode step: reads and writes only the static buffers and the cache."""
@@ -517,9 +517,12 @@ class Decoder:
         return tokens[:, : int(lengths.max())], lengths
 
 
-def cache_argument(model) -> str:
-    """The name under which a model takes its cache: transformers 5.24 calls it `cache`, before it was `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def cache_argument(model, cache: Cache) -> dict[str, Cache]:
+    """A cache under the name by which a model, and its `generate`, take it: `cache` from transformers 5.24 on, before `past_key_values`.
+
+    >>> model.generate(input_ids, **cache_argument(model, cache), max_new_tokens=8)
+    """
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def end_tokens_of(model) -> list[int]:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         config = TwilightConfig(selector, dense_layers=0, dense_below=0, sink_tokens=0, recent_tokens=0)
         cache = TwilightCache(model.config, config, max_cache_len=len(ids))
         with terminal.progress(f"{len(ids)} tokens, layers") as advance, layer_progress(model, advance), torch.no_grad():
-            model(torch.tensor([ids], device=model.device), logits_to_keep=1, **{cache_argument(model): cache})
+            model(torch.tensor([ids], device=model.device), logits_to_keep=1, **cache_argument(model, cache))
         paged = cache.paged.layers
         metadata = {"tau": str(selector.tau), "budget_fraction": str(selector.budget_fraction), "tokens": str(len(ids))}
         shadows = {layer.index: layer.shadow for layer in paged}

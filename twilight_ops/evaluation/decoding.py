@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..integration import CapturedStep, TwilightCache
-from ..integration.hf.generate import cache_argument
+from ..integration import CapturedStep, TwilightCache, cache_argument
 from .prefill import attention
 
 
@@ -21,7 +20,7 @@ class Stepper:
         self.position = lens.long()[:, None].clone()
         self.logits = torch.zeros(len(lens), model.config.vocab_size, device=lens.device)
         token, position, logits = self.token, self.position, self.logits
-        named = {cache_argument(model): cache}
+        named = cache_argument(model, cache)
 
         # A closure over the buffers and not a bound method: a cycle through self would keep a graph and its memory until some later
         # garbage collection.

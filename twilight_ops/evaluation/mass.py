@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments import Candidates, Paging, Pruning
 from ..config import TwilightConfig
-from ..integration.hf.generate import cache_argument
+from ..integration import cache_argument
 from ..ops.estimate_weights import estimate_weights
 from ..ops.prune_top_p import prune_top_p
 from ..reference._paging import soft_capped
@@ -139,7 +139,7 @@ def _forced(model, prefills: Sequence[Prefill], forced: Tensor, config: Twilight
     """Decode steps over the prompts that feed tokens [B, T], with a recorder."""
     cache = cache_of(model, config, prefills, forced.shape[1], look)
     position = cache.live_seq_lens.long()[:, None].clone()
-    named = {cache_argument(model): cache}
+    named = cache_argument(model, cache)
     with attention(model, "twilight"):
         for t in range(forced.shape[1]):
             model(input_ids=forced[:, t : t + 1], position_ids=position + t, use_cache=True, **named)

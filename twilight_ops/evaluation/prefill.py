@@ -13,8 +13,7 @@ from transformers import AttentionInterface
 
 from ..config import TwilightConfig
 from ..decode_step import append
-from ..integration import TwilightCache
-from ..integration.hf.generate import cache_argument
+from ..integration import TwilightCache, cache_argument
 from ..integration.hf.windows import Scores, attend_run
 from ..selectors._channels import RECENT_QUERIES
 
@@ -128,7 +127,7 @@ def _run(model, cache: TwilightCache, prompts: Sequence[Tensor]) -> Tensor:
     positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
     padding = {} if bool(mask.all()) else {"attention_mask": mask.to(model.device), "position_ids": positions}
     with attention(model, "twilight"):
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **padding, **{cache_argument(model): cache})
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **padding, **cache_argument(model, cache))
     cache.sequences.begin_decoding()
     return out.logits[:, -1].float()
 
