@@ -38,8 +38,7 @@ from transformers.distributed import DistributedConfig
 from twilight_ops import Full, Quest, ShadowPrefix, TwilightConfig
 from twilight_ops.decode_step import append, decode_step
 from twilight_ops.evaluation import methods
-from twilight_ops.integration import CapturedStep, Decoder, LosslessDecoder, Speculation, TwilightCache, join_linears
-from twilight_ops.integration.hf.generate import cache_argument
+from twilight_ops.integration import CapturedStep, Decoder, LosslessDecoder, Speculation, TwilightCache, cache_argument, join_linears
 
 from .rows import WORLD_SIZE, accuracy_of, setting_of, speed_up
 from .run import Entry, Op, tokens_of

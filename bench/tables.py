@@ -30,8 +30,12 @@ BLOCK = re.compile(r"(<!-- table: (\w+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of
 FILES = ("README.md", "docs/*.md")
 
 FIELDS = {"budget_fraction": "tokens", "page_fraction": "pages"}
-WORDS = {"kv_cache_dtype": "K and V in {}", "recent_tokens": "{} newest tokens", "sink_tokens": "{} sinks"}
-WORDS |= {"min_scored_tokens": "at least {} tokens scored"}
+WORDS = {
+    "kv_cache_dtype": "K and V in {}",
+    "min_scored_tokens": "at least {} tokens scored",
+    "recent_tokens": "{} newest tokens",
+    "sink_tokens": "{} sinks",
+}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,7 @@ from twilight_ops.integration import (  # noqa: E402
     Decoder,
     Sampling,
     TwilightCache,
-    cache_argument,  # noqa: E402
+    cache_argument,
     generate,
 )
 from twilight_ops.integration.hf.attention import twilight_mask  # noqa: E402

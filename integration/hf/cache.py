@@ -50,10 +50,6 @@ _FOREIGN_ATTENTION = (
 )
 
 
-# Models that expand a mask [B, T] themselves and fail on what generate() makes for a compileable cache.
-OWN_MASKS = ("kosmos_2_text_model",)
-
-
 class AttentionLayer(CacheLayerMixin):
     """What transformers sees of a layer with K and V; hands itself to the attention function, which stores them."""
 
@@ -295,8 +291,6 @@ class TwilightCache(Cache):
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("TwilightCache: config: expected a decoder, got an encoder-decoder model")
         config = config.get_text_config(decoder=True)
-        if config.model_type in OWN_MASKS:
-            raise ValueError(f"TwilightCache: config: expected a model that takes transformers' masks, got {config.model_type}")
         if not isinstance(twilight, TwilightConfig | None):
             refuse("TwilightCache", "twilight", "a TwilightConfig", twilight)
         self.twilight = TwilightConfig() if twilight is None else twilight
@@ -439,6 +433,8 @@ def read_layers(config, max_cache_len: int) -> tuple[list[str | Window], list[in
         fail("config", "a model that calls transformers' attention interface", f"{name}, which has attention of its own")
     if any(isinstance(it, type) and issubclass(it, Cache) and it.__module__ == code.__name__ for it in vars(code or sys).values()):
         fail("config", "a model that takes every cache of transformers", f"{name}, which has a cache of its own")
+    if name in OWN_MASKS:
+        fail("config", "a model that takes transformers' masks", name)
     for field in ("num_hidden_layers", "num_attention_heads"):
         if not isinstance(size := getattr(config, field, None), int):
             fail(field, "one number for all layers", f"{size} in {name}")
@@ -480,5 +476,7 @@ def read_layers(config, max_cache_len: int) -> tuple[list[str | Window], list[in
 FULL = "full_attention"
 # transformers' kinds of layers that keep a state of fixed size ("mlp" and "moe", since 5.24 "dummy": none).
 STATES = ("linear_attention", "conv", "mlp", "moe", "dummy")
+# They expand a mask [B, T] themselves, and fail on what generate() makes for a compileable cache. No mapping leads to their code.
+OWN_MASKS = ("kosmos_2_text_model",)
 HYBRID = "hybrid"  # attention to everything and a state, side by side
 KINDS = {FULL, HYBRID, "sliding_attention", "chunked_attention", *STATES}
