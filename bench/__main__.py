@@ -41,7 +41,8 @@ def listing() -> None:
             console.print(f"[bold]{name}[/]: cannot be measured here, {error}\n")
             continue
         console.print(f"[bold]{name}[/]: {op.about.splitlines()[0]}", highlight=False)
-        options = parse(op, ["--device", "cpu"]) if "cpu" in op.devices else None
+        device = "cpu" if "cpu" in op.devices else "cuda"
+        options = parse(op, ["--device", device]) if device == "cpu" or not op.needs_device else None
         for device in (device for device in DEVICES if device in op.devices):
             found = [entry for entry in op.entries(options) if device in entry.devices]
             names = [entry.name + (f" ({why})" if (why := entry.missing()) else "") for entry in found]

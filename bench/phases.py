@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from . import workload
-from .registry import LayerOp
+from .registry import LayerOp, config_of, decode_arguments
 from .rows import ROOT
 from .run import Entry
+from .settings import add_settings, parsed_settings
 from .speed_of_light import toolchain
 from .timing import Method
 
@@ -104,10 +105,14 @@ class Phases(LayerOp):
 
     def prepare(self, selector: str, data: workload.Workload, options: argparse.Namespace) -> Method:
         """Calls of the fused kernel on one buffer set that find nothing in the L2."""
-        budget = workload.candidate_budget(selector, data.sizes.length)
-        asked = {"selector": selector, "token_budget": budget, "budget_fraction": 0.0, "top_p": options.top_p, "dense_below": 0}
-        asked |= SELECTORS[selector]
-        arguments = workload.call_arguments("decode_attention", data, 0, **asked)
+        if selector in options.settings:
+            arguments = decode_arguments(data, 0, data.layers(config_of(selector, data, options))[0])
+            settings = {"setting": selector, "top_p": arguments["top_p"]}
+        else:
+            budget = workload.candidate_budget(selector, data.sizes.length)
+            settings = {"selector": selector, "token_budget": budget, "top_p": options.top_p}
+            asked = settings | {"budget_fraction": 0.0, "dense_below": 0} | SELECTORS[selector]
+            arguments = workload.call_arguments("decode_attention", data, 0, **asked)
         served = workload.explained(arguments)
         if served.plan is None:
             raise ValueError(f"{selector}: {data.sizes}: {served.reason}")
@@ -129,8 +134,7 @@ class Phases(LayerOp):
         def report() -> dict:
             return {"phase_us": {name: round(statistics.median(times[name] for times in found), 2) for name in found[-1]}}
 
-        settings = {"stage": "fused phases", "selector": selector, "token_budget": budget, "top_p": options.top_p, "cluster_size": blocks}
-        return Method(f"fused {selector}", [], report, settings, sampled=sample)
+        return Method(f"fused {selector}", [], report, {"stage": "fused phases"} | settings | {"cluster_size": blocks}, sampled=sample)
 
     def compared(self, rows: Sequence[dict]) -> list[dict]:
         return [row | {"phases": ", ".join(f"{name} {us:.1f}" for name, us in row.get("phase_us", {}).items())} for row in rows]
@@ -139,13 +143,19 @@ class Phases(LayerOp):
 def options(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--library", type=Path, help="the compiled copy: used where it exists, else kept there")
     p.add_argument("--compile-only", action="store_true", help="make --library, for which no GPU is needed")
+    add_settings(p)
+    p.set_defaults(dense_below=0)
+
+
+def entries(options: argparse.Namespace) -> list[Entry]:
+    return [Entry(f"fused {name}", partial(PHASES.prepare, name)) for name in (*SELECTORS, *parsed_settings(options))]
 
 
 PHASES = Phases(
     "phases",
     f"{__doc__}\n\nThe sources are compiled so that they read the clock at each phase, which takes minutes, and serve in place of the\n"
     "package's kernels. Times are block 0's, those of waiting for other blocks included, in calls that find nothing in the L2.",
-    lambda options: [Entry(f"fused {name}", partial(PHASES.prepare, name)) for name in SELECTORS],
+    entries,
     {"cuda": "phases"},
     devices=("cuda",),
     extra=options,

@@ -236,7 +236,8 @@ def phases(rows: Sequence[dict]) -> list[tuple[str, dict[str, float], None]]:
             raise ValueError(f"phase_us: expected phases of PHASES_OF, got {', '.join(sorted(unknown))}")
         batch, heads, kv_heads, length = cell_of(row)
         blocks = f"{row['cluster_size']} block" + ("s" if row["cluster_size"] > 1 else "")
-        label = f"{row['selector'].replace('_', ' ')}\n{heads}/{kv_heads}, batch {batch}, {tokens(length)}, {blocks}"
+        name = row.get("setting", row.get("selector")).replace("_", " ")
+        label = f"{name}\n{heads}/{kv_heads}, batch {batch}, {tokens(length)}, {blocks}"
         found.append((label, {what: sum(row["phase_us"].get(name, 0.0) for name in names) for what, names in PHASES_OF.items()}, None))
     return found
 

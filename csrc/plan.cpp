@@ -23,6 +23,9 @@ constexpr int kFewUnits = 4;
 // Unless its shares are long. A real model's data, 32/8 B 1, of eight and of sixteen: L 128k, two levels 78 and 62,
 // page means 78 and 57; L 32k 40 and 43, 35 and 35.
 constexpr int kLongShare = 2048;
+// Or it scores the means of many pages, counted by their tokens. 128k: an eighth of the pages, n/32, 48 and 45, page
+// means, n/12, 40 and 36; 32k: 35 and 40, 25 and 28.
+constexpr int kLongScan = 9216;
 // Of the tokens that two levels score no share is longer. The same data, 32/8 L 32k, B 64: one block 492, two 423, four
 // 577; B 25: one 237, two 200, four 243; B 8: two 86, four 113. L 128k, B 8: four 345, eight 278, sixteen 338.
 constexpr int kKeptShare = 4608;
@@ -171,11 +174,13 @@ int choose_cluster_size(const FusedCall& call) {
   const ClusterRule& rule = *std::find_if(std::begin(kClusterRules), std::end(kClusterRules), [&](const auto& one) {
     return one.selector == alike && one.grouped == (call.rows > 1);
   });
+  const bool reads_means = call.two_levels() || call.selector == Selector::kPageMean;
   const auto leaves_idle = [&](int size) {
     if (call.selector == Selector::kDense) {
       return units * size < kDenseFillBlocks || (size == 1 && 2 * units <= kFillBlocks);
     }
-    const bool fills_groups = size < kLargestFill || units <= kFewUnits || shared_tokens / size > kLongShare;
+    const bool fills_groups = size < kLargestFill || units <= kFewUnits || shared_tokens / size > kLongShare ||
+                              (reads_means && tokens / size > kLongScan);
     return units * size < kFillBlocks && fills_groups;
   };
   int size = 1;

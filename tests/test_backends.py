@@ -155,6 +155,20 @@ FASTEST = {
         (4, 32768, 32, 32): 2,
         (64, 32768, 32, 32): 1,
     },
+    # n/12 and, of an eighth of the pages, n/32, the same data.
+    **dict.fromkeys(
+        ("page_mean, few", "two levels, few"),
+        {
+            (1, 131072, 32, 8): 16,
+            (1, 32768, 32, 8): 8,
+            (4, 32768, 32, 8): 4,
+            (8, 32768, 32, 8): 2,
+            (8, 131072, 32, 8): 2,
+            (25, 32768, 32, 8): 1,
+            (64, 32768, 32, 8): 1,
+            (64, 32768, 32, 32): 1,
+        },
+    ),
     "full": {(8, 32768, 32, 8): 8, (25, 32768, 32, 8): 8, (64, 32768, 32, 8): 8},
 }
 
@@ -165,13 +179,16 @@ FASTEST = {
 def test_as_many_blocks_share_a_head_as_were_fastest(selector, generated):
     """Also with some room behind the context for what is generated."""
     for (batch, tokens, query_heads, kv_heads), blocks in FASTEST[selector].items():
-        budget = {"token_budget": min(8192, tokens // 4)} if selector == "quest" else {"budget_fraction": 0.125}
-        if selector == "page_mean":
-            budget = {"budget_fraction": 0.25}
-        elif selector == "two levels":
-            budget |= {"page_fraction": 0.25, "min_scored_tokens": 8192}
+        levels = {"page_fraction": 0.25, "min_scored_tokens": 8192}
+        budget = {
+            "quest": {"token_budget": min(8192, tokens // 4)},
+            "page_mean": {"budget_fraction": 0.25},
+            "page_mean, few": {"budget_fraction": 1 / 12},
+            "two levels": {"budget_fraction": 0.125} | levels,
+            "two levels, few": {"budget_fraction": 1 / 32, "page_fraction": 0.125, "min_scored_tokens": 4096},
+        }.get(selector, {"budget_fraction": 0.125})
         plan = planned(
-            "shadow_prefix" if selector == "two levels" else selector,
+            "shadow_prefix" if selector.startswith("two levels") else selector.removesuffix(", few"),
             batch,
             tokens + generated,
             query_heads,

@@ -621,6 +621,8 @@ def test_phases_add_up_by_what_they_are_for():
     ((label, parts, _),) = plots.phases([*example_rows(), phase_row()])
     assert label == "quest\n32/8, batch 64, 32k, 2 blocks"
     assert parts["candidates chosen"] == 4.0 and sum(parts.values()) == 40.0
+    ((label, _, _),) = plots.phases([phase_row() | {"setting": "page_mean:n/12:.9"}])
+    assert label.startswith("page mean:n/12:.9\n")
     with pytest.raises(ValueError, match="got dreamt"):
         plots.phases([phase_row(dreamt=1.0)])
 

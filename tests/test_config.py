@@ -27,6 +27,7 @@ from twilight_ops import (
 )
 from twilight_ops.config import BREAK_EVEN, RECENT_TOKENS
 from twilight_ops.decode_step import append, attend
+from twilight_ops.evaluation.methods import parse_method
 
 NAN, INF = float("nan"), float("inf")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -270,3 +271,13 @@ def test_a_paged_cache_warns_once_that_it_can_never_be_sparse():
             cache_of(TwilightConfig(), length=160)
         cache_of(TwilightConfig(), length=1024)
     assert [str(w.message).split(":")[0] for w in caught] == ["PagedKVCache"]
+
+
+def test_the_fast_configuration_takes_other_settings_and_reads_less():
+    fast = TwilightConfig.fast(dense_layers=1)
+    assert (fast.dense_layers, fast.top_p) == (1, 0.9)
+    assert fast.selector == parse_method("shadow_prefix:.9:budget_fraction=1/24,page_fraction=.125,min_scored_tokens=4096").selector
+    assert fast.selector.budget_fraction < TwilightConfig().selector.budget_fraction
+    assert TwilightConfig.fast(top_p=0.8, selector=Full()).selector == Full()
+    with pytest.raises(TypeError, match="unheard_of"):
+        TwilightConfig.fast(unheard_of=1)

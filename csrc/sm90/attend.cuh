@@ -121,13 +121,21 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
     for (int i = 0; i < 4 * kProducts; ++i) o[n][i / 4][i % 4] = 0.0f;
   }
+  constexpr int kStep = kWarps * kTileTokens;
+  // (row, position) of a tile's token `lane`; of those it lacks row 0, which nobody sees.
+  const auto look_up = [&](int base) {
+    uint2 entry = make_uint2(0, INT32_MAX);
+    if constexpr (!kStreams) {
+      if (c.lane < kTileTokens && base + c.lane < from.count) entry = from.at(base + c.lane);
+    }
+    return entry;
+  };
+  uint2 mine = look_up(c.warp * kTileTokens), next = mine;
 #pragma unroll 1
-  for (int base = c.warp * kTileTokens; base < from.count; base += kWarps * kTileTokens) {
+  for (int base = c.warp * kTileTokens; base < from.count; base += kStep, mine = next) {
     // Keys of tokens g and g + 8, values of 2t, 2t + 1, 2t + 8 and 2t + 9.
     Channels<E> keys[2][kQuarters], stored[4][kHalves];
     int position[2];
-    uint2 mine = make_uint2(0, INT32_MAX);  // (row, position) of the tile's token `lane`
-    uint32_t key_at = 0, value_at = 0;      // chunks of that row
     if constexpr (kStreams) {
       from.wait();
 #pragma unroll
@@ -140,14 +148,13 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
       }
       if (kColumns == 1) from.pass();
     } else {
-      if (c.lane < kTileTokens && base + c.lane < from.count) mine = from.at(base + c.lane);
-      key_at = c.chunk_of(c.p.k_cache, mine.x);
-      value_at = c.chunk_of(c.p.v_cache, mine.x);
+      const uint32_t key_at = c.chunk_of(c.p.k_cache, mine.x);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         position[i] = static_cast<int>(__shfl_sync(~0u, mine.y, c.g + 8 * i));
         KeyShare::load(keys[i], c.row_at(c.p.k_cache, __shfl_sync(~0u, key_at, c.g + 8 * i)), c.t);
       }
+      next = look_up(base + kStep);  // while the keys are on their way
     }
     float acc[kColumns][4];
 #pragma unroll
@@ -164,18 +171,13 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
     }
     // There are no registers for more keys than the products are at.
     if constexpr (kStreams && kColumns > 1) from.pass();
+    const auto value_token = [&](int i) { return 2 * c.t + (i & 1) + 4 * (i & 2); };
     // There are no registers for keys and values at a time.
-    if (!kStreams) {
+    if constexpr (!kStreams) {
+      const uint32_t value_at = c.chunk_of(c.p.v_cache, mine.x);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
-        const E* value = c.row_at(c.p.v_cache, __shfl_sync(~0u, value_at, token));
-        if (static_cast<int>(__shfl_sync(~0u, mine.y, token)) < c.live) {
-          ValueShare::load(stored[i], value, c.g);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kHalves; ++j) stored[i][j] = {};
-        }
+        ValueShare::load(stored[i], c.row_at(c.p.v_cache, __shfl_sync(~0u, value_at, value_token(i))), c.g);
       }
     }
     float scale[kColumns][2];
@@ -216,12 +218,18 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < kHalves; ++j) {
-          const int token = 2 * c.t + (i & 1) + 4 * (i & 2);
-          stored[i][j] = from.at(token, value_eight(j));
-        }
+        for (int j = 0; j < kHalves; ++j) stored[i][j] = from.at(value_token(i), value_eight(j));
       }
       from.pass();
+    } else if (__ballot_sync(~0u, c.lane < kTileTokens && static_cast<int>(mine.y) >= c.live) != 0) {
+      // What a row of no token holds may be anything, and would be where its weight is 0. Cleared here, behind the
+      // softmax: a register that is loaded or cleared waits for the load.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool there = static_cast<int>(__shfl_sync(~0u, mine.y, value_token(i))) < c.live;
+#pragma unroll
+        for (int j = 0; j < kHalves && !there; ++j) stored[i][j] = {};
+      }
     }
     uint4 values[4][kHalves];
 #pragma unroll

@@ -366,10 +366,14 @@ __device__ int list_survivors(const C& c, const Candidates<C>& candidates, View<
       if (c.lane == word) own = bits;
     }
     // The list takes the place of estimates that were looked at before.
-    int to = count + block_exclusive_scan(__popc(own), scan_totals, total);
+    const int to = count + block_exclusive_scan(__popc(own), scan_totals, total);
     count += total;
 #pragma unroll 1
-    for (; own != 0; own &= own - 1) survivors.slots[to++] = (first_word + c.lane) * 32 + __ffs(own) - 1;
+    for (int word = 0; word < words; ++word) {
+      const uint32_t kept = __shfl_sync(~0u, own, word);
+      const int at = __shfl_sync(~0u, to, word) + __popc(kept & ((1u << c.lane) - 1));
+      if (kept >> c.lane & 1) survivors.slots[at] = (first_word + word) * 32 + c.lane;
+    }
   }
   if (c.tid() < c.cluster.size) c.cluster.write(&survivors.s.count[c.cluster.rank], c.tid(), count);
   sync_block("survivors written");

@@ -155,7 +155,7 @@ struct TopK {
       }
       uint32_t total;
       const uint32_t before = block_exclusive_scan(__popc(bits) | __popc(ties) << 16, s.scan_totals, total);
-      int to = to_first + above + (before & 0xffff) + min(in_bin + static_cast<int>(before >> 16), quota);
+      const int to = to_first + above + (before & 0xffff) + min(in_bin + static_cast<int>(before >> 16), quota);
       int left = quota - in_bin - static_cast<int>(before >> 16);
       above += total & 0xffff;
       in_bin += total >> 16;
@@ -165,16 +165,16 @@ struct TopK {
 #pragma unroll 1
         for (; left > 0; --left, ties &= ties - 1) bits |= ties & -ties;
       }
-      int owner = to / even;
-      to -= owner * even;
-#pragma unroll 1
-      for (; bits != 0; bits &= bits - 1) {
-        const int item = (first_word + c.lane) * 32 + __ffs(bits) - 1;
-        c.cluster.write(&candidates[to], owner, make_uint2(scorer.row_of(item), scorer.position_of(item)));
-        if (++to == even) {
-          to = 0;
-          ++owner;
-        }
+      // Word by word, so that a lane writes one item of each. Quotients of numbers below 2^20 are exact.
+      const float per_item = 1.0f / even;
+#pragma unroll 2
+      for (int word = 0; word < words; ++word) {
+        const uint32_t chosen = __shfl_sync(~0u, bits, word);
+        const int at = __shfl_sync(~0u, to, word) + __popc(chosen & ((1u << c.lane) - 1));
+        if ((chosen >> c.lane & 1) == 0) continue;
+        const int item = (first_word + word) * 32 + c.lane, owner = static_cast<int>((at + 0.5f) * per_item);
+        c.cluster.write(&candidates[at - owner * even], owner,
+                        make_uint2(scorer.row_of(item), scorer.position_of(item)));
       }
     }
   }
