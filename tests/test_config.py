@@ -275,8 +275,8 @@ def test_a_paged_cache_warns_once_that_it_can_never_be_sparse():
 
 def test_the_fast_configuration_takes_other_settings_and_reads_less():
     fast = TwilightConfig.fast(dense_layers=1)
-    assert (fast.dense_layers, fast.top_p) == (1, 0.9)
-    assert fast.selector == parse_method("shadow_prefix:.9:budget_fraction=1/24,page_fraction=.125,min_scored_tokens=4096").selector
+    assert (fast.dense_layers, fast.top_p) == (1, TwilightConfig().top_p)
+    assert fast.selector == parse_method("shadow_prefix:.95:budget_fraction=1/32,page_fraction=.125,min_scored_tokens=4096").selector
     assert fast.selector.budget_fraction < TwilightConfig().selector.budget_fraction
     assert TwilightConfig.fast(top_p=0.8, selector=Full()).selector == Full()
     with pytest.raises(TypeError, match="unheard_of"):
