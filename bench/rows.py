@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -94,7 +95,7 @@ def cpu_name() -> str:
 
 # Beyond either, what a setting does is no speed-up of the same computation.
 MAX_KL, MAX_PERPLEXITY_CHANGE = 0.015, 0.01
-ACCURACY = tuple(RESULTS / f"accuracy_qwen{name}.jsonl" for name in ("", "_frontier"))
+ACCURACY = tuple(RESULTS / f"accuracy_qwen{name}.jsonl" for name in ("", "_frontier", "_fast", "_fast_held_out"))
 ACCURACY_LENGTH = 31_000
 EQUAL, NOT_EQUAL, NOT_MEASURED = "equal", "not at equal accuracy", "not measured"
 
@@ -114,8 +115,9 @@ def setting_of(config: TwilightConfig) -> str:
 
 
 def accuracy_of(setting: str, *paths: Path) -> dict[str, object]:
-    """Columns of a row: what `python -m twilight_ops eval` found of its setting on a real model at 31k tokens, the worst of its runs.
+    """Columns of a row: what `python -m twilight_ops eval` found of its setting on a real model at 31k tokens.
 
+    That is the largest KL of its runs, and the change of perplexity over all their tokens, of which a few hundred say little.
     `accuracy` is "equal" up to a KL of MAX_KL to dense and MAX_PERPLEXITY_CHANGE, "not at equal accuracy" beyond, and "not measured"
     where no file of results, by default ACCURACY, has such a row.
     """
@@ -127,7 +129,10 @@ def accuracy_of(setting: str, *paths: Path) -> dict[str, object]:
     ]
     if not found:
         return {"setting": setting, "accuracy": NOT_MEASURED}
-    kl, change = max(row["kl"] for row in found), max((row["perplexity_change"] for row in found), key=abs)
+    kl = max(row["kl"] for row in found)
+    counts = [len(row["documents"]) * row["tokens_a_document"] for row in found]
+    logs = [math.log1p(row["perplexity_change"]) * count for row, count in zip(found, counts, strict=True)]
+    change = math.expm1(sum(logs) / sum(counts))
     equal = kl <= MAX_KL and abs(change) <= MAX_PERPLEXITY_CHANGE
     told = {"setting": setting, "accuracy": EQUAL if equal else NOT_EQUAL}
     return told | {"kl_31k": round(kl, 5), "perplexity_change_31k": round(change, 5)}

@@ -714,21 +714,29 @@ def test_a_setting_is_at_equal_accuracy_only_where_that_was_measured(tmp_path):
     assert rows.accuracy_of("quest:0.85", path) == {"setting": "quest:0.85", "accuracy": rows.NOT_MEASURED}
     assert rows.setting_of(TwilightConfig(Quest(), 0.85, dense_layers=2, recent_tokens=0)) == "quest:0.85:dense_layers=2,recent_tokens=0"
 
-    def measured(setting, kl, change, length=31_000, task="language"):
-        return {"task": task, "length": length, "setting": setting, "kl": kl, "perplexity_change": change}
+    def measured(setting, kl, change, length=31_000, tokens=128):
+        texts = {"documents": ["code"], "tokens_a_document": tokens}
+        return {"task": "language", "length": length, "setting": setting, "kl": kl, "perplexity_change": change} | texts
 
     rows.write(
         path,
         [
             measured("full:0.95", 0.001, 0.001),
-            measured("full:0.95", 0.002, -0.002),  # other documents
+            measured("full:0.95", 0.002, -0.02, tokens=384),  # other documents, more of them
+            measured("quest:0.9", 0.001, -0.02),
+            measured("quest:0.9", 0.002, -0.004, tokens=384),
             measured("full:0.95", 9.0, 9.0, length=8000),
             measured("quest:0.85", 0.016, 0.0),
             measured("quest:0.95", 0.001, -0.02),
             {"task": "passkey", "length": 31_000, "setting": "tidal:0.9", "score": 1.0},
         ],
     )
-    equal = {"setting": "full:0.95", "accuracy": rows.EQUAL, "kl_31k": 0.002, "perplexity_change_31k": -0.002}
-    assert rows.accuracy_of("full:0.95", path) == equal
+    equal = {"setting": "quest:0.9", "accuracy": rows.EQUAL, "kl_31k": 0.002, "perplexity_change_31k": -0.00802}
+    assert rows.accuracy_of("quest:0.9", path) == equal
+    assert rows.accuracy_of("full:0.95", path) == equal | {
+        "setting": "full:0.95",
+        "accuracy": rows.NOT_EQUAL,
+        "perplexity_change_31k": -0.01479,
+    }
     assert rows.accuracy_of("quest:0.85", path)["accuracy"] == rows.accuracy_of("quest:0.95", path)["accuracy"] == rows.NOT_EQUAL
     assert rows.accuracy_of("tidal:0.9", path)["accuracy"] == rows.NOT_MEASURED

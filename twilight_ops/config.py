@@ -153,7 +153,7 @@ class TwilightConfig:
 
     @classmethod
     def fast(cls, **settings: Any) -> TwilightConfig:
-        """A third of the default's bytes: the best 1/32 of the tokens as candidates, of the best eighth of the pages and at least 4,096 tokens.
+        """40% of the default's bytes: 1/32 of the tokens are candidates, of the best eighth of the pages and at least 4,096 tokens.
 
         `settings` are of TwilightConfig, and come first. docs/accuracy-qwen.md and docs/performance-h200.md say what it costs and gains.
 
