@@ -1,6 +1,8 @@
 """The parts of the vLLM backend that need no vLLM: pages, settings, versions, refusals."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +179,12 @@ def test_settings_come_from_json_with_the_names_of_the_configuration(tmp_path):
     assert parsed.config_of(64).page_size == 64
     dense = settings.parse({"twilight": {"selector": "dense"}}).config
     assert all(dense.layer_plan(layer, "cpu", 1).selector is None for layer in (0, 500))
+
+
+def test_the_fast_configuration_is_spelt_as_the_document_says():
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text("utf-8")
+    given = json.loads(re.search(r"`TwilightConfig.fast\(\)` is `(.*)`", page)[1])
+    assert settings.parse({"twilight": given | {"calibration": "c"}}).config == TwilightConfig.fast(calibration="c")
 
 
 @pytest.mark.parametrize(
