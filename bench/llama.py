@@ -286,6 +286,12 @@ def twilight_decoder(
     return cache, decoder
 
 
+def setting_asked(name: str, cache: TwilightCache, options: argparse.Namespace) -> str:
+    """How `eval` spells a method, without the prefix that random keys are given."""
+    config = cache.twilight
+    return setting_of(replace(config, selector=methods.parse_method(name).selector) if name in options.settings else config)
+
+
 def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Method:
     started = time.perf_counter()
     cache, decoder = (None, None) if name == HF_STATIC else twilight_decoder(name, data, options)
@@ -304,7 +310,7 @@ def decode_method(name: str, data: Decoding, options: argparse.Namespace) -> Met
             if budget is not None:
                 columns |= {"live": budget.live, "candidates": budget.candidates.mean, "kept": budget.kept.mean}
                 columns["captured_mass"] = budget.captured_mass
-                columns |= accuracy_of(setting_of(cache.twilight))
+                columns |= accuracy_of(setting_asked(name, cache, options))
         if options.device == "cuda" and WORLD_SIZE == 1:  # shards of the random layers share one layer's memory
             columns["peak_over_kv"] = (torch.cuda.max_memory_allocated() - data.weight_bytes - data.kv_bytes) / data.kv_bytes
         return columns | {"setup_s": round(time.perf_counter() - started, 1)}
@@ -333,7 +339,8 @@ def lossless_method(name: str, data: Decoding, options: argparse.Namespace) -> M
         check = statistics.median(step_us(decoder.step, options.steps, options.device)) / 1e3
         columns: dict[str, object] = {"graphs": decoder.graphs, "drafts": drafts, "acceptance": options.acceptance, "check_ms": check}
         if (budget := cache.budget_report().sparse) is not None:
-            columns |= {"kept": budget.kept.mean, "captured_mass": budget.captured_mass} | accuracy_of(setting_of(cache.twilight))
+            columns |= {"kept": budget.kept.mean, "captured_mass": budget.captured_mass}
+            columns |= accuracy_of(setting_asked(name, cache, options))
         return columns | {"setup_s": round(time.perf_counter() - started, 1)}
 
     return Method(name, [], report, sampled=lambda seconds: step_us(step, options.steps, options.device))

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from twilight_ops.evaluation.methods import parse_method
+
 from . import workload
 from .registry import LayerOp, config_of, decode_arguments
 from .rows import ROOT
@@ -107,7 +109,7 @@ class Phases(LayerOp):
         """Calls of the fused kernel on one buffer set that find nothing in the L2."""
         if selector in options.settings:
             arguments = decode_arguments(data, 0, data.layers(config_of(selector, data, options))[0])
-            settings = {"setting": selector, "top_p": arguments["top_p"]}
+            settings = {"setting": parse_method(selector).setting, "top_p": arguments["top_p"]}
         else:
             budget = workload.candidate_budget(selector, data.sizes.length)
             settings = {"selector": selector, "token_budget": budget, "top_p": options.top_p}

@@ -45,7 +45,7 @@ LAYER_METHODS = {
     "twilight_shadow_prefix_eighth": ("ours, shadow prefix", "C3"),
     "shadow_prefix:0.95": ("ours, shadow prefix, p .95", "C3"),
     "shadow_prefix:0.95:page_fraction=1": ("ours, shadow prefix of every token, p .95", "C1"),
-    "page_mean:n/12:0.9": ("ours, page means n/12, p .9", "C0"),
+    "page_mean:n/12:0.9": ("ours, page means n/12, p .9", "C5"),
     "page_mean:n/4:0.95": ("ours, page means n/4, p .95", "C9"),
     "quest:n/4:0.95": ("ours, Quest n/4, p .95", "C0"),
     "speed_of_light_shadow_prefix_eighth": ("only reading the shadow prefix's bytes", "C2"),

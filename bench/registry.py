@@ -433,7 +433,7 @@ DECODE_NOTES = (
     "x best dense, x FA2: how many times as fast as the fastest dense peer, and as torch's FlashAttention 2, of this run. MB: the least "
     "the method must read; of light: speed of a kernel that only reads those bytes, in one launch. I0, I1: candidates and kept tokens a "
     "KV head (the union of its group's query heads); mass: true attention mass of the kept tokens, mean over query heads. kl 31k, "
-    "accuracy: of that setting on a real model at 31k tokens (bench/results/accuracy_qwen.jsonl); at another accuracy it is no speed-up."
+    "accuracy: of that setting on a real model at 31k tokens (bench/results/accuracy_qwen*.jsonl); at another accuracy it is no speed-up."
 )
 DECODE_ABOUT = """twilight::decode_attention against the dense attention that others offer, in one run.
 

@@ -117,7 +117,8 @@ def setting_of(config: TwilightConfig) -> str:
 def accuracy_of(setting: str, *paths: Path) -> dict[str, object]:
     """Columns of a row: what `python -m twilight_ops eval` found of its setting on a real model at 31k tokens.
 
-    That is the largest KL of its runs, and the change of perplexity over all their tokens, of which a few hundred say little.
+    That is the largest KL of its runs, and the change of perplexity over all their tokens, of which a few hundred say little; those of
+    one document in two runs count twice.
     `accuracy` is "equal" up to a KL of MAX_KL to dense and MAX_PERPLEXITY_CHANGE, "not at equal accuracy" beyond, and "not measured"
     where no file of results, by default ACCURACY, has such a row.
     """

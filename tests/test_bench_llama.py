@@ -150,14 +150,15 @@ def test_later_rows_replace_earlier_ones_and_ratios_stay_in_their_cell():
     assert rows.speed_up(row("quest", 3.0, batch=2), found, "dense") is None
 
 
-def test_a_setting_is_a_further_method_with_its_own_p(tmp_path):
-    path, setting = tmp_path / "llama.jsonl", "page_mean:n/8:.9"
+@pytest.mark.parametrize("selector", ["page_mean:n/8", "shadow_prefix:n/8"])
+def test_a_setting_is_a_further_method_with_its_own_p(tmp_path, selector):
+    path, setting = tmp_path / "llama.jsonl", f"{selector}:.9"
     more = ["--shapes", "2:2k", "--settings", setting, "--methods", "dense", setting, "--dense-below", "0", "--json", str(path)]
     assert main([*DECODE, *more]) == 0
     found = {row["method"]: row for row in rows.read(path)}
     assert set(found) == {"dense", setting}
     row = found[setting]
-    assert row["setting"] == "page_mean:n/8:0.9:dense_layers=2"
+    assert row["setting"] == f"{selector}:0.9:dense_layers=2"
     assert row["kept"] < row["candidates"] < row["live"] / 4
     assert main([*DECODE, *more, "--resume"]) == 0
     assert len(rows.read(path)) == 2, "measured again"

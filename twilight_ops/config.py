@@ -153,7 +153,9 @@ class TwilightConfig:
 
     @classmethod
     def fast(cls, **settings: Any) -> TwilightConfig:
-        """40% of the default's bytes: 1/32 of the tokens are candidates, of the best eighth of the pages and at least 4,096 tokens.
+        """1/32 of the tokens, at least 768, are candidates, of the best eighth of the pages and at least 4,096 tokens.
+
+        At 31,000 tokens that is 40% of the default's bytes.
 
         `settings` are of TwilightConfig, and come first. docs/accuracy-qwen.md and docs/performance-h200.md say what it costs and gains.
 

@@ -222,8 +222,8 @@ __device__ void attend(const C& c, From from, const Queries<C::D, C::RP>& q, Vie
       }
       from.pass();
     } else if (__ballot_sync(~0u, c.lane < kTileTokens && static_cast<int>(mine.y) >= c.live) != 0) {
-      // What a row of no token holds may be anything, and would be where its weight is 0. Cleared here, behind the
-      // softmax: a register that is loaded or cleared waits for the load.
+      // A row of no token may hold anything, and NaN times a weight of 0 is NaN. Cleared here, behind the softmax: a
+      // register that is loaded or cleared waits for the load.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool there = static_cast<int>(__shfl_sync(~0u, mine.y, value_token(i))) < c.live;
