@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -74,8 +75,9 @@ class AttentionLayer(CacheLayerMixin):
         self._allocate(key_states, value_states, dtype, device)
         self.dtype, self.device, self.is_initialized = dtype, device, True
 
+    @abstractmethod
     def _allocate(self, k: Tensor, v: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        raise NotImplementedError
+        """The layer's tensors, for K and V [B, Hkv, T, D] that come first."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[LayerKeys, Tensor]:
         """Hands the new K and V through, K with this layer."""
